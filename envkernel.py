@@ -483,6 +483,11 @@ COMMON_OPTIONS = [
         "--self-contained",
         "Copy envkernel.py into the kernelspec's folder, so that it works without this installation.",
     ),
+    Option(
+        "--no-error-kernel",
+        "When the kernel can't start, end at once instead of showing the reason in the notebook.",
+        run=True,
+    ),
     Option("--verbose -v", "Say more, at setup and (on stderr) at each start.", run=True),
     Option("--dry-run", "Print the kernel.json and write nothing."),
 ]
@@ -1056,6 +1061,389 @@ def cannot_start(program: str, error: OSError) -> UserError:
     )
 
 
+# ---- error kernel -------------------------------------------------------------------------------
+
+FAILURE_NAME = "KernelDidNotStart"
+"""Name of the error that each cell of a notebook gets whose kernel could not start."""
+
+_LANGUAGES = {
+    "python": ("text/x-python", ".py", "ipython3", {"name": "ipython", "version": 3}),
+    "r": ("text/x-r-source", ".r", "r", "r"),
+    "bash": ("text/x-sh", ".sh", "bash", "shell"),
+    "julia": ("text/x-julia", ".jl", "julia", "julia"),
+}
+
+
+class Failure(Record):
+    """Why a kernel did not start, as the notebook shows it.
+
+    kernel: its name.  message, hint: as in `UserError`.  detail: the last lines that were heard of it.
+    log: path of the launch log.  language: the kernelspec's.  Empty where there is none.
+    """
+
+    def __init__(
+        self, kernel: str, message: str, hint: str = "", detail: str = "", log: str = "", language: str = ""
+    ) -> None:
+        self.kernel = kernel
+        self.message = message
+        self.hint = hint
+        self.detail = detail
+        self.log = log
+        self.language = language
+
+    @property
+    def heading(self) -> str:
+        """The failure in one line."""
+        return f"The kernel {self.kernel} did not start." if self.kernel else "The kernel did not start."
+
+
+def printable(text: str, secret: str = "") -> str:
+    """Return what a program said as it may be shown: no terminal codes, no `secret`."""
+    import re
+
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
+    text = re.sub(r"[^\n]*\r(?=[^\n])", "", text)  # a progress bar: the last state of its line
+    text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+    return text.replace(secret, "***") if secret else text
+
+
+def failure_lines(failure: Failure) -> list[str]:
+    """Return a failure as lines of text, the message first."""
+    lines = [failure.message]
+    if failure.hint:
+        lines.append(failure.hint)
+    if failure.detail:
+        lines += ["", "It said:", *("  " + line for line in failure.detail.splitlines())]
+    if failure.log:
+        lines += ["", f"Log of this launch: {failure.log}"]
+    return lines
+
+
+def failure_html(failure: Failure) -> str:
+    """Return a failure as HTML; what stands between backticks in the hint becomes code."""
+    import re
+    from html import escape
+
+    parts = [f"<b>{escape(failure.heading)}</b>", escape(failure.message)]
+    if failure.hint:
+        parts.append(re.sub("`([^`]+)`", r"<code>\1</code>", escape(failure.hint)))
+    if failure.detail:
+        parts.append(f'<pre style="max-height: 20em; overflow: auto">{escape(failure.detail)}</pre>')
+    if failure.log:
+        parts.append(f"<small>Log of this launch: <code>{escape(failure.log)}</code></small>")
+    body = "".join(f'<div style="margin: 0.3em 0">{part}</div>' for part in parts)
+    return f'<div style="border-left: 4px solid #d32f2f; padding: 0.2em 1em">{body}</div>'
+
+
+def error_content(failure: Failure) -> dict[str, Any]:
+    """Return the name, value and traceback that stand for the failure in a message."""
+    first, *others = failure_lines(failure)
+    value = f"{failure.message} {failure.hint}".rstrip()
+    return {
+        "ename": FAILURE_NAME,
+        "evalue": value,
+        "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m: {first}", *others],
+    }
+
+
+def kernel_info_content(failure: Failure) -> dict[str, Any]:
+    """Return the content of a kernel_info_reply.
+
+    The language is the real kernel's: JupyterLab writes it into the notebook.
+    """
+    known = _LANGUAGES.get(failure.language.lower())
+    mime, extension, lexer, editor = known or ("text/plain", ".txt", "text", "null")
+    language = {
+        "name": failure.language or "text",
+        "version": "",
+        "mimetype": mime,
+        "file_extension": extension,
+        "pygments_lexer": lexer,
+        "codemirror_mode": editor,
+    }
+    return {
+        "status": "ok",
+        "protocol_version": "5.3",
+        "implementation": "envkernel",
+        "implementation_version": __version__,
+        "language_info": language,
+        "banner": "\n".join([failure.heading, *failure_lines(failure), ""]),
+        "debugger": False,
+        "supported_features": [],
+        "help_links": [],
+    }
+
+
+def execute_answer(
+    request: Mapping[str, Any], failure: Failure, count: int
+) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+    """Return the execute_reply's content and what goes to all clients: the failure in text and HTML."""
+    error = error_content(failure)
+    reply = {**error, "status": "error", "execution_count": count, "payload": [], "user_expressions": {}}
+    if request.get("silent"):
+        return reply, []
+    shown = {"text/plain": failure.heading, "text/html": failure_html(failure)}
+    return reply, [
+        ("execute_input", {"code": request.get("code", ""), "execution_count": count}),
+        ("display_data", {"data": shown, "metadata": {}, "transient": {}}),
+        ("error", error),
+    ]
+
+
+def answer(
+    kind: str, request: Mapping[str, Any], failure: Failure, count: int, ports: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+    """Return what the error kernel says to one message: the reply's type, its content, what it publishes.
+
+    kind: type of the message; request: its content; count: the execution's number; ports: by channel.
+    The type is empty where the protocol knows no reply.
+    """
+    if kind == "execute_request":
+        return ("execute_reply", *execute_answer(request, failure, count))
+    if kind == "comm_open":  # the protocol's answer where nobody is at the other end
+        return "", {}, [("comm_close", {"comm_id": request.get("comm_id", ""), "data": {}})]
+    if not kind.endswith("_request"):
+        return "", {}, []
+    cursor = request.get("cursor_pos", 0)
+    no_debugger = {
+        "type": "response",
+        "seq": 0,
+        "request_seq": request.get("seq", 0),
+        "success": False,
+        "command": request.get("command", ""),
+        "message": failure.message,
+    }
+    replies: dict[str, dict[str, Any]] = {
+        "kernel_info": kernel_info_content(failure),
+        "complete": {"matches": [], "cursor_start": cursor, "cursor_end": cursor, "metadata": {}},
+        "inspect": {"found": False, "data": {}, "metadata": {}},
+        "is_complete": {"status": "complete"},
+        "history": {"history": []},
+        "comm_info": {"comms": {}},
+        "connect": dict(ports),
+        "interrupt": {},
+        "shutdown": {"restart": bool(request.get("restart"))},
+        "debug": no_debugger,
+    }
+    name = kind[: -len("_request")]
+    content = replies.get(name, {"status": "error", **error_content(failure)})
+    return name + "_reply", content if name == "debug" else {"status": "ok", **content}, []
+
+
+class ErrorKernel:
+    """A kernel on the sockets that a connection file names, whose every answer is the failure."""
+
+    def __init__(self, connection: Mapping[str, Any], failure: Failure) -> None:
+        """Bind the five channels.  Raises ImportError without pyzmq or jupyter_client."""
+        import zmq
+        from jupyter_client.session import Session
+
+        self.zmq: Any = zmq
+        self.failure = failure
+        self.connection = connection
+        self.count = 0
+        self.has_subscriber = False
+        self.session: Any = Session(
+            key=connection.get("key", "").encode(),
+            signature_scheme=connection.get("signature_scheme") or "hmac-sha256",
+        )
+        self.context = zmq.Context()
+        self.shell = self.bind("shell", zmq.ROUTER)
+        self.control = self.bind("control", zmq.ROUTER)
+        self.stdin = self.bind("stdin", zmq.ROUTER)
+        self.heartbeat = self.bind("hb", zmq.ROUTER)
+        self.iopub = self.bind("iopub", zmq.XPUB)
+
+    def bind(self, channel: str, kind: int) -> Any:
+        """Return a socket that listens where the connection file says, encrypted if it says so."""
+        import time
+
+        socket = self.context.socket(kind)
+        socket.linger = 1000
+        if kind == self.zmq.XPUB:
+            socket.setsockopt(self.zmq.XPUB_VERBOSE, 1)
+        if self.connection.get("curve_secretkey"):
+            socket.curve_secretkey = self.connection["curve_secretkey"].encode()
+            socket.curve_publickey = self.connection["curve_publickey"].encode()
+            socket.curve_server = True
+        transport = self.connection.get("transport") or "tcp"
+        colon = ":" if transport == "tcp" else "-"
+        address = "{}://{}{}{}".format(
+            transport, self.connection["ip"], colon, self.connection[channel + "_port"]
+        )
+        for attempt in range(50):  # a kernel that has just ended may still hold its ports
+            try:
+                socket.bind(address)
+                break
+            except self.zmq.ZMQError:
+                if attempt == 49:
+                    raise
+                time.sleep(0.1)
+        return socket
+
+    def serve(self) -> None:
+        """Answer until a shutdown, or until the parent (Jupyter) is gone."""
+        parent = os.getppid()
+        poller = self.zmq.Poller()
+        for socket in (self.control, self.shell, self.heartbeat, self.iopub):
+            poller.register(socket, self.zmq.POLLIN)
+        while os.getppid() == parent:
+            ready = dict(poller.poll(1000))
+            if self.heartbeat in ready:
+                self.heartbeat.send_multipart(self.heartbeat.recv_multipart())
+            if self.iopub in ready:
+                self.greet_subscribers()
+            if any(self.handle(socket) for socket in (self.control, self.shell) if socket in ready):
+                break
+        self.context.destroy(linger=1000)
+
+    def handle(self, socket: Any) -> bool:
+        """Answer one message; tell whether it was a shutdown."""
+        try:
+            idents, message = self.session.recv(socket, self.zmq.NOBLOCK)
+            kind, request = message["msg_type"], message["content"]
+        except Exception:  # a wrong signature or no message at all: whatever a stranger sends ends nothing
+            return False
+        if kind == "execute_request" and request.get("store_history", True) and not request.get("silent"):
+            self.count += 1
+        ports = {name: port for name, port in self.connection.items() if name.endswith("_port")}
+        reply, content, published = answer(kind, request, self.failure, self.count, ports)
+        self.await_subscriber()
+        self.publish("status", {"execution_state": "busy"}, message)
+        for name, data in published:
+            self.publish(name, data, message)
+        if reply:
+            self.session.send(socket, reply, content, parent=message, ident=idents)
+        self.publish("status", {"execution_state": "idle"}, message)
+        return bool(kind == "shutdown_request")
+
+    def publish(self, kind: str, content: Mapping[str, Any], parent: Any) -> None:
+        """Send a message to all clients."""
+        topic = f"kernel.{self.session.session}.{kind}".encode()
+        self.session.send(self.iopub, kind, content, parent=parent, ident=topic)
+
+    def greet_subscribers(self) -> None:
+        """Tell each new subscriber that it is one (JEP 65)."""
+        while self.iopub.poll(0):
+            event = self.iopub.recv()
+            if event[:1] == b"\x01":
+                self.has_subscriber = True
+                content = {"subscription": event[1:].decode("utf-8", "replace")}
+                self.session.send(self.iopub, "iopub_welcome", content, ident=event[1:])
+
+    def await_subscriber(self) -> None:
+        """Wait for the first subscriber, once, for two seconds.
+
+        A client connects its channels in any order, and what is published before is lost to it.
+        """
+        for _ in range(20):
+            if self.has_subscriber:
+                break
+            self.iopub.poll(100)
+            self.greet_subscribers()
+        self.has_subscriber = True
+
+
+def import_from_here() -> None:
+    """Make importable what the launching interpreter has: the kernelspec starts it with -I and -S."""
+    import site
+
+    site.main()
+    folder = site.getusersitepackages()
+    if os.path.isdir(folder):
+        site.addsitedir(folder)
+
+
+def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
+    """Return the error for a kernel that ended before it ever answered, the exit status in words.
+
+    status: as in `Output`.  where: what it ran in, in words.  said: the end of its stderr.
+    install: as in `Plan`.
+    """
+    import re
+    import signal
+
+    number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
+    words = f"exit status {status}"
+    hint = "What it said is below; start its command by hand to see more."
+    if number:
+        try:
+            words = f"signal {signal.Signals(number).name}"
+        except ValueError:
+            words = f"signal {number}"
+    missing = re.search(r"No module named '?([\w.]+)", said)
+    if missing:
+        package = missing[1].split(".")[0].replace("ipykernel_launcher", "ipykernel")
+        hint = f"Install what it misses: `{install % package}`."
+    elif status == 125:
+        words = "exit status 125: the engine itself failed"
+        hint = "What the engine said is below; mend the image's name or the engine's options."
+    elif status in (126, 127):
+        words += ": the command was not found" if status == 127 else ": the command can't be executed"
+        hint = "Check the kernel command and that its program is installed there."
+    elif number == 9:
+        words += ", killed: out of memory?"
+        hint = "Give it more memory, or ask whoever runs this machine what ended it."
+    return UserError(f"The kernel in {where} ended before it answered ({words}).", hint, max(status, 1), said)
+
+
+def salvage_launch(tokens: Sequence[str]) -> Launch:
+    """Return what can be told of a launch whose kernelspec is broken: connection file and name."""
+    options: dict[str, Any] = {}
+    for token, following in zip(tokens, [*tokens[1:], ""]):
+        name, equals, value = token.partition("=")
+        if name in ("--connection-file", "--name"):
+            options[name[2:]] = value if equals else following
+        elif token == "--no-error-kernel":
+            options["no-error-kernel"] = True
+    return Launch([], [], options)
+
+
+def kernel_language(name: str, command: Sequence[str]) -> str:
+    """Return the language of an installed kernel; by its command where Jupyter does not find it."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    try:
+        return str(KernelSpecManager().get_kernel_spec(name).language)
+    except NoSuchKernel:
+        return "python" if any("ipykernel" in token for token in command) else ""
+
+
+def become_error_kernel(error: UserError, launch: Launch, log: str = "") -> int:
+    """Say on stderr and in the notebook why the kernel did not start; return the exit status.
+
+    Serves Jupyter's connection file until Jupyter shuts this kernel down or is gone.  Where the
+    launching Python has no jupyter_client, or with ``--no-error-kernel``, only stderr gets to know.
+    log: path of the launch log, empty for none.
+    """
+    tell_error(error)
+    status = error.status or 1
+    path = launch.options.get("connection-file")
+    if launch.options.get("no-error-kernel") or not path:
+        return status
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        import_from_here()
+        import json
+
+        with open(path, encoding="utf-8") as file:
+            connection = json.load(file)
+        name = launch.options.get("name", "")
+        message, hint, detail = (
+            printable(text, connection.get("key", "")) for text in (error.message, error.hint, error.detail)
+        )
+        failure = Failure(name, message, hint, detail, log, kernel_language(name, launch.command))
+        kernel = ErrorKernel(connection, failure)
+    except (ImportError, OSError, ValueError, KeyError) as problem:
+        sys.stderr.write(f"envkernel: The notebook can't show this: {problem!r}.\n")
+        return status
+    kernel.serve()
+    return status
+
+
 # ---- main ---------------------------------------------------------------------------------------
 
 
@@ -1076,9 +1464,13 @@ def plan_launch(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Pla
 def run(tokens: Sequence[str]) -> int:
     """The run phase: plan the launch and become the kernel."""
     facts = Facts()
-    launch = launch_from_argv(tokens)
-    plan = plan_launch(launch, facts, os.environ)
-    os.execve(plan.argv[0], plan.argv, plan.environ)
+    launch = None
+    try:
+        launch = launch_from_argv(tokens)
+        plan = plan_launch(launch, facts, os.environ)
+        os.execve(plan.argv[0], plan.argv, plan.environ)
+    except UserError as error:
+        return become_error_kernel(error, launch or salvage_launch(tokens))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -1088,12 +1480,17 @@ def main(argv: Sequence[str]) -> int:
             return run(argv)
         raise usage_error("Nothing to do.", "See: envkernel -h")
     except UserError as error:
-        sys.stderr.write(f"envkernel: {error.message}\n")
-        if error.detail:
-            sys.stderr.write(error.detail.rstrip("\n") + "\n")
-        if error.hint:
-            sys.stderr.write(f"  {error.hint}\n")
+        tell_error(error)
         return error.status
+
+
+def tell_error(error: UserError) -> None:
+    """Say on stderr what is wrong and what to do."""
+    sys.stderr.write(f"envkernel: {error.message}\n")
+    if error.detail:
+        sys.stderr.write(error.detail.rstrip("\n") + "\n")
+    if error.hint:
+        sys.stderr.write(f"  {error.hint}\n")
 
 
 def command() -> int:

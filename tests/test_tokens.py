@@ -2,9 +2,10 @@
 
 import os
 
-import envkernel
 from hypothesis import given
 from hypothesis import strategies as st
+
+import envkernel
 
 arguments = st.binary().filter(lambda raw: b"\0" not in raw).map(os.fsdecode)
 
