@@ -25,7 +25,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Mapping, Sequence
+    from typing import Any, Callable, Mapping, NoReturn, Sequence
 
     from typing_extensions import Self
 
@@ -214,7 +214,8 @@ class Mode(Record):
 
     target: metavar of what stands after the options; empty for none.  targets: how many there may
     be, ``(least, most)``.  minus: a target may begin with a minus (``-gcc`` unloads a module).
-    setup: ``(step, facts, environ) -> Step``: checks and normalises; the kernelspec holds the result.
+    setup: ``(step, facts, environ, common) -> Step``: checks and normalises; the kernelspec holds the
+    result.  common: the common options by name.
     plan: ``(step, plan, facts, rest) -> Plan``: one fold of the launch; `rest` is the `Launch` of
     what comes after this step.  remote: it takes the rest of the chain along, so the fold ends here.
     engine: ``(step, facts) -> {option: takes a value}``: the options of the engine, None where
@@ -892,6 +893,41 @@ def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     )
 
 
+def conda_prefix(name: str, facts: Facts, environ: Mapping[str, str]) -> str:
+    """Return the prefix that a name or path of a conda environment means (ACTIVATION.md, *resolve*).
+
+    Raises UserError with a suggestion where there is no environment of that name.
+    """
+    if "/" in name or name in (".", "..") or name.startswith("~"):
+        return facts.absolute(os.path.expandvars(name))
+    homes = [folder for folder in environ.get("CONDA_ENVS_PATH", "").split(":") if folder]
+    known = (facts.read(facts.absolute("~/.conda/environments.txt")) or b"").splitlines()
+    prefixes = [os.fsdecode(line.strip()) for line in known if line.strip()]
+    roots = [os.path.dirname(os.path.dirname(environ.get("CONDA_EXE", "")))]
+    for prefix in [environ.get("CONDA_PREFIX", ""), *prefixes]:
+        roots.append(conda_root(prefix, facts, environ) if prefix else "")
+    roots = [root for root in dict.fromkeys(roots) if root]
+    if name in ("base", "root") and roots:
+        return roots[0]
+    homes += [root + "/envs" for root in roots] + [facts.absolute("~/.conda/envs")]
+    for prefix in [f"{home}/{name}" for home in homes] + prefixes:
+        if os.path.basename(prefix) == name and facts.isdir(prefix + "/conda-meta"):
+            return facts.absolute(prefix)
+    names = [os.path.basename(prefix) for prefix in prefixes]
+    names += [found for home in homes for found in facts.listdir(home)]
+    raise UserError(
+        f"There is no conda environment named {name}.",
+        suggestion(name, sorted({*names, "base"}) if roots else names) if names else "Give its path instead.",
+    )
+
+
+def setup_conda(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Resolve the environment's name and find conda's root, so that run needs neither."""
+    prefix = conda_prefix(step.targets[0], facts, environ)
+    root = conda_root(prefix, facts, environ)
+    return step.but(targets=[prefix], options={**step.options, **({"root": root} if root else {})})
+
+
 def shell_scripts(folder: str, facts: Facts) -> list[str]:
     """Return the ``*.sh`` files of a folder in their order, hidden ones too."""
     return [folder + "/" + name for name in sorted(facts.listdir(folder)) if name.endswith(".sh")]
@@ -918,6 +954,19 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     )
 
 
+def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Make the path absolute; with ``--create`` make the environment and install ipykernel into it.
+
+    Raises UserError where that fails; then nothing is left of the environment.
+    """
+    path = facts.absolute(step.targets[0])
+    options = {name: value for name, value in step.options.items() if name != "create"}
+    if step.options.get("create") and not facts.exists(path + "/bin/python"):
+        python = common.get("python", "SELF")
+        facts.create_virtualenv(path, sys.executable if python == "SELF" else python, ["ipykernel"])
+    return step.but(targets=[path], options=options)
+
+
 def venv_environ(script: bytes, environ: Mapping[str, str]) -> dict[str, str] | None:
     """Return what an untouched ``bin/activate`` makes of an environment.
 
@@ -926,16 +975,308 @@ def venv_environ(script: bytes, environ: Mapping[str, str]) -> dict[str, str] | 
     return None
 
 
+_LMOD_PLACES = (
+    "/usr/share/lmod/lmod/libexec/lmod",
+    "/opt/apps/lmod/lmod/libexec/lmod",
+    "/usr/local/lmod/lmod/libexec/lmod",
+    "/opt/lmod/lmod/libexec/lmod",
+)
+_MODULECMD_PLACES = (
+    "/usr/share/Modules/libexec/modulecmd.tcl",
+    "/usr/share/modules/libexec/modulecmd.tcl",
+    "/usr/lib/x86_64-linux-gnu/modulecmd.tcl",
+    "/usr/local/Modules/libexec/modulecmd.tcl",
+    "/opt/modules/libexec/modulecmd.tcl",
+)
+
+
+def module_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables by which Lmod and Environment Modules are found: what a login shell sets."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith(_MODULE_PREFIXES) or name in _MODULE_VARIABLES
+    }
+
+
+def module_command(environ: Mapping[str, str], facts: Facts) -> list[str]:
+    """Return the start of a module command line, empty where there is no module system.
+
+    By ``LMOD_CMD``, ``MODULES_CMD``, ``LMOD_PKG``, ``MODULESHOME``, then well-known places.
+    """
+    home = environ.get("MODULESHOME", "")
+    places = [environ.get("LMOD_CMD", "")]
+    modulecmd = environ.get("MODULES_CMD", "")
+    if not modulecmd or facts.is_executable(places[0]):
+        places += [environ.get("LMOD_PKG", "") + "/libexec/lmod", home + "/libexec/lmod", *_LMOD_PLACES]
+        for place in places:
+            if facts.is_executable(place):
+                return [place]
+    for place in (modulecmd, home + "/libexec/modulecmd.tcl", *_MODULECMD_PLACES):
+        if facts.is_executable(place):
+            return [place]
+        if facts.exists(place):
+            tclsh = search_program("tclsh", environ.get("PATH", os.defpath).split(":"), facts)
+            return [tclsh or "/usr/bin/tclsh", place]
+    return []
+
+
+def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
+    """Return what ``modulecmd python`` printed: changes (None: unset the variable) and status values.
+
+    The text is read, never executed: a modulefile may print anything into it.  Lmod quotes as Lua's
+    ``%q`` does, Environment Modules escape the single quote alone (ACTIVATION.md, *Lmod*).
+    """
+    changes: dict[str, str | None] = {}
+    states: list[bool] = []
+    at = 0
+    while at < len(text):
+        if text.startswith(b"_mlstatus = ", at):
+            states.append(text.startswith(b"True", at + 12))
+        deletes = text.startswith(b"del os.environ[", at)
+        start = at + 4 if deletes else at
+        if text.startswith(b"os.environ[", start):
+            key, end = _read_quoted(text, start + 11)
+            if end and deletes and text.startswith(b"]", end):
+                changes[os.fsdecode(key)] = None
+                at = end
+            elif end and text.startswith(b"] = ", end):
+                value, end = _read_quoted(text, end + 4)
+                if end:
+                    changes[os.fsdecode(key)] = os.fsdecode(value)
+                    at = end
+        newline = text.find(b"\n", at)
+        at = newline + 1 if newline >= 0 else len(text)
+    return changes, states
+
+
+def _read_quoted(text: bytes, start: int) -> tuple[bytes, int]:
+    """Read a quoted string; return its value and the place after it (0: there is none)."""
+    quote = text[start : start + 1]
+    if quote == b"'":
+        return _read_tcl_quoted(text, start + 1)
+    if quote != b'"':
+        return b"", 0
+    value = bytearray()
+    at = start + 1
+    while at < len(text):
+        byte = text[at : at + 1]
+        if byte == b'"':
+            return bytes(value), at + 1
+        if byte != b"\\":
+            value += byte
+            at += 1
+            continue
+        digits = at + 1
+        while digits < at + 4 and text[digits : digits + 1].isdigit():
+            digits += 1
+        if digits > at + 1:
+            value.append(int(text[at + 1 : digits]) & 255)
+            at = digits
+        else:
+            value += {b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(text[at + 1 : at + 2], text[at + 1 : at + 2])
+            at += 2
+    return b"", 0
+
+
+_STATEMENTS = (b"os.environ[", b"del os.environ[", b"_mlstatus", b"import ", b"pass", b"\n")
+
+
+def _read_tcl_quoted(text: bytes, start: int) -> tuple[bytes, int]:
+    r"""Read what Environment Modules quoted: ``\'`` is a quote, all else stands as it is.
+
+    A value may end in a backslash, so a quote ends the string where the line and a statement end.
+    """
+    at = start
+    while True:
+        at = text.find(b"'", at)
+        if at < 0:
+            return b"", 0
+        rest = text[at + 1 :]
+        closes = rest[:1] in (b"", b"\n", b"]", b";")
+        escaped = text[at - 1 : at] == b"\\" and at > start
+        if closes and (not escaped or (rest[:1] == b"\n" and rest[1:].startswith(_STATEMENTS))):
+            return text[start:at].replace(b"\\'", b"'"), at + 1
+        at += 1
+
+
+def run_modules(
+    words: Sequence[str], command: Sequence[str], environ: Mapping[str, str], facts: Facts
+) -> dict[str, str]:
+    """Return the environment after ``module WORDS``.
+
+    command: what `module_command` found.  Raises UserError with what the module system said where
+    it failed; a warning of Lmod's (exit 1, but assignments) is no failure, as bash applies it.
+    """
+    said = facts.output([*command, "python", *words], environ)
+    changes, states = parse_modules(said.out)
+    is_tcl = command[-1].endswith(".tcl")
+    failed = not all(states) if is_tcl else not changes and (said.status != 0 or not all(states))
+    if failed or (is_tcl and said.status != 0):
+        raise UserError(
+            f"`module {' '.join(words)}` failed.",
+            "See what there is with `module spider` or `module avail`; set the kernel up again where a "
+            "module has another name now.",
+            detail=os.fsdecode(said.err or said.out).strip(),
+        )
+    facts.tell(said.err)
+    result = {**environ, **{name: value for name, value in changes.items() if value is not None}}
+    return {name: value for name, value in result.items() if changes.get(name, "") is not None}
+
+
+def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
+    """Return the ``module`` command lines that a step stands for, in order.
+
+    A purge with nothing loaded changes nothing and is left out.  Unloads come before loads.
+    """
+    calls: list[list[str]] = []
+    if step.options.get("purge") and environ.get("LOADEDMODULES", ""):
+        calls.append(["purge"])
+    calls += [["use", folder] for folder in step.options.get("use", [])]
+    if "restore" in step.options:
+        calls.append(["restore", step.options["restore"]])
+    unload = [target[1:] for target in step.targets if target.startswith("-")]
+    load = [target for target in step.targets if not target.startswith("-")]
+    calls += [["unload", *unload]] if unload else []
+    calls += [["load", *load]] if load else []
+    return calls
+
+
+def with_modules(step: Step, environ: Mapping[str, str], facts: Facts) -> tuple[dict[str, str], list[str]]:
+    """Return an environment in which the module system is found, and its command.
+
+    First by the environment, then by what setup recorded, last by a login shell.
+    Raises UserError where there is none.
+    """
+    recorded = dict(entry.partition("=")[::2] for entry in step.options.get("recorded", []))
+    environ = {**recorded, **environ}
+    command = module_command(environ, facts)
+    if not command or not environ.get("MODULEPATH"):
+        environ = {**module_variables(facts.login_environ(environ)), **environ}
+        command = module_command(environ, facts)
+    if not command:
+        raise UserError(
+            "There is no module system (Lmod or Environment Modules) on this machine.",
+            "Install one, or set LMOD_CMD and MODULEPATH where Jupyter starts.",
+            127,
+        )
+    return dict(environ), command
+
+
+def plan_lmod(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+    """Plan what ``module purge|use|restore|load`` make of the environment.
+
+    Raises UserError for a module that can't be loaded.
+    """
+    start, command = with_modules(step, plan.environ, facts)
+    environ: Mapping[str, str] = start
+    for words in module_calls(step, environ):
+        environ = run_modules(words, command, environ, facts)
+    before = set(plan.environ.get("PATH", "").split(":"))
+    entries = environ.get("PATH", "").split(":")
+    search = [entry for entry in entries if entry not in before or entry in (plan.search or ())]
+    program = plan.argv[0] if plan.argv else ""
+    if start.get("LOADEDMODULES") and program and not search_program(program, search, facts):
+        bare = run_modules(["purge"], command, environ, facts).get("PATH", "").split(":")
+        search = [entry for entry in entries if entry not in bare or entry in (plan.search or ())]
+    if rest.legacy and program and not search_program(program, search, facts):
+        facts.tell(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
+        search = entries
+    return plan.but(
+        environ=environ,
+        search=search,
+        where=f"the modules {' '.join(step.targets)}".rstrip(),
+        install="load a module that has %s too, chain another mode (-- virtualenv PATH), or choose a "
+        "program outright (--python=/usr/bin/python3)",
+    )
+
+
+def setup_lmod(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Record by what variables the module system is found, for a Jupyter without a login shell."""
+    if not module_calls(step, {"LOADEDMODULES": "any"}):
+        raise usage_error("lmod has nothing to load.", f"Usage: {usage_line(MODES['lmod'])}")
+    found, _ = with_modules(step, environ, facts)
+    options = dict(step.options)
+    options["recorded"] = [f"{name}={value}" for name, value in module_variables(found).items()]
+    if "use" in options:
+        options["use"] = [facts.absolute(folder) for folder in options["use"]]
+    return step.but(options=options)
+
+
+def search_program(name: str, folders: Sequence[str], facts: Facts) -> str:
+    """Return the first executable of that name in some folders, empty where there is none."""
+    for folder in folders:
+        if folder and facts.is_executable(f"{folder}/{name}"):
+            return f"{folder}/{name}"
+    return ""
+
+
+def resolve_program(plan: Plan, facts: Facts) -> Plan:
+    """Make the kernel program of a plan absolute.
+
+    A bare name is looked for in what the modes brought, never in what else is on PATH: that would be
+    another environment's Python.  An absolute path is the user's own choice.
+    Raises UserError (status 127) where there is no such program.
+    """
+    program = plan.argv[0]
+    if plan.search is None:
+        return plan
+    if "/" in program:
+        if facts.is_executable(program):
+            return plan
+        raise UserError(
+            f"There is no program {program}.",
+            "Install it, or set the kernel up again with another command.",
+            127,
+        )
+    found = search_program(program, plan.search, facts)
+    if not found:
+        package = PACKAGES.get(program, program)
+        raise UserError(f"There is no {program} in {plan.where}.", f"Try: {plan.install % package}.", 127)
+    return plan.but(argv=[found, *plan.argv[1:]])
+
+
+PACKAGES = {
+    "R": "r-irkernel",
+    "python": "ipykernel",
+    "python3": "ipykernel",
+    "ipykernel_launcher": "ipykernel",
+}
+"""What to install for a program or module that is missing."""
+
+
+def check_kernel_module(plan: Plan, facts: Facts) -> None:
+    """Raise UserError unless the module of ``python -m MODULE`` can be imported.
+
+    A look into site-packages answers in microseconds where the module is in its usual place; only
+    elsewhere the Python itself is asked, at the price of starting it.
+    """
+    if "-m" not in plan.argv[1:-1] or not os.path.basename(plan.argv[0]).startswith(("python", "pypy")):
+        return
+    cut = plan.argv.index("-m", 1)
+    module = plan.argv[cut + 1]
+    library = os.path.dirname(os.path.dirname(plan.argv[0])) + "/lib"
+    top = module.partition(".")[0]
+    for version in facts.listdir(library):
+        for packages in ("site-packages", "dist-packages"):
+            place = f"{library}/{version}/{packages}/{top}" if version.startswith("python") else ""
+            if place and (facts.exists(place + ".py") or facts.exists(place)):
+                return
+    question = "import importlib.util,sys;sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    said = facts.output([*plan.argv[:cut], "-c", question, top], plan.environ)
+    if said.status:
+        raise UserError(
+            f"There is no {module} in {plan.where}: {plan.argv[0]} can't import it.",
+            f"Try: {plan.install % PACKAGES.get(module, module)}.",
+            detail=os.fsdecode(said.err).strip(),
+        )
+
+
 # ---- container modes ----------------------------------------------------------------------------
 
 # ---- cluster modes ------------------------------------------------------------------------------
 
 # ---- registry -----------------------------------------------------------------------------------
-
-
-def setup_path_target(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
-    """Make the target of a step an absolute path."""
-    return step.but(targets=[facts.absolute(step.targets[0])])
 
 
 MODES: dict[str, Mode] = {}
@@ -946,7 +1287,7 @@ for _mode in (
         "conda",
         "Activate a conda environment: PATH, variables and activate.d scripts, as `conda activate` does.",
         [Option("--root", "Root prefix of conda.", metavar="DIR", kind="path", run=True, setup=False)],
-        setup_path_target,
+        setup_conda,
         plan_conda,
         target="PREFIX-OR-NAME",
         example="envkernel conda --user --name=science /opt/conda/envs/science",
@@ -954,22 +1295,934 @@ for _mode in (
     Mode(
         "virtualenv",
         "Activate a virtualenv, as `source PATH/bin/activate` does.",
-        [],
-        setup_path_target,
+        [
+            Option(
+                "--create",
+                "Make the virtualenv (with --python, where given) and install ipykernel into it.",
+                example="envkernel virtualenv --user --name=new --create ~/new",
+            )
+        ],
+        setup_virtualenv,
         plan_virtualenv,
         aliases=("venv",),
         target="PATH",
         example="envkernel virtualenv --user --name=my-env ~/my-env",
     ),
+    Mode(
+        "lmod",
+        "Load modules of Lmod or Environment Modules, as `module load` does; -MODULE unloads one.",
+        [
+            Option("--purge", "Unload all modules first.", run=True),
+            Option("--use", "Add a folder of modulefiles.", metavar="DIR", many=True, run=True),
+            Option("--restore", "Restore a saved collection.", metavar="COLLECTION", run=True),
+            Option("--recorded", "", metavar="NAME=VALUE", many=True, run=True, setup=False),
+        ],
+        setup_lmod,
+        plan_lmod,
+        target="MODULE...",
+        targets=(0, 999),
+        minus=True,
+        example="envkernel lmod --user --name=anaconda3 --purge anaconda3",
+    ),
 ):
     MODES.update(dict.fromkeys((_mode.name, *_mode.aliases), _mode))
 
+
 # ---- kernelspec ---------------------------------------------------------------------------------
+
+
+class Kernel(Record):
+    """A kernel as a kernelspec describes it.
+
+    command: with `CONNECTION_FILE` in it.  files: what else the kernelspec's folder holds (logos), by
+    name.  test: a command that succeeds where the kernel is really installed, empty where the command
+    itself tells.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        language: str = "python",
+        *,
+        display_name: str = "",
+        metadata: Mapping[str, Any] | None = None,
+        interrupt_mode: str = "",
+        protocol: str = "",
+        files: Mapping[str, bytes] | None = None,
+        test: Sequence[str] = (),
+    ) -> None:
+        self.command = list(command)
+        self.language = language
+        self.display_name = display_name
+        self.metadata = dict(metadata or {})
+        self.interrupt_mode = interrupt_mode
+        self.protocol = protocol
+        self.files = dict(files or {})
+        self.test = list(test)
+
+
+KERNELS = {
+    "ipykernel": Kernel(["python", "-m", "ipykernel_launcher", "-f", CONNECTION_FILE]),
+    "ir": Kernel(
+        ["R", "--slave", "-e", "IRkernel::main()", "--args", CONNECTION_FILE],
+        "R",
+        test=["R", "--slave", "-e", "quit(status = !requireNamespace('IRkernel', quietly = TRUE))"],
+    ),
+    "imatlab": Kernel(["python", "-m", "imatlab", "-f", CONNECTION_FILE], "matlab"),
+}
+"""The kernels that are known by name, wherever they run."""
+
+DESCRIBE_IPYKERNEL = (
+    "import json; from ipykernel.kernelspec import get_kernel_dict, RESOURCES; "
+    "print(json.dumps(dict(get_kernel_dict(), resources=RESOURCES)))"
+)
+"""What the environment's own Python is asked for the metadata and logos of its ipykernel."""
+
+
+def kernel_from_spec(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Kernel:
+    """Return the kernel that a kernel.json describes (jupyter_client, *Kernel specs*)."""
+    metadata = {key: value for key, value in spec.get("metadata", {}).items() if key != "envkernel"}
+    return Kernel(
+        spec.get("argv", []),
+        spec.get("language", "python"),
+        display_name=spec.get("display_name", ""),
+        metadata=metadata,
+        interrupt_mode=spec.get("interrupt_mode", ""),
+        protocol=spec.get("kernel_protocol_version", ""),
+        files=files,
+    )
+
+
+def is_python(program: str) -> bool:
+    """Tell whether a program's name is that of a Python interpreter."""
+    name = os.path.basename(program)
+    return name.rstrip("0123456789.") in ("python", "pypy")
+
+
+def kernels_inside(plan: Plan, facts: Facts) -> dict[str, str]:
+    """Return the kernelspecs that an environment itself holds: their folders by name."""
+    found: dict[str, str] = {}
+    for folder in plan.search or ():
+        kernels = os.path.dirname(folder) + "/share/jupyter/kernels"
+        for name in facts.listdir(kernels):
+            if facts.exists(f"{kernels}/{name}/kernel.json"):
+                found.setdefault(name, f"{kernels}/{name}")
+    return found
+
+
+def read_kernelspec(folder: str, facts: Facts) -> Kernel:
+    """Return the kernel of a kernelspec's folder with its files.  Raises UserError where it is broken."""
+    import json
+
+    try:
+        spec = json.loads(facts.read(folder + "/kernel.json") or b"")
+        if not isinstance(spec.get("argv"), list):
+            raise ValueError("no argv")
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"The kernelspec {folder} is broken: its kernel.json can't be read.",
+            "Install that kernel again.",
+        ) from None
+    names = [name for name in facts.listdir(folder) if name != "kernel.json" and name != "__pycache__"]
+    texts = {name: facts.read(f"{folder}/{name}") for name in names}
+    return kernel_from_spec(spec, {name: text for name, text in texts.items() if text is not None})
+
+
+def kernel_in_environment(name: str, plan: Plan, facts: Facts) -> Kernel:
+    """Return a kernel by name: a known one, or one whose kernelspec is inside the environment.
+
+    Its interpreter becomes the environment's.  Raises UserError with a suggestion where there is none.
+    """
+    inside = kernels_inside(plan, facts)
+    if name in inside:
+        kernel = read_kernelspec(inside[name], facts)
+        program = os.path.basename(kernel.command[0])
+        if search_program(program, plan.search or (), facts):
+            kernel = kernel.but(command=[program, *kernel.command[1:]])
+        return kernel
+    if name in KERNELS:
+        return KERNELS[name]
+    raise UserError(
+        f"There is no kernel named {name} in {plan.where}.",
+        suggestion(name, sorted({*KERNELS, *inside})),
+    )
+
+
+def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
+    """Add to an ipykernel what the environment's own one says of itself: metadata, protocol, logos."""
+    import json
+
+    python = plan.argv[: plan.argv.index("-m")]
+    said = facts.output([*python, "-c", DESCRIBE_IPYKERNEL], plan.environ)
+    try:
+        spec = json.loads(said.out.splitlines()[-1])
+        folder = spec["resources"]
+    except (ValueError, IndexError, KeyError):
+        return kernel
+    texts = {name: facts.read(f"{folder}/{name}") for name in facts.listdir(folder)}
+    logos = {name: text for name, text in texts.items() if text is not None and name.startswith("logo-")}
+    own = kernel_from_spec(spec, {**logos, **kernel.files})
+    return own.but(
+        command=kernel.command,
+        language=kernel.language,
+        metadata={**own.metadata, **kernel.metadata},
+        interrupt_mode=kernel.interrupt_mode or own.interrupt_mode,
+        display_name=kernel.display_name,
+    )
+
+
+def template_kernel(name: str, facts: Facts) -> Kernel:
+    """Return the kernel of an installed kernelspec with all its files (``--kernel-template``).
+
+    Of a kernelspec that envkernel wrote the kernel command is taken, not envkernel's own.
+    Raises UserError where no kernel of that name is installed.
+    """
+    folders = installed_kernels()
+    if name not in folders:
+        raise UserError(
+            f"There is no kernel named {name} to take as a template.", suggestion(name, sorted(folders))
+        )
+    kernel = read_kernelspec(folders[name], facts)
+    tokens = run_tokens(kernel.command)
+    return kernel.but(command=launch_from_argv(tokens).command) if tokens else kernel
+
+
+def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
+    """Return the kernel that a request asks for.
+
+    plan: the environment it will run in.  The command after ``--`` comes first, then --kernel-cmd,
+    --kernel-template, --kernel.  Raises UserError for a kernel that is not there.
+    """
+    common = request.common
+    if "kernel-template" in common:
+        kernel = template_kernel(common["kernel-template"], facts)
+    else:
+        kernel = kernel_in_environment(common.get("kernel", "ipykernel"), plan, facts)
+    command = kernel.command
+    if request.command is not None or "kernel-cmd" in common:
+        command = request.command if request.command is not None else split_command(common["kernel-cmd"])
+        if "kernel" not in common and "kernel-template" not in common:
+            kernel = Kernel(command)
+    if not any(CONNECTION_FILE in token for token in command):
+        raise usage_error(
+            "The kernel command has no {connection_file}, so Jupyter could not talk to the kernel.",
+            "Put {connection_file} where the kernel expects the path of its connection file.",
+        )
+    if common.get("kernel-make-path-relative"):
+        command = [os.path.basename(command[0]), *command[1:]]
+    if "python" in common and is_python(command[0]) and request.command is None:
+        python = sys.executable if common["python"] == "SELF" else common["python"]
+        command = [facts.absolute(python) if "/" in python else python, *command[1:]]
+    if "/" in command[0]:
+        command = [facts.absolute(command[0]), *command[1:]]
+    return kernel.but(command=command, language=common.get("language", kernel.language))
+
+
+def split_command(text: str) -> list[str]:
+    """Split a kernel command that was given in one string, quoted as in a shell.
+
+    Raises UserError (status 2) for quotes that do not close, or an empty command.
+    """
+    import shlex
+
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise usage_error(f"The kernel command has an open quote: {text}", "Close it.") from None
+    if not words:
+        raise usage_error("The kernel command is empty.", "Give the kernel's program and arguments.")
+    return words
+
+
+def setup_command(request: Request, steps: Sequence[Step]) -> list[str]:
+    """Return the command line that stands for a request, with absolute paths: what `update` runs again."""
+    words: list[str] = []
+    for index, step in enumerate(steps):
+        mode = MODES[step.mode]
+        words += ["--"] if index else []
+        words.append(step.mode)
+        given = [(COMMON_OPTIONS, request.common)] if index == 0 else []
+        for options, values in [*given, (mode.options, step.options)]:
+            words += _typed_options(options, values)
+        words += [*step.engine, *step.targets]
+    return words + (["--", *request.command] if request.command is not None else [])
+
+
+def _typed_options(options: Sequence[Option], values: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for option in options:
+        value = values.get(option.name)
+        if not option.setup or value is None or option.name in ("replace", "dry-run"):
+            continue
+        if value is True:
+            words.append("--" + option.name)
+        else:
+            words += [f"--{option.name}={one}" for one in (value if option.many else [value])]
+    return words
+
+
+def kernelspec_argv(launch: Launch, script: str, python: str) -> list[str]:
+    """Return a kernelspec's argv: the Python that runs this file, then the launch.
+
+    ``-I`` ignores the user's PYTHON* variables and the current folder, ``-S`` saves the time of
+    ``site``: the run phase needs the standard library only.
+    """
+    return [python, "-I", "-S", "-c", BOOT, script, *launch_to_argv(launch)]
+
+
+def run_tokens(argv: Sequence[str]) -> list[str]:
+    """Return the part of a kernelspec's argv that the run phase reads; empty: it is not envkernel's."""
+    if list(argv[1:5]) == ["-I", "-S", "-c", BOOT]:
+        return list(argv[6:])
+    for index in (1, 2):
+        ours = "envkernel" in os.path.basename(argv[index - 1]) if len(argv) > index + 1 else False
+        if ours and argv[index] in MODES and argv[index + 1] == "run":
+            return list(argv[index:])
+    return []
+
+
+def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequence[str]) -> dict[str, Any]:
+    """Return what stands in kernel.json."""
+    modes = "+".join(step.mode for step in launch.steps)
+    metadata = dict(kernel.metadata)
+    metadata["envkernel"] = {
+        "version": __version__,
+        "mode": modes,
+        "command": setup_command(request, launch.steps),
+    }
+    spec: dict[str, Any] = {
+        "argv": list(argv),
+        "display_name": request.common.get("display-name")
+        or ("kernel-template" in request.common and kernel.display_name)
+        or f"{request.common['name']} ({modes})",
+        "language": kernel.language,
+        "metadata": metadata,
+    }
+    variables = dict(entry.partition("=")[::2] for entry in request.common.get("env", []))
+    if variables:
+        spec["env"] = {name: encode_token(value, unsafe="$") for name, value in variables.items()}
+    if kernel.interrupt_mode:
+        spec["interrupt_mode"] = kernel.interrupt_mode
+    if kernel.protocol:
+        spec["kernel_protocol_version"] = kernel.protocol
+    return spec
+
+
+def launch_of(request: Request, steps: Sequence[Step], command: Sequence[str]) -> Launch:
+    """Return the launch that a request stands for."""
+    options = {option.name: request.common.get(option.name) for option in COMMON_OPTIONS if option.run}
+    options["env"] = [entry.partition("=")[0] for entry in request.common.get("env", [])] or None
+    return Launch(steps, command, {name: value for name, value in options.items() if value is not None})
+
+
+def check_request(request: Request) -> None:
+    """Raise UserError (status 2) for common options that are missing, wrong or at odds."""
+    common = request.common
+    if not common.get("name"):
+        raise usage_error("The kernel has no name.", "Add --name=NAME.")
+    name = common["name"]
+    if not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name in (".", ".."):
+        raise usage_error(
+            f"{name!r} can't be the name of a kernel.", "Use ASCII letters, digits, '.', '_' and '-' only."
+        )
+    places = [option for option in ("user", "sys-prefix", "prefix") if option in common]
+    if len(places) > 1:
+        raise usage_error(f"--{places[0]} and --{places[1]} exclude each other.", "Give one of them.")
+    for entry in common.get("env", []):
+        if not entry.partition("=")[0]:
+            raise usage_error(f"--env {entry} names no variable.", "Write it as --env NAME=VALUE.")
+
+
+def setup(tokens: Sequence[str], facts: Facts, folder: str = "") -> int:
+    """The setup phase: check what was asked for, then write the kernelspec.
+
+    folder: where an existing kernelspec is to be written again (`update`).
+    Raises UserError; then nothing has been installed.
+    """
+    request = parse_setup(tokens, facts)
+    check_request(request)
+    common = request.common
+    if "prefix" in common:
+        common["prefix"] = facts.absolute(common["prefix"])
+    environ = launch_environ(facts)
+    destination = folder or kernelspec_folder(common)
+    if os.path.exists(destination) and not common.get("replace") and not folder:
+        raise UserError(
+            f"There is a kernel named {common['name']} already, in {destination}.",
+            "Add --replace to replace it, or choose another name.",
+        )
+    steps = [MODES[step.mode].setup(step, facts, environ, common) for step in request.steps]
+    kernel, launch = prepare_kernel(request, steps, facts, environ)
+    script = os.path.abspath(__file__)
+    files = dict(kernel.files)
+    if common.get("self-contained"):
+        files["envkernel.py"] = facts.read(script) or b""
+        script = os.path.join(destination, "envkernel.py")
+    spec = kernelspec_json(request, launch, kernel, kernelspec_argv(launch, script, sys.executable))
+    if common.get("dry-run"):
+        import json
+
+        print(json.dumps(spec, indent=1))
+        return 0
+    install_kernelspec(destination, spec, files, readable="user" not in common)
+    compile_script(script)
+    say_installed(common["name"], destination)
+    return 0
+
+
+def prepare_kernel(
+    request: Request, steps: Sequence[Step], facts: Facts, environ: Mapping[str, str]
+) -> tuple[Kernel, Launch]:
+    """Choose the kernel and test that it could start.
+
+    Raises UserError for whatever is missing: environment, program, module of the kernel.
+    """
+    probe = plan_launch(launch_of(request, steps, []), facts, environ)
+    kernel = choose_kernel(request, probe, facts)
+    launch = launch_of(request, steps, kernel.command)
+    plan = plan_launch(launch, facts, environ)
+    if plan.search is not None:
+        plan = resolve_program(plan, facts)
+        check_kernel_module(plan, facts)
+        if kernel.test:
+            said = facts.output([plan.argv[0], *kernel.test[1:]], plan.environ)
+            if said.status:
+                package = PACKAGES.get(kernel.test[0], kernel.test[0])
+                raise UserError(
+                    f"The kernel is not installed in {plan.where}.",
+                    f"Try: {plan.install % package}.",
+                    detail=os.fsdecode(said.err).strip(),
+                )
+        if plan.argv[1:3] == ["-m", "ipykernel_launcher"]:
+            kernel = describe_ipykernel(kernel, plan, facts)
+    return kernel, launch
+
+
+def compile_script(script: str) -> None:
+    """Write the cached bytecode of envkernel.py where it can be written, so that no start compiles it."""
+    import contextlib
+    import importlib.util
+    import py_compile
+
+    with contextlib.suppress(OSError):
+        py_compile.compile(script, importlib.util.cache_from_source(script), doraise=True)
+
+
+def kernelspec_folder(common: Mapping[str, Any]) -> str:
+    """Return the folder in which jupyter_client installs a kernel of that name (``--user``, ``--prefix``)."""
+    from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
+
+    prefix = common.get("prefix") or ("sys-prefix" in common and sys.prefix)
+    base = os.path.join(prefix, "share", "jupyter") if prefix else SYSTEM_JUPYTER_PATH[0]
+    if "user" in common:
+        base = jupyter_data_dir()
+    return os.path.join(base, "kernels", common["name"].lower())
+
+
+def installed_kernels() -> dict[str, str]:
+    """Return the folders of all kernelspecs that Jupyter finds here, by name."""
+    return dict(need_jupyter_client().find_kernel_specs())
+
+
+def need_jupyter_client() -> Any:
+    """Return a KernelSpecManager.  Raises UserError where jupyter_client is missing."""
+    try:
+        from jupyter_client.kernelspec import KernelSpecManager
+    except ImportError:
+        raise UserError(
+            f"This Python ({sys.executable}) has no jupyter_client, which setup needs.",
+            f"Install it ({sys.executable} -m pip install jupyter_client), or call envkernel with the Python "
+            "that Jupyter runs on.",
+        ) from None
+    return KernelSpecManager(ensure_native_kernel=False)
+
+
+def install_kernelspec(
+    destination: str, spec: Mapping[str, Any], files: Mapping[str, bytes], readable: bool
+) -> None:
+    """Write a kernelspec through jupyter_client, whole or not at all.
+
+    It is written beside its place first; an old one is put back where the last step fails.
+    readable: others may read it, whatever the umask.
+    Raises UserError where it can't be written.
+    """
+    import json
+    import shutil
+    import tempfile
+
+    manager = need_jupyter_client()
+    base = os.path.dirname(os.path.dirname(destination))
+    made = first_missing(base if os.path.isdir(base) else os.path.dirname(destination))
+    stage = ""
+    try:
+        os.makedirs(os.path.dirname(destination), exist_ok=True)
+        stage = tempfile.mkdtemp(prefix=".envkernel-", dir=base)
+        source = os.path.join(stage, "source")
+        os.mkdir(source)
+        for name, content in {**files, "kernel.json": json.dumps(spec, indent=1).encode() + b"\n"}.items():
+            with open(os.path.join(source, name), "wb") as file:
+                file.write(content)
+        name = os.path.basename(destination)
+        new = manager.install_kernel_spec(source, name, prefix=os.path.join(stage, "prefix"))
+        old = os.path.join(stage, "old")
+        if os.path.lexists(destination):
+            os.rename(destination, old)
+        try:
+            os.rename(new, destination)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, destination)
+            raise
+        if readable:
+            make_readable(destination, made)
+    except OSError as error:
+        if made and not os.path.exists(destination):
+            shutil.rmtree(made, ignore_errors=True)
+        raise UserError(
+            f"The kernelspec can't be written to {destination}: {os.strerror(error.errno or 0)}.",
+            "Choose a place where you may write: --user (for you), --sys-prefix or --prefix=DIR.",
+        ) from None
+    finally:
+        if stage:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def first_missing(folder: str) -> str:
+    """Return the topmost folder of a path that does not exist yet, empty where all do."""
+    missing = ""
+    while folder and not os.path.isdir(folder):
+        missing, folder = folder, os.path.dirname(folder)
+    return missing
+
+
+def make_readable(folder: str, made: str) -> None:
+    """Let everybody read a kernelspec's folder, and the folders that were made for it."""
+    for place, _, names in os.walk(folder):
+        os.chmod(place, 0o755)
+        for name in names:
+            os.chmod(os.path.join(place, name), 0o644)
+    parent = os.path.dirname(folder)
+    while made and parent.startswith(made):
+        os.chmod(parent, 0o755)
+        parent = os.path.dirname(parent)
+
+
+def say_installed(name: str, folder: str) -> None:
+    """Tell where the kernelspec is, and what to do where Jupyter does not look there."""
+    from jupyter_core.paths import jupyter_path
+
+    print(f"Installed the kernel {name.lower()} in {folder}")
+    if os.path.dirname(folder) not in jupyter_path("kernels"):
+        base = os.path.dirname(os.path.dirname(folder))
+        print(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or install with --user.")
+    print(f"Test it: envkernel check {name.lower()}")
+
 
 # ---- managing -----------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[..., int]] = {}
+
+class Installed(Record):
+    """An installed kernelspec of ours.  tokens: what its run phase reads."""
+
+    def __init__(self, name: str, folder: str, spec: Mapping[str, Any], tokens: Sequence[str]) -> None:
+        self.name = name
+        self.folder = folder
+        self.spec = dict(spec)
+        self.tokens = list(tokens)
+
+
+def our_kernels(facts: Facts) -> list[Installed]:
+    """Return the kernels that envkernel (of any version) has installed, by name."""
+    import json
+
+    found: list[Installed] = []
+    for name, folder in sorted(installed_kernels().items()):
+        try:
+            spec = json.loads(facts.read(folder + "/kernel.json") or b"")
+            tokens = run_tokens(spec["argv"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if tokens or "envkernel" in spec.get("metadata", {}):
+            found.append(Installed(name, folder, spec, tokens))
+    return found
+
+
+def our_kernel(name: str, facts: Facts) -> Installed:
+    """Return an installed kernel of ours.  Raises UserError where there is none of that name."""
+    kernels = our_kernels(facts)
+    for kernel in kernels:
+        if kernel.name == name.lower():
+            return kernel
+    if name.lower() in installed_kernels():
+        raise UserError(
+            f"The kernel {name} was not made by envkernel.", f"Use jupyter kernelspec for it: {name}."
+        )
+    hint = (
+        suggestion(name, [kernel.name for kernel in kernels]) if kernels else "envkernel has made none yet."
+    )
+    raise UserError(f"There is no kernel named {name}.", hint)
+
+
+def plan_of(kernel: Installed, facts: Facts) -> Plan:
+    """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken."""
+    argv = kernel.spec["argv"]
+    for path in argv[:1] + (argv[5:6] if len(argv) > 5 and argv[4] == BOOT else []):
+        if not facts.exists(path) and os.path.isabs(path):
+            raise UserError(f"{path} is gone.", f"Make the kernel again: envkernel update {kernel.name}.")
+    launch = launch_from_argv(kernel.tokens)
+    environ = launch_environ(facts)
+    environ.update(kernel.spec.get("env", {}))
+    return finish_plan(plan_launch(launch, facts, environ), launch, facts)
+
+
+def state_of(kernel: Installed, facts: Facts) -> str:
+    """Return ``ok``, or what is broken about a kernel."""
+    try:
+        plan_of(kernel, facts)
+    except UserError as error:
+        return error.message
+    return "ok"
+
+
+def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
+    """Return what `list` says of a kernel."""
+    mode, target = "?", ""
+    if kernel.tokens:
+        steps = launch_from_argv(kernel.tokens).steps
+        mode = "+".join(step.mode for step in steps)
+        target = " -- ".join(" ".join(step.targets) for step in steps)
+    return {
+        "name": kernel.name,
+        "mode": mode,
+        "target": target,
+        "folder": kernel.folder,
+        "state": state_of(kernel, facts),
+    }
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    import json
+
+    print(json.dumps(value, indent=1))
+
+
+def list_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel list``: all kernels of ours and whether they could start."""
+    rows = [kernel_row(kernel, facts) for kernel in our_kernels(facts)]
+    if options.get("json"):
+        print_json(rows)
+        return 0
+    if not rows:
+        print("envkernel has made no kernel that Jupyter finds here.")
+        return 0
+    table = [["NAME", "MODE", "TARGET", "WHERE", "STATE"]]
+    table += [[row[key] for key in ("name", "mode", "target", "folder", "state")] for row in rows]
+    widths = [max(len(line[column]) for line in table) for column in range(5)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    return 0
+
+
+def show_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel show NAME``: the command that made a kernel and what it would do now."""
+    import shlex
+
+    kernel = our_kernel(options["NAME"], facts)
+    command = kernel.spec.get("metadata", {}).get("envkernel", {}).get("command", [])
+    try:
+        plan: Plan | None = plan_of(kernel, facts)
+        state = "ok"
+    except UserError as error:
+        plan, state = None, f"{error.message} {error.hint}"
+    before = launch_environ(facts)
+    changes: dict[str, str | None] = {}
+    if plan:
+        changes = {name: value for name, value in plan.environ.items() if before.get(name) != value}
+        changes.update({name: None for name in before if name not in plan.environ})
+    shown = {
+        "name": kernel.name,
+        "display_name": kernel.spec.get("display_name", ""),
+        "folder": kernel.folder,
+        "command": ["envkernel", *command] if command else [],
+        "state": state,
+        "argv": plan.argv if plan else [],
+        "environment": dict(sorted(changes.items())),
+    }
+    if options.get("json"):
+        print_json(shown)
+        return 0
+    print(f"kernel       {shown['name']} ({shown['display_name']})")
+    print(f"folder       {shown['folder']}")
+    print(f"made by      {shlex.join(shown['command']) or 'envkernel 1.x'}")
+    print(f"state        {state}")
+    if plan:
+        print(f"executes     {shlex.join(plan.argv)}")
+        for name, value in sorted(changes.items()):
+            print(f"environment  {'- ' + name if value is None else '+ ' + name + '=' + value}")
+    return 0
+
+
+def update_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel update NAME``: write a kernel again from the command that made it."""
+    kernel = our_kernel(options["NAME"], facts)
+    command = kernel.spec.get("metadata", {}).get("envkernel", {}).get("command")
+    if not command:
+        launch = launch_from_argv(kernel.tokens)
+        names = {"name": kernel.name, "display-name": kernel.spec.get("display_name", kernel.name)}
+        request = Request({**launch.options, **names}, launch.steps, launch.command)
+        request.common.pop("connection-file", None)
+        request.common["language"] = kernel.spec.get("language", "python")
+        command = setup_command(request, launch.steps)
+    return setup(command, facts, kernel.folder)
+
+
+def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel remove NAME``: remove a kernelspec that envkernel made."""
+    import shutil
+
+    kernel = our_kernel(options["NAME"], facts)
+    try:
+        shutil.rmtree(kernel.folder)
+    except OSError as error:
+        raise UserError(
+            f"The kernelspec {kernel.folder} can't be removed: {os.strerror(error.errno or 0)}.",
+            "Ask whoever installed it.",
+        ) from None
+    print(f"Removed the kernel {kernel.name} from {kernel.folder}")
+    return 0
+
+
+PROBES = {
+    "python": ("print(6 * 7)", "import time; time.sleep(60)"),
+    "R": ("cat(6 * 7)", "Sys.sleep(60)"),
+    "bash": ("echo $((6 * 7))", "sleep 60"),
+    "julia": ("print(6 * 7)", "sleep(60)"),
+}
+"""By language: code that prints 42, and code that only an interrupt ends."""
+
+CHECK_MARK = "ENVKERNEL_CHECK"
+"""Variable by which `check` finds again what it has started."""
+
+
+class Check:
+    """One run of a kernel through everything a client does, each step timed.
+
+    steps: rows of name, seconds and error (empty where it worked).
+    """
+
+    def __init__(self, kernel: Installed) -> None:
+        self.kernel = kernel
+        self.steps: list[dict[str, Any]] = []
+        self.mark = os.urandom(8).hex()
+        self.probe, self.sleep = PROBES.get(kernel.spec.get("language", "python"), ("", ""))
+
+    def step(self, name: str, action: Callable[[], str]) -> bool:
+        """Do one step, write down how long it took and what went wrong; tell whether it worked."""
+        import time
+
+        start = time.perf_counter()
+        try:
+            error = action()
+        except Exception as failure:  # whatever a client library raises is the step's result
+            error = str(failure) or type(failure).__name__
+        seconds = round(time.perf_counter() - start, 3)
+        self.steps.append({"step": name, "seconds": seconds, "error": error})
+        return not error
+
+    def run(self, log: Any) -> None:
+        """Start the kernel, use it, shut it down and look for what is left."""
+        from jupyter_client.manager import KernelManager
+
+        self.manager = KernelManager(kernel_name=self.kernel.name)
+        environ = {**os.environ, CHECK_MARK: self.mark}
+        starts = self.step(
+            "start", lambda: self.manager.start_kernel(env=environ, stdout=log, stderr=log) or ""
+        )
+        try:
+            if starts:
+                self.client = self.manager.blocking_client()
+                self.client.start_channels()
+                if self.step("ready", self.wait) and self.step("execute", self.execute):
+                    if self.sleep:
+                        self.step("interrupt", self.interrupt)
+                    self.step("restart", self.restart)
+                self.client.stop_channels()
+        finally:
+            self.step("shutdown", self.shutdown)
+        self.step("leftovers", self.leftovers)
+
+    def wait(self) -> str:
+        """Wait for the first answer."""
+        self.client.wait_for_ready(timeout=60)
+        return ""
+
+    def execute(self) -> str:
+        """Let the kernel compute something."""
+        said: list[str] = []
+
+        def hear(message: Any) -> None:
+            said.append(str(message["content"].get("text", "")))
+
+        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=hear)
+        if reply["content"]["status"] != "ok":
+            return str(reply["content"].get("evalue", "the kernel answered with an error"))
+        if self.probe and "42" not in "".join(said):
+            return "the kernel did not print 42"
+        return ""
+
+    def interrupt(self) -> str:
+        """Interrupt something that would run for a minute."""
+        import time
+
+        request = self.client.execute(self.sleep)
+        time.sleep(0.5)
+        self.manager.interrupt_kernel()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            reply = self.client.get_shell_msg(timeout=10)
+            if reply["parent_header"].get("msg_id") == request:
+                return "" if reply["content"]["status"] != "ok" else "the code ran on"
+        return "the kernel did not react within 10 s"
+
+    def restart(self) -> str:
+        """Restart as Jupyter does with a kernel that hangs, then compute again."""
+        self.manager.restart_kernel(now=True)
+        return self.wait() or self.execute()
+
+    def shutdown(self) -> str:
+        """Shut the kernel down."""
+        self.manager.shutdown_kernel()
+        self.manager.cleanup_resources()
+        return ""
+
+    def leftovers(self) -> str:
+        """Look for processes that outlive the kernel, for ten seconds at most."""
+        import time
+
+        deadline = time.monotonic() + 10
+        while True:
+            left = marked_processes(f"{CHECK_MARK}={self.mark}")
+            if not left or time.monotonic() > deadline:
+                return "still there: " + ", ".join(left) if left else ""
+            time.sleep(0.2)
+
+
+def marked_processes(mark: str) -> list[str]:
+    """Return the processes other than this one that have a NAME=VALUE in their environment."""
+    found: list[str] = []
+    for pid in os.listdir("/proc"):
+        if not pid.isdigit() or int(pid) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                entries = file.read().split(b"\0")
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+        except OSError:
+            continue
+        if mark.encode() in entries and words != [b""]:
+            found.append(f"{pid} ({os.fsdecode(b' '.join(words[:4]).strip())})")
+    return found
+
+
+def check_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel check NAME``: start the real kernel and use it as a client does."""
+    import tempfile
+
+    kernel = our_kernel(options["NAME"], facts)
+    check = Check(kernel)
+    error: UserError | None = None
+    with tempfile.TemporaryFile() as log:
+        try:
+            plan_of(kernel, facts)
+            check.run(log)
+        except UserError as broken:
+            error = broken
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip()
+    failed = error is not None or any(row["error"] for row in check.steps)
+    if options.get("json"):
+        problem = {"message": error.message, "hint": error.hint} if error else None
+        print_json(
+            {"name": kernel.name, "ok": not failed, "steps": check.steps, "error": problem, "stderr": said}
+        )
+        return int(failed)
+    for row in check.steps:
+        print(f"{row['step']:10} {row['seconds']:7.3f} s  {row['error'] or 'ok'}")
+    if error:
+        raise error
+    if failed:
+        print("The kernel said:\n" + said if said else "The kernel said nothing.", file=sys.stderr)
+        print(f"  Look at what it would do: envkernel show {kernel.name}", file=sys.stderr)
+    return int(failed)
+
+
+class Command(Record):
+    """A management command.  argument: metavar of what it takes, empty for nothing."""
+
+    def __init__(
+        self, run: Callable[..., int], argument: str, summary: str, options: Sequence[Option] = ()
+    ) -> None:
+        self.run = run
+        self.argument = argument
+        self.summary = summary
+        self.options = list(options)
+
+
+_JSON = Option("--json", "Print JSON.")
+
+COMMANDS: dict[str, Command] = {
+    "list": Command(list_command, "", "List the kernels that envkernel made, and what is broken.", [_JSON]),
+    "show": Command(show_command, "NAME", "Show how a kernel was made and what it would do now.", [_JSON]),
+    "check": Command(
+        check_command, "NAME", "Start a kernel, use it in every way, and say what fails.", [_JSON]
+    ),
+    "update": Command(update_command, "NAME", "Write a kernel again from the command that made it."),
+    "remove": Command(remove_command, "NAME", "Remove a kernel."),
+}
 """The management commands by name."""
+
+
+def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
+    """Read the arguments of a management command.  Raises UserError (status 2) for wrong ones."""
+    command = COMMANDS[name]
+    usage = f"Usage: envkernel {name} {command.argument} [options]".replace("  ", " ")
+    flags = {flag: option for option in command.options for flag in option.flags}
+    values: dict[str, Any] = {}
+    queue = list(tokens)
+    while queue:
+        token = queue.pop(0)
+        option = flags.get(token.partition("=")[0])
+        if option:
+            store_value(values, option, read_value(option, token, queue))
+        elif token.startswith("-"):
+            hint = suggestion(token, list(flags)) if flags else usage
+            raise usage_error(f"envkernel {name} has no option {token}.", hint)
+        elif not command.argument or command.argument in values:
+            raise usage_error(f"envkernel {name} can't do anything with {token!r}.", usage)
+        else:
+            values[command.argument] = token
+    if command.argument and command.argument not in values:
+        raise usage_error(f"envkernel {name} needs {command.argument}.", usage)
+    return values
+
+
+def overview() -> str:
+    """Return what ``envkernel -h`` prints."""
+    modes = {mode.name: mode for mode in MODES.values()}
+    lines = ["usage: envkernel MODE --name=NAME [options] TARGET [-- KERNEL COMMAND | -- MODE ...]"]
+    lines += [
+        "       envkernel " + " | ".join(f"{name} {row.argument}".strip() for name, row in COMMANDS.items())
+    ]
+    lines += ["", "Make a Jupyter kernel run somewhere else.", "", "Modes (envkernel MODE -h tells more):"]
+    lines += [f"  {name:12} {mode.summary}" for name, mode in modes.items()]
+    lines += ["", "Managing kernels:"]
+    lines += [f"  {name:12} {row.summary}" for name, row in COMMANDS.items()]
+    lines += ["", "Options of every mode:", option_help(COMMON_OPTIONS), "", "Examples:"]
+    lines += [f"  {mode.example}" for mode in modes.values() if mode.example]
+    return "\n".join(lines)
+
 
 # ---- effects ------------------------------------------------------------------------------------
 
@@ -1037,7 +2290,90 @@ class Facts:
         Only the difference is applied to `environ`, for bash rewrites some variables of its own.
         Raises UserError where a script ended the shell.
         """
-        raise NotImplementedError
+        names = {"BASH_ENV", "SHELLOPTS", "BASHOPTS", "POSIXLY_CORRECT"}
+        clean = {name: value for name, value in environ.items() if name not in names}
+        words = [word for action in actions for word in action]
+        after = self._bash_environ(["--noprofile", "--norc", "-c", SOURCING, "bash", *words], clean)
+        if after is None:
+            scripts = ", ".join(name for kind, name, _ in actions if kind == "source")
+            raise UserError(
+                f"An activation script ended the shell ({scripts}).",
+                "Take the `exit` out of it, or the `set -e` and the command that failed.",
+            )
+        result = dict(environ)
+        for name in {*clean, *after} - SHELL_OWN:
+            if name not in after:
+                del result[name]
+            elif clean.get(name) != after[name]:
+                result[name] = after[name]
+        return result
+
+    def login_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment of a login shell, empty where there is no bash."""
+        return self._bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&9"], environ) or {}
+
+    def _bash_environ(self, words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str] | None:
+        """Return the environment that bash writes to descriptor 9; None where it wrote none."""
+        file = os.memfd_create("envkernel")
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, file, 9),
+            (os.POSIX_SPAWN_DUP2, 2, 1),
+        ]
+        try:
+            pid = os.posix_spawn("/bin/bash", ["/bin/bash", *words], environ, file_actions=actions)
+            os.waitpid(pid, 0)
+            entries = os.fsdecode(_read_all(file)).split("\0")
+        except OSError as error:
+            raise cannot_start("/bin/bash", error) from None
+        finally:
+            os.close(file)
+        return dict(entry.partition("=")[::2] for entry in entries if entry) or None
+
+    def create_virtualenv(self, path: str, python: str, packages: Sequence[str]) -> None:
+        """Make a virtualenv and install packages into it, with the tools' own output on the terminal.
+
+        Raises UserError where that fails, and removes what was made.
+        """
+        import shutil
+        import subprocess
+
+        made = first_missing(path)
+        if not made and os.listdir(path):
+            raise UserError(
+                f"{path} is not empty.", "Give a folder that does not exist yet, or leave --create out."
+            )
+        commands = [[python, "-m", "venv", path], [path + "/bin/python", "-m", "pip", "install", *packages]]
+        for command in commands:
+            try:
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+            except OSError as error:
+                raise cannot_start(command[0], error) from None
+            if done.returncode:
+                shutil.rmtree(made or path, ignore_errors=True)
+                raise UserError(
+                    f"The virtualenv {path} could not be made: {' '.join(command)} failed.",
+                    "See above. On Debian, venv needs: apt install python3-venv.",
+                )
+
+    def tell(self, text: bytes) -> None:
+        """Pass on to stderr what a program said there."""
+        if text:
+            os.write(2, text)
+
+
+SOURCING = """
+__envkernel=("$@"); set --
+for ((__envkernel_at = 0; __envkernel_at < ${#__envkernel[@]}; __envkernel_at += 3)); do
+    case ${__envkernel[__envkernel_at]} in
+        source) . "${__envkernel[__envkernel_at + 1]}" ;;
+        export) export "${__envkernel[__envkernel_at + 1]}=${__envkernel[__envkernel_at + 2]}" ;;
+    esac
+    set +eu
+done
+exec /usr/bin/env -0 >&9
+"""
+"""The one shell program here: it is given scripts, names and values as words, never as code."""
 
 
 def _read_all(file: int) -> bytes:
@@ -1447,30 +2783,97 @@ def become_error_kernel(error: UserError, launch: Launch, log: str = "") -> int:
 # ---- main ---------------------------------------------------------------------------------------
 
 
-def plan_launch(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Plan:
-    """Return the plan of a launch: each mode in its turn, then the kernel program.
+def launch_environ(facts: Facts) -> dict[str, str]:
+    """Return the environment that this process was started with.
 
-    environ: the environment the launch starts from.  Raises UserError for what is missing.
+    Python adds LC_CTYPE to its own where no locale is set (PEP 538); the kernel must not inherit that.
     """
-    plan = Plan(launch.command, environ)
+    environ = dict(os.environ)
+    if environ.get("LC_CTYPE", "") in ("C.UTF-8", "C.utf8", "UTF-8"):
+        entries = (facts.read("/proc/self/environ") or b"LC_CTYPE=").split(b"\0")
+        if not any(entry.startswith(b"LC_CTYPE=") for entry in entries):
+            del environ["LC_CTYPE"]
+    return environ
+
+
+def plan_launch(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Plan:
+    """Return the plan of a launch: each mode in its turn.
+
+    environ: the environment the launch starts from; the variables that ``--env`` names are set in it,
+    and set again after the last mode.  Raises UserError for what is missing.
+    """
+    given = {name: decode_token(environ[name]) for name in launch.options.get("env", ()) if name in environ}
+    plan = Plan(launch.command, {**environ, **given})
     for index, step in enumerate(launch.steps):
         mode = MODES[step.mode]
         plan = mode.plan(step, plan, facts, launch.but(steps=launch.steps[index + 1 :]))
         if mode.remote:
             break
-    return plan
+    return plan.but(environ={**plan.environ, **given})
+
+
+def finish_plan(plan: Plan, launch: Launch, facts: Facts) -> Plan:
+    """Return the plan with its program found and Jupyter's paths in their places.
+
+    Raises UserError where the kernel's program or module is missing.
+    """
+    if plan.search is not None:
+        plan = resolve_program(plan, facts)
+        check_kernel_module(plan, facts)
+    argv = plan.argv
+    for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir")):
+        if name in launch.options:
+            argv = [token.replace(placeholder, launch.options[name]) for token in argv]
+    return plan.but(argv=argv)
 
 
 def run(tokens: Sequence[str]) -> int:
-    """The run phase: plan the launch and become the kernel."""
+    """The run phase: plan the launch and become the kernel, or one that says why it can't start."""
     facts = Facts()
     launch = None
     try:
         launch = launch_from_argv(tokens)
-        plan = plan_launch(launch, facts, os.environ)
-        os.execve(plan.argv[0], plan.argv, plan.environ)
+        plan = finish_plan(plan_launch(launch, facts, launch_environ(facts)), launch, facts)
+        if launch.options.get("verbose"):
+            facts.tell(f"envkernel: {plan.where}: {plan.argv}\n".encode(errors="surrogateescape"))
+        become(plan)
     except UserError as error:
         return become_error_kernel(error, launch or salvage_launch(tokens))
+
+
+def become(plan: Plan) -> NoReturn:
+    """Execute the plan's program in place of this process.  Raises UserError where it can't start."""
+    try:
+        os.execve(plan.argv[0], plan.argv, plan.environ)
+    except OSError as error:
+        raise cannot_start(plan.argv[0], error) from None
+
+
+def setup_or_manage(argv: Sequence[str]) -> int:
+    """What a user types: help, a management command or a setup."""
+    facts = Facts()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    own = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
+    if argv[0] in MODES and ("-h" in own or "--help" in own):
+        print(mode_help(MODES[argv[0]]))
+        return 0
+    try:
+        if argv[0] in COMMANDS:
+            command = COMMANDS[argv[0]]
+            if "-h" in own or "--help" in own:
+                print(f"usage: envkernel {argv[0]} {command.argument}\n\n{command.summary}")
+                print("\n" + option_help(command.options) if command.options else "", end="\n")
+                return 0
+            return command.run(parse_command(argv[0], argv[1:]), facts)
+        return setup(argv, facts)
+    except UserError as error:
+        error.status = 1 if error.status == 127 else error.status
+        raise
 
 
 def main(argv: Sequence[str]) -> int:
@@ -1478,19 +2881,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) > 1 and argv[1] == "run" and argv[0] in MODES:
             return run(argv)
-        raise usage_error("Nothing to do.", "See: envkernel -h")
+        return setup_or_manage(argv)
     except UserError as error:
         tell_error(error)
         return error.status
+    except KeyboardInterrupt:
+        return 130
 
 
 def tell_error(error: UserError) -> None:
-    """Say on stderr what is wrong and what to do."""
-    sys.stderr.write(f"envkernel: {error.message}\n")
-    if error.detail:
-        sys.stderr.write(error.detail.rstrip("\n") + "\n")
-    if error.hint:
-        sys.stderr.write(f"  {error.hint}\n")
+    """Print an error that the user can mend to stderr: what is wrong, what was said, what to do."""
+    lines = [f"envkernel: {error.message}", error.detail, f"  {error.hint}" if error.hint else ""]
+    text = "".join(line.rstrip("\n") + "\n" for line in lines if line)
+    os.write(2, text.encode(errors="surrogateescape"))
 
 
 def command() -> int:
