@@ -175,7 +175,7 @@ def test_an_empty_key_hides_nothing():
         ),
         (
             1,
-            "/usr/bin/python: No module named ipykernel_launcher",
+            "python: No module named ipykernel_launcher",
             "exit status 1",
             "`pip install ipykernel`",
         ),
