@@ -1977,6 +1977,12 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     return setup(command, facts, kernel.folder)
 
 
+def log_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel log NAME``: print the newest launch log of a kernel."""
+    sys.stdout.write(newest_log(options["NAME"].lower(), os.environ, facts))
+    return 0
+
+
 def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel remove NAME``: remove a kernelspec that envkernel made."""
     import shutil
@@ -2178,6 +2184,7 @@ COMMANDS: dict[str, Command] = {
     "check": Command(
         check_command, "NAME", "Start a kernel, use it in every way, and say what fails.", [_JSON]
     ),
+    "log": Command(log_command, "NAME", "Print the log of a kernel's newest launch."),
     "update": Command(update_command, "NAME", "Write a kernel again from the command that made it."),
     "remove": Command(remove_command, "NAME", "Remove a kernel."),
 }
@@ -2395,6 +2402,132 @@ def cannot_start(program: str, error: OSError) -> UserError:
         "Check that it is there, that it is executable, and that the interpreter it names exists.",
         127 if error.errno == 2 else 126,
     )
+
+
+# ---- launch log ---------------------------------------------------------------------------------
+
+LOGS_KEPT = 10
+"""How many launches of one kernel are remembered."""
+
+_SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH")
+
+
+def quoted(word: str) -> str:
+    """Return a word as a shell reads it back (``shlex.quote`` without the cost of ``re``)."""
+    if word and all(c.isalnum() or c in "@%+=:,./-_" for c in word):
+        return word
+    return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def masked(assignment: str) -> str:
+    """Return NAME=VALUE with the value hidden where the name or a password in a URL calls for it."""
+    name, equals, value = assignment.partition("=")
+    if equals and (any(word in name.upper() for word in _SECRET_NAMES) or ("://" in value and "@" in value)):
+        return f"{name}=***"
+    return assignment
+
+
+def environment_difference(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Return what changes between two environments, a line each: ``+ NAME=VALUE`` or ``- NAME``."""
+    lines = [f"- {name}" for name in before if name not in after]
+    lines += ["+ " + masked(f"{name}={value}") for name, value in after.items() if before.get(name) != value]
+    return sorted(lines)
+
+
+def log_text(
+    tokens: Sequence[str], plan: Plan | None, before: Mapping[str, str], now: float, pid: int
+) -> str:
+    """Return what the log of a launch says at its start.
+
+    tokens: the run phase's command line.  plan: what will be done, None where planning failed.
+    before: the environment that Jupyter gave.  now: seconds since 1970.  pid: of this process.
+    """
+    import time
+
+    lines = [
+        time.strftime("started: %Y-%m-%d %H:%M:%S +0000", time.gmtime(now)),
+        f"process: {pid}",
+        "command: envkernel " + " ".join(quoted(masked(token)) for token in tokens),
+    ]
+    if plan:
+        lines.append("runs: " + " ".join(quoted(masked(word)) for word in plan.argv))
+        lines += ["environment:", *("  " + line for line in environment_difference(before, plan.environ))]
+    return "\n".join(lines) + "\n"
+
+
+def runtime_dir(environ: Mapping[str, str]) -> str:
+    """Return Jupyter's runtime directory, by the rules of jupyter_core."""
+    if environ.get("JUPYTER_RUNTIME_DIR"):
+        return environ["JUPYTER_RUNTIME_DIR"]
+    data = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return (environ.get("JUPYTER_DATA_DIR") or data + "/jupyter") + "/runtime"
+
+
+def log_place(name: str, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return the folder of the launch logs and how the file names of one kernel begin."""
+    return runtime_dir(environ) + "/envkernel", name.replace("/", "%2F")[:150] + "@"
+
+
+def start_log(name: str, text: str, environ: Mapping[str, str]) -> str:
+    """Write a launch log that only this user can read, forget the oldest, return the new one's path.
+
+    Returns an empty path where it can't be written: a full disk is no reason not to start a kernel.
+    """
+    import time
+
+    folder, prefix = log_place(name, environ)
+    path = f"{folder}/{prefix}{time.time_ns()}.log"
+    try:
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            os.makedirs(folder, 0o700)
+            names = []
+        for old in sorted(name for name in names if name.startswith(prefix))[: 1 - LOGS_KEPT]:
+            os.unlink(f"{folder}/{old}")
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(file, os.fsencode(text))
+        os.close(file)
+    except OSError:
+        return ""
+    return path
+
+
+def append_log(path: str, text: str) -> None:
+    """Add lines to a launch log; an empty path is none."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.write(file, os.fsencode(text if text.endswith("\n") else text + "\n"))
+        os.close(file)
+    except OSError:
+        return
+
+
+def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
+    """Return what the newest log of a kernel says, and where it is.
+
+    Raises UserError where there is none.
+    """
+    folder, prefix = log_place(name, environ)
+    names = sorted(file for file in facts.listdir(folder) if file.startswith(prefix))
+    text = facts.read(f"{folder}/{names[-1]}") if names else None
+    if text is None:
+        raise UserError(
+            f"The kernel {name} has no launch log in {folder}.",
+            "Start it once; where Jupyter runs with other directories, set JUPYTER_RUNTIME_DIR to its own.",
+        )
+    return f"{folder}/{names[-1]}\n{os.fsdecode(text)}{process_state(os.fsdecode(text), facts)}"
+
+
+def process_state(text: str, facts: Facts) -> str:
+    """Return a line on what became of a launch whose log has no end: the process may be the kernel now."""
+    lines = dict(line.partition(": ")[::2] for line in text.splitlines())
+    if "ended" in lines or "not started" in lines:
+        return ""
+    words = os.fsdecode(facts.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
+    if any(word.endswith(".json") and word in text for word in words):
+        return "running: yes\n"
+    return "running: no (what it said and its exit status are in the log of Jupyter)\n"
 
 
 # ---- error kernel -------------------------------------------------------------------------------
@@ -2745,14 +2878,15 @@ def kernel_language(name: str, command: Sequence[str]) -> str:
         return "python" if any("ipykernel" in token for token in command) else ""
 
 
-def become_error_kernel(error: UserError, launch: Launch, log: str = "") -> int:
+def become_error_kernel(error: UserError, launch: Launch) -> int:
     """Say on stderr and in the notebook why the kernel did not start; return the exit status.
 
     Serves Jupyter's connection file until Jupyter shuts this kernel down or is gone.  Where the
     launching Python has no jupyter_client, or with ``--no-error-kernel``, only stderr gets to know.
-    log: path of the launch log, empty for none.
     """
     tell_error(error)
+    log = launch.options.get("log", "")
+    append_log(log, "\n".join(["not started: " + error.message, error.hint, error.detail]))
     status = error.status or 1
     path = launch.options.get("connection-file")
     if launch.options.get("no-error-kernel") or not path:
@@ -2830,15 +2964,29 @@ def finish_plan(plan: Plan, launch: Launch, facts: Facts) -> Plan:
 def run(tokens: Sequence[str]) -> int:
     """The run phase: plan the launch and become the kernel, or one that says why it can't start."""
     facts = Facts()
-    launch = None
+    before: Mapping[str, str] = os.environ
+    launch = plan = None
     try:
         launch = launch_from_argv(tokens)
-        plan = finish_plan(plan_launch(launch, facts, launch_environ(facts)), launch, facts)
+        before = launch_environ(facts)
+        plan = finish_plan(plan_launch(launch, facts, before), launch, facts)
         if launch.options.get("verbose"):
             facts.tell(f"envkernel: {plan.where}: {plan.argv}\n".encode(errors="surrogateescape"))
+        log_launch(launch, tokens, plan, before)
         become(plan)
     except UserError as error:
-        return become_error_kernel(error, launch or salvage_launch(tokens))
+        launch = launch or salvage_launch(tokens)
+        if "log" not in launch.options:
+            log_launch(launch, tokens, plan, before)
+        return become_error_kernel(error, launch)
+
+
+def log_launch(launch: Launch, tokens: Sequence[str], plan: Plan | None, environ: Mapping[str, str]) -> None:
+    """Begin the log of a launch; its path becomes the launch's option ``log``."""
+    import time
+
+    text = log_text(tokens, plan, environ, time.time(), os.getpid())
+    launch.options["log"] = start_log(launch.options.get("name", ""), text, environ)
 
 
 def become(plan: Plan) -> NoReturn:

@@ -1,0 +1,121 @@
+"""The launch log: what it says, and that only the last ten stay."""
+
+import os
+import stat
+
+import pytest
+
+import envkernel
+
+TOKENS = ["conda", "run", "--name=x", "/opt/my env", "--", "python", "-f", "/run/k.json"]
+HEAD = (
+    "started: 2033-05-18 03:33:20 +0000\n"
+    "process: 77\n"
+    "command: envkernel conda run --name=x '/opt/my env' -- python -f /run/k.json\n"
+)
+
+
+class Files(envkernel.Facts):
+    def __init__(self, files):
+        self.files = files
+
+    def read(self, path):
+        return self.files.get(path)
+
+
+def test_the_log_tells_the_command_and_the_difference():
+    plan = envkernel.Plan(["/x/python", "-f", "{connection_file}"], {"PATH": "/x", "SAME": "1", "A_KEY": "s"})
+    before = {"PATH": "/bin", "SAME": "1", "GONE": "secret"}
+    assert envkernel.log_text(TOKENS, plan, before, 2e9, 77) == HEAD + (
+        "runs: /x/python -f '{connection_file}'\nenvironment:\n  + A_KEY=***\n  + PATH=/x\n  - GONE\n"
+    )
+
+
+def test_without_a_plan_there_is_only_the_command():
+    assert envkernel.log_text(TOKENS, None, {}, 2e9, 77) == HEAD
+
+
+@pytest.mark.parametrize(
+    ("assignment", "shown"),
+    [
+        ("OMP_NUM_THREADS=4", "OMP_NUM_THREADS=4"),
+        ("AWS_SECRET_ACCESS_ID=x", "AWS_SECRET_ACCESS_ID=***"),
+        ("jupyterhub_api_token=x", "jupyterhub_api_token=***"),
+        ("DB=postgres://me:pw@host/db", "DB=***"),
+        ("PAGE=https://host/", "PAGE=https://host/"),
+        ("--pass=PASSWORD=x", "--pass=***"),
+        ("KEY", "KEY"),
+    ],
+)
+def test_what_looks_like_a_secret_is_hidden(assignment, shown):
+    assert envkernel.masked(assignment) == shown
+
+
+@pytest.mark.parametrize("word", ["", "it's", "a b", "$(x)", "`x`", "plain/path-1.0", "new\nline", "*"])
+def test_words_are_quoted_for_a_shell(word):
+    import shlex
+
+    assert shlex.split(envkernel.quoted(word)) == [word]
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"JUPYTER_RUNTIME_DIR": "/r", "JUPYTER_DATA_DIR": "/d"}, "/r"),
+        ({"JUPYTER_DATA_DIR": "/d", "XDG_DATA_HOME": "/x"}, "/d/runtime"),
+        ({"XDG_DATA_HOME": "/x"}, "/x/jupyter/runtime"),
+        ({}, os.path.expanduser("~/.local/share/jupyter/runtime")),
+    ],
+)
+def test_the_runtime_directory_is_jupyters(environ, folder, monkeypatch):
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    assert envkernel.runtime_dir(environ) == folder
+    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "XDG_DATA_HOME", "JUPYTER_PLATFORM_DIRS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert jupyter_runtime_dir() == folder
+
+
+def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
+    environ = {"JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    other = envkernel.start_log("x-2", "other", environ)
+    paths = [envkernel.start_log("x", f"launch {number}\n", environ) for number in range(13)]
+    assert [os.path.exists(path) for path in paths] == [False] * 3 + [True] * 10
+    assert os.path.exists(other)
+    assert stat.S_IMODE(os.stat(paths[-1]).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(os.path.dirname(other)).st_mode) == 0o700
+    envkernel.append_log(paths[-1], "ended: exit status 0")
+    newest = envkernel.newest_log("x", environ, envkernel.Facts())
+    assert newest == f"{paths[-1]}\nlaunch 12\nended: exit status 0\n"
+
+
+def test_a_kernel_name_leads_to_no_other_folder(tmp_path):
+    environ = {"JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    for name in ("..", "../../x", "/etc/passwd", "x" * 300, ""):
+        path = envkernel.start_log(name, "text", environ)
+        assert os.path.dirname(path) == str(tmp_path / "runtime" / "envkernel")
+
+
+def test_a_log_that_cant_be_written_stops_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert envkernel.start_log("x", "text", {"JUPYTER_RUNTIME_DIR": str(tmp_path / "file")}) == ""
+    envkernel.append_log("", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_no_log_is_an_error_with_a_hint(tmp_path):
+    with pytest.raises(envkernel.UserError, match="no launch log") as error:
+        envkernel.newest_log("x", {"JUPYTER_RUNTIME_DIR": str(tmp_path)}, envkernel.Facts())
+    assert "JUPYTER_RUNTIME_DIR" in error.value.hint
+
+
+def test_the_state_of_the_process():
+    running = Files({"/proc/77/cmdline": b"/x/python\0-f\0/run/k.json\0"})
+    other = Files({"/proc/77/cmdline": b"/x/python\0-f\0/run/other.json\0"})
+    assert envkernel.process_state(HEAD, running) == "running: yes\n"
+    assert envkernel.process_state(HEAD, other).startswith("running: no")
+    assert envkernel.process_state(HEAD, Files({})).startswith("running: no")
+    assert envkernel.process_state(HEAD + "ended: exit status 1\n", running) == ""
+    assert envkernel.process_state(HEAD + "not started: no image\n", running) == ""
