@@ -1,0 +1,1 @@
+"""What the tests need of the outside world, one module per thing."""

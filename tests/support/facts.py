@@ -1,0 +1,63 @@
+"""Facts out of dictionaries, for the tests of planning."""
+
+from __future__ import annotations
+
+import os
+
+import envkernel
+
+
+class FakeFacts(envkernel.Facts):
+    """A world of given files, programs and answers; whatever is not given is not there.
+
+    files: content by path.  programs: paths that can be executed.  answers: `Output` by argv.
+    sourced: what the environment becomes when bash sources something.
+    """
+
+    def __init__(self, files=(), programs=(), answers=(), sourced=None, login=None, cwd="/cwd"):
+        self.files = dict(files)
+        self.programs = set(programs)
+        self.answers = {tuple(argv): output for argv, output in dict(answers).items()}
+        self.sourced = sourced
+        self.login = login or {}
+        self.cwd = cwd
+        self.asked = []
+        self.told = b""
+
+    def _paths(self):
+        return [*self.files, *self.programs]
+
+    def exists(self, path):
+        return path in self._paths() or self.isdir(path)
+
+    def isdir(self, path):
+        return any(known.startswith(path.rstrip("/") + "/") for known in self._paths())
+
+    def is_executable(self, path):
+        return path in self.programs
+
+    def absolute(self, path):
+        return os.path.normpath(os.path.join(self.cwd, path.replace("~", "/home/me", 1)))
+
+    def read(self, path):
+        return self.files.get(path)
+
+    def listdir(self, path):
+        start = path.rstrip("/") + "/"
+        return sorted(
+            {known[len(start) :].split("/")[0] for known in self._paths() if known.startswith(start)}
+        )
+
+    def output(self, argv, environ):
+        self.asked.append(list(argv))
+        return self.answers[tuple(argv)]
+
+    def source(self, actions, environ):
+        self.asked.append(list(actions))
+        return {**environ, **(self.sourced or {})}
+
+    def login_environ(self, environ):
+        return self.login
+
+    def tell(self, text):
+        self.told += text
