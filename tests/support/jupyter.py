@@ -1,0 +1,239 @@
+"""A private Jupyter: its folders, envkernel run in it, and kernels started through jupyter_client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+from jupyter_client import BlockingKernelClient, KernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+
+from support import SCRIPT, read_environ
+
+MARK = "ENVKERNEL_TEST_MARK"
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Return the processes that have `mark` in their environment, with their command lines; no zombies."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(folder.name)] = os.fsdecode(command)
+    return found
+
+
+class Kernel:
+    """A running kernel and its client."""
+
+    def __init__(self, manager: KernelManager, client: BlockingKernelClient) -> None:
+        self.manager = manager
+        self.client = client
+
+    def execute(self, code: str, timeout: float = 60) -> tuple[str, str | None]:
+        """Run code in the kernel: what it printed and returned, and the error it ended with."""
+        texts: list[str] = []
+
+        def keep(message: dict[str, Any]) -> None:
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                texts.append(content["text"])
+            elif message["msg_type"] in ("execute_result", "display_data"):
+                texts.append(content["data"].get("text/plain", ""))
+
+        reply = self.client.execute_interactive(code, timeout=timeout, output_hook=keep, allow_stdin=False)
+        content = reply["content"]
+        error = None if content["status"] == "ok" else f"{content.get('ename')}: {content.get('evalue')}"
+        return "".join(texts), error
+
+    def value(self, expression: str) -> str:
+        """Return what an expression prints in the kernel; an error fails the test."""
+        text, error = self.execute(f"print({expression}, end='')")
+        assert error is None, error
+        return text
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment that the kernel was started with, byte by byte."""
+        return read_environ(bytes.fromhex(self.value("open('/proc/self/environ', 'rb').read().hex()")))
+
+    @property
+    def pid(self) -> int:
+        """Process that Jupyter started (in exec modes: the kernel itself)."""
+        return self.manager.provisioner.process.pid
+
+    def interrupt_in(self, code: str, timeout: float = 20) -> tuple[str, float]:
+        """Interrupt code once it runs: the name of the error it ends with, and the seconds until then."""
+        message = self.client.execute(f"print('started', flush=True)\n{code}")
+        deadline = time.monotonic() + timeout
+        while True:
+            published = self.client.get_iopub_msg(timeout=deadline - time.monotonic())
+            if published["parent_header"].get("msg_id") == message and published["msg_type"] == "stream":
+                break
+        start = time.monotonic()
+        self.manager.interrupt_kernel()
+        while True:
+            reply = self.client.get_shell_msg(timeout=timeout)
+            if reply["parent_header"].get("msg_id") == message:
+                return reply["content"].get("ename", reply["content"]["status"]), time.monotonic() - start
+
+    def restart(self, now: bool = False) -> float:
+        """Restart the kernel; return the seconds until it answers again."""
+        start = time.monotonic()
+        self.manager.restart_kernel(now=now)
+        self.client.wait_for_ready(timeout=60)
+        return time.monotonic() - start
+
+    def shutdown(self) -> float:
+        """Shut the kernel down as Jupyter does; return the seconds it took."""
+        start = time.monotonic()
+        self.manager.shutdown_kernel()
+        return time.monotonic() - start
+
+
+class Jupyter:
+    """A Jupyter of its own: HOME, data, runtime, configuration and temporary files below one folder.
+
+    environ: the environment that Jupyter, envkernel and the kernels are started with.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.mark = uuid.uuid4().hex
+        folders = {"HOME": "home", "TMPDIR": "tmp", "IPYTHONDIR": "home/.ipython"}
+        folders.update({f"JUPYTER_{kind.upper()}_DIR": kind for kind in ("data", "runtime", "config")})
+        self.environ = {name: str(root / folder) for name, folder in folders.items()}
+        for folder in self.environ.values():
+            Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.environ["JUPYTER_PATH"] = str(root / "path")
+        self.environ["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+        self.environ[MARK] = self.mark
+
+    @property
+    def kernels(self) -> Path:
+        """Folder of the user's kernelspecs."""
+        return self.root / "data" / "kernels"
+
+    def envkernel(
+        self,
+        *arguments: str | Path,
+        status: int | None = 0,
+        environ: dict[str, str] | None = None,
+        script: str | Path = SCRIPT,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run envkernel.py as a user types it; `status` is the exit status it has to end with (None: any)."""
+        result = subprocess.run(
+            [sys.executable, str(script), *map(os.fspath, arguments)],
+            env={**self.environ, **(environ or {})},
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=False,
+            **options,
+        )
+        said = f"{arguments} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
+        assert status is None or result.returncode == status, said
+        assert "Traceback" not in result.stderr, said
+        return result
+
+    def setup(self, mode: str, name: str, *arguments: str | Path, **options: Any) -> dict[str, Any]:
+        """Install a kernel for the user; return its kernel.json."""
+        self.envkernel(mode, f"--name={name}", "--user", *arguments, **options)
+        return self.spec(name)
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """Return the kernel.json of an installed kernel."""
+        return json.loads((self.kernels / name / "kernel.json").read_text())
+
+    def dry_run(self, mode: str, *arguments: str | Path, **options: Any) -> dict[str, Any]:
+        """Return the kernel.json that a setup would write."""
+        said = self.envkernel(mode, "--name=dry", "--dry-run", *arguments, **options)
+        return json.loads(said.stdout)
+
+    def run(
+        self,
+        spec: dict[str, Any],
+        environ: dict[str, str] | None = None,
+        replace: bool = False,
+        status: int | None = 0,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run the argv of a kernelspec to its end, with no connection file in it.
+
+        environ: added to Jupyter's, or (replace) in its place.
+        """
+        start = {**({} if replace else self.environ), **(environ or {}), **spec.get("env", {})}
+        result = subprocess.run(
+            spec["argv"], env=start, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60
+        )
+        assert status is None or result.returncode == status, os.fsdecode(result.stderr)
+        return result
+
+    def run_environ(
+        self, spec: dict[str, Any], environ: dict[str, str] | None = None, replace: bool = False
+    ) -> dict[str, str]:
+        """Run a kernelspec whose kernel command is ``env -0``; return the environment a kernel would see."""
+        return read_environ(self.run(spec, environ, replace).stdout)
+
+    def leftovers(self, patience: float = 10) -> str:
+        """Return what kernels left behind after at most `patience` seconds: nothing is how it should be."""
+        deadline = time.monotonic() + patience
+        while True:
+            left = [f"process {pid}: {command}" for pid, command in marked_processes(self.mark).items()]
+            for folder in ("runtime", "tmp"):
+                left += [f"file {path}" for path in (self.root / folder).rglob("*") if not path.is_dir()]
+            if not left or time.monotonic() > deadline:
+                return "\n".join(left)
+            time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def kernel(self, name: str, environ: dict[str, str] | None = None, **options: Any) -> Iterator[Kernel]:
+        """Start a kernel by name, as Jupyter does; afterwards it is shut down and nothing may be left.
+
+        environ: added to the environment.  options: for `KernelManager.start_kernel`.
+        """
+        manager = KernelManager(
+            kernel_name=name,
+            kernel_spec_manager=KernelSpecManager(),
+            connection_file=str(self.root / "runtime" / f"kernel-{uuid.uuid4().hex}.json"),
+        )
+        manager.start_kernel(env={**self.environ, **(environ or {})}, **options)
+        client = manager.blocking_client()
+        try:
+            client.start_channels()
+            client.wait_for_ready(timeout=60)
+            yield Kernel(manager, client)
+        finally:
+            client.stop_channels()
+            if manager.has_kernel:
+                manager.shutdown_kernel(now=True)
+            manager.cleanup_resources()
+        left = self.leftovers()
+        assert not left, f"left behind by the kernel {name}:\n{left}"
+
+
+@pytest.fixture
+def jupyter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jupyter]:
+    """A private Jupyter, which the test's own process belongs to as well."""
+    for name in list(os.environ):
+        if name.startswith(("JUPYTER_", "JPY_", "CONDA", "VIRTUAL_ENV", "PYTHON", "LMOD_", "MODULE", "_LM")):
+            monkeypatch.delenv(name)
+    private = Jupyter(tmp_path / "jupyter")
+    for name, value in private.environ.items():
+        if name.startswith("JUPYTER_") or name in ("HOME", "IPYTHONDIR"):
+            monkeypatch.setenv(name, value)
+    yield private
+    left = private.leftovers(patience=3)
+    for pid in marked_processes(private.mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 9)
+    assert not left, f"left behind by the test:\n{left}"
