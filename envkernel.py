@@ -183,6 +183,7 @@ class Plan(Record):
     search: the directories in which a bare program name has to be found; None where the program is
     not looked up on this host.  where: what those directories belong to, in words.
     install: how to install something there, in words, ``%s`` standing for the package.
+    care: what has to stand beside the program; None where it takes this process's place.
     """
 
     def __init__(
@@ -192,12 +193,14 @@ class Plan(Record):
         search: Sequence[str] | None = None,
         where: str = "this machine",
         install: str = "install %s",
+        care: Care | None = None,
     ) -> None:
         self.argv = list(argv)
         self.environ = dict(environ)
         self.search = None if search is None else list(search)
         self.where = where
         self.install = install
+        self.care = care
 
 
 class Output(Record):
@@ -3152,6 +3155,8 @@ class Pair:
         self.socks = {left.fileno(): left, right.fileno(): right}
         self.peer = {left.fileno(): right.fileno(), right.fileno(): left.fileno()}
         self.rest: dict[int, memoryview] = {}  # what a socket could not take yet
+        self.right = right.fileno()
+        self.heard = 0  # bytes from the right
         self.open = set(self.socks)  # sockets that may still send
         for sock in (left, right):
             sock.setblocking(False)
@@ -3187,6 +3192,7 @@ class Pair:
             self.open.discard(file)
             self._half_close(other)
             return
+        self.heard += count if file == self.right else 0
         try:
             sent = self.socks[other].send(Pair.buffer[:count])
         except BlockingIOError:
@@ -3313,6 +3319,548 @@ class Relay:
         for path in self.paths:
             os.unlink(path)
         self.listeners, self.paths = [], []
+
+
+# ---- supervising --------------------------------------------------------------------------------
+
+
+class Care(Record):
+    """What stands beside a supervised program from before its start until nothing of it is left.
+
+    folder: private folder of this kernel (mode 0700), made anew before all else and removed last;
+    beside it, with ``.lock`` added, lies the lock by which the next start waits for the clean-up.
+    files: pairs (path, bytes) to write, mode 0600.  copies: pairs (folder, its copy to make).
+    signal: command that passes a signal on to the kernel, ``{signal}`` standing for its name; empty
+    where the program itself gets it.
+    cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
+    again, so where nothing is left to do it has to succeed.
+    remove: further files and folders to remove.
+    connection: what Jupyter's connection file says.  relay: where the kernel listens, if not where
+    that says: the beginning of the paths of five unix sockets, ``-1`` or ``:1`` following.
+    explain: ``(status, said, facts) -> UserError or None``: why the program ended, from its exit
+    status and the end of its stderr; None where nothing more than these is known.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        files: Sequence[tuple[str, bytes]] = (),
+        copies: Sequence[tuple[str, str]] = (),
+        signal: Sequence[str] = (),
+        cleanup: Sequence[Sequence[str]] = (),
+        remove: Sequence[str] = (),
+        connection: Mapping[str, Any] | None = None,
+        relay: str = "",
+        explain: Callable[[int, str, Facts], UserError | None] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.files = list(files)
+        self.copies = list(copies)
+        self.signal = list(signal)
+        self.cleanup = [list(command) for command in cleanup]
+        self.remove = list(remove)
+        self.connection = dict(connection or {})
+        self.relay = relay
+        self.explain = explain
+
+
+def take_lock(path: str) -> int:
+    """Return an open lock file that this process holds alone, made where it is missing.
+
+    Waits for whoever cleans up after the kernel that had the same connection file: its ports and
+    its folder are free from then on.  Raises UserError where the folder is not this user's own.
+    """
+    import fcntl
+
+    while True:
+        private_folder(os.path.dirname(path))
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:  # the last user of the folder has just removed it
+            continue
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)
+
+
+def private_folder(path: str) -> None:
+    """Make a folder that only this user can enter.  Raises UserError where something else is there."""
+    import stat
+
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(
+            f"The folder {path} can't be made: {os.strerror(error.errno or 0)}.",
+            "Point XDG_RUNTIME_DIR or TMPDIR at a folder that you can write to.",
+        ) from None
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+        raise UserError(
+            f"The folder {path} is not yours alone, so connection files are not safe there.",
+            f"Remove it, or make it yours: chmod 700 {path}.",
+        )
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file or a folder with all that is in it, as far as that is allowed."""
+    import shutil
+
+    try:
+        os.unlink(path)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def process_birth(pid: int) -> bytes:
+    """Return when a process was started, in clock ticks; empty where there is none (or a zombie).
+
+    With the pid it names a process for good: pids are used again.  See proc(5), /proc/pid/stat.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return b""
+    return b"" if fields[0] in b"ZX" else fields[19]
+
+
+def start_reaper(care: Care, environ: Mapping[str, str], lock: int) -> int:
+    """Fork the process that cleans up when this one is gone, however it ends.
+
+    Returns the end of a pipe that has to stay open for as long: what is left when it closes is the
+    reaper's.  The pid of the supervised program is to be written into it, as a line.
+    The reaper is no child of this process and in no session of Jupyter's, so that what kills either
+    does not kill it.  It sleeps until then.  It alone holds `lock` from now on.
+    """
+    leash, end = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(leash)
+        os.close(lock)
+        os.waitpid(child, 0)
+        return end
+    try:
+        os.setsid()
+        if os.fork() == 0:
+            os.close(end)
+            reap(care, environ, leash, lock)
+    finally:
+        os._exit(0)
+
+
+def reap(care: Care, environ: Mapping[str, str], leash: int, lock: int) -> None:
+    """Wait until the supervising process is gone, then end the program and remove what it left."""
+    import signal
+    import time
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):
+        os.dup2(null, file)
+    programs: list[tuple[int, bytes, float]] = []
+    for line in iter(lambda: os.read(leash, 64), b""):
+        pid = int(line)
+        programs.append((pid, process_birth(pid), time.monotonic()))
+    killed = [start for pid, birth, start in programs if end_program(pid, birth)]
+    for command in care.cleanup:
+        insist(command, environ)
+    for path in [*care.remove, *(copy for _, copy in care.copies), care.folder]:
+        remove_tree(path)
+    release_lock(care.folder + ".lock", lock)
+    if care.cleanup and any(time.monotonic() - start < 10 for start in killed):
+        time.sleep(2)  # the engine may have been about to create what had to be removed
+        for command in care.cleanup:
+            insist(command, environ)
+
+
+def spawn(argv: Sequence[str], environ: Mapping[str, str], out: int = 1, err: int = 2) -> int:
+    """Start a program in a session of its own, with no stdin; return its pid.
+
+    out, err: what it writes to.  Raises UserError (status 127, 126) where it can't be started.
+    """
+    import _signal  # type: ignore[import-not-found]  # signal itself costs an enum
+
+    actions: list[Any] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, out, 1),
+        (os.POSIX_SPAWN_DUP2, err, 2),
+    ]
+    ignored = [_signal.SIGPIPE, _signal.SIGXFSZ]  # by Python; a program expects the default
+    try:
+        return os.posix_spawn(
+            argv[0], list(argv), environ, file_actions=actions, setsid=True, setsigmask=(), setsigdef=ignored
+        )
+    except OSError as error:
+        raise cannot_start(argv[0], error) from None
+
+
+def end_program(pid: int, birth: bytes) -> bool:
+    """Kill a program and its process group; tell whether it was still there."""
+    if not birth or process_birth(pid) != birth:
+        return False
+    try:
+        os.killpg(pid, 9)
+    except OSError:
+        return False
+    return True
+
+
+def insist(command: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Run a command that cleans up until it succeeds or patience ends: a daemon may be restarting."""
+    import time
+
+    for wait in (0, 1, 2, 4, 8, 15, 30, 60):
+        time.sleep(wait)
+        try:
+            if os.waitpid(spawn(command, environ), 0)[1] == 0:
+                return
+        except UserError:
+            pass
+
+
+def release_lock(path: str, lock: int) -> None:
+    """Remove a lock file that is held, and its folder if it is the last thing there."""
+    try:
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
+    except OSError:
+        pass
+    os.close(lock)
+
+
+def prepare(care: Care) -> None:
+    """Make the private folder with its files, and the copies.  Raises UserError where that fails."""
+    remove_tree(care.folder)
+    try:
+        os.mkdir(care.folder, 0o700)
+        for path, text in care.files:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(text)
+    except OSError as error:
+        raise UserError(
+            f"The kernel's private folder {care.folder} can't be filled: {os.strerror(error.errno or 0)}.",
+            "Free some space there, or point XDG_RUNTIME_DIR or TMPDIR elsewhere.",
+        ) from None
+    for source, copy in care.copies:
+        copy_folder(source, copy)
+
+
+def copy_folder(source: str, copy: str) -> None:
+    """Copy a folder, links as links, leaving out sockets and pipes.
+
+    Raises UserError for a full disk or what can't be read; then nothing of the copy is left.
+    """
+    import shutil
+    import stat
+
+    def special(folder: str, names: list[str]) -> list[str]:
+        modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
+        kept = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
+        return [name for name, mode in modes.items() if not any(is_kind(mode) for is_kind in kept)]
+
+    def copy_file(old: str, new: str) -> None:
+        try:
+            shutil.copy2(old, new, follow_symlinks=False)
+        except OSError as error:
+            raise failed(error, old) from None
+
+    def failed(error: OSError, path: str) -> UserError:
+        return UserError(
+            f"{path} can't be copied to {copy}: {os.strerror(error.errno or 0)}.",
+            "Free some space, point TMPDIR to a larger disk, or bind the folder without copying it.",
+        )
+
+    try:
+        shutil.copytree(source, copy, symlinks=True, ignore=special, copy_function=copy_file)
+    except (UserError, OSError) as error:
+        remove_tree(copy)
+        raise error if isinstance(error, UserError) else failed(error, source) from None
+
+
+def watch_folder(path: str) -> int:
+    """Ask for a SIGIO whenever something appears in a folder; return what has to stay open for it."""
+    import fcntl
+
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.fcntl(file, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_MULTISHOT)
+    except OSError:
+        return file  # such a folder is looked into once a second
+    return file
+
+
+def used_ports(connection: Mapping[str, Any], facts: Facts) -> set[bytes]:
+    """Return the TCP connections to the ports of a connection file, by both addresses.
+
+    Also those that ended within the last minute: a kernel that is gone can't be asked any more
+    whether it ever answered.  See proc(5), /proc/net/tcp.
+    """
+    listening = b"0A"
+    wanted = [b":%04X" % int(connection[name + "_port"]) for name in STREAMS if connection]
+    found = set()
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in (facts.read(path) or b"").splitlines()[1:]:
+            fields = line.split()
+            if fields[1][-5:] in wanted and fields[3] != listening:
+                found.add(fields[1] + b" " + fields[2])
+    return found
+
+
+class SocketRelay:
+    """Joins Jupyter's addresses with five unix sockets that a kernel will make in a folder.
+
+    Clients that come earlier are held.  When the sockets appear Linux says so (fcntl F_NOTIFY, a SIGIO
+    that the owner of the loop has to hand to `look`), so nothing is polled.
+    """
+
+    def __init__(self, loop: Loop, connection: Mapping[str, Any], sockets: str) -> None:
+        """Listen.  sockets: the beginning of the sockets' paths.  Raises UserError for a taken port."""
+        self.loop = loop
+        self.pairs: list[Pair] = []
+        self.heard = 0
+        self.ending = False
+        folder, name = os.path.split(sockets)
+        self.folder = watch_folder(folder)
+        # through /proc, for the address of a unix socket has room for 107 bytes only
+        self.sockets = f"/proc/self/fd/{self.folder}/{name}"
+        self.relay = Relay(loop, connection, self.connect)
+        self.look()
+
+    def path(self, number: int) -> str:
+        """Return where a stream's socket is, empty where it is not there yet.
+
+        The numbers are those of Jupyter's connection file for ``transport: ipc``.
+        """
+        paths = [f"{self.sockets}{sign}{number + 1}" for sign in "-:"]
+        return next((path for path in paths if os.path.exists(path)), "")
+
+    def look(self) -> None:
+        """Let Jupyter in when all sockets are there; look again in a second if not."""
+        if self.relay.is_ready:
+            return
+        if all(self.path(number) for number in range(len(STREAMS))):
+            self.relay.ready()
+        else:
+            self.loop.after(1, self.look)
+
+    def connect(self, number: int, client: Any) -> None:
+        """Join a client of Jupyter's with the kernel's socket; hang up where that is gone."""
+        import socket
+
+        end = socket.socket(socket.AF_UNIX)
+        try:
+            end.connect(self.path(number))
+        except OSError:
+            end.close()
+            client.close()  # ZeroMQ tries again
+            return
+        self.pairs.append(Pair(self.loop, client, end, self.prune))
+
+    def prune(self) -> None:
+        """Forget the pairs that have ended."""
+        self.heard = self.most_heard()
+        self.pairs = [pair for pair in self.pairs if pair.socks]
+        if self.ending and not self.pairs:
+            self.loop.stop()
+
+    def most_heard(self) -> int:
+        """Return how many bytes came from the kernel on the connection that brought most."""
+        return max([self.heard, *(pair.heard for pair in self.pairs)])
+
+    def drain(self, seconds: float) -> None:
+        """Let Jupyter have the last that the kernel said, then close."""
+        self.relay.close()
+        self.ending = True
+        if self.pairs:
+            self.loop.after(seconds, self.loop.stop)
+            self.loop.run()
+        self.close()
+
+    def close(self) -> None:
+        """Close everything at once."""
+        self.relay.close()
+        for pair in self.pairs:
+            pair.close()
+        if self.folder >= 0:
+            os.close(self.folder)
+            self.folder = -1
+
+
+class Supervisor:
+    """Stands beside a program from its start to its end: signals, relay, stderr, death of Jupyter."""
+
+    PASSED_ON = ("INT", "QUIT", "USR1", "USR2", "TERM", "HUP")
+    ANSWER = 1024
+    """As many bytes on one connection come only from a kernel that answered: greetings are shorter."""
+    GRACE = 3
+    """Seconds that a kernel has for ending after it was asked to with a signal."""
+
+    def __init__(self, plan: Plan, care: Care, facts: Facts) -> None:
+        self.plan = plan
+        self.care = care
+        self.facts = facts
+        self.said = b""
+        self.status = 0
+        self.ended = False
+        self.wanted = False  # somebody wanted it to end
+        self.relay: SocketRelay | None = None
+        self.loop = Loop()
+        self.earlier = set() if care.relay else used_ports(care.connection, facts)
+        self.leash = start_reaper(care, plan.environ, take_lock(care.folder + ".lock"))
+
+    def start(self) -> None:
+        """Prepare what the program needs, and start it in a session of its own."""
+        prepare(self.care)
+        self.stderr, end = os.pipe()
+        environ = dict(self.plan.environ)
+        if "JPY_PARENT_PID" in environ:
+            environ["JPY_PARENT_PID"] = str(os.getpid())
+        self.child = spawn(self.plan.argv, environ, err=end)
+        os.close(end)
+        os.write(self.leash, b"%d\n" % self.child)
+
+    def stand_by(self) -> None:
+        """Serve until the program has ended or has to; its exit status is in `status`."""
+        import signal
+        import threading
+
+        names = (*self.PASSED_ON, "CHLD", "IO")
+        self.loop.signals([getattr(signal, "SIG" + name) for name in names], self.take_signal)
+        self.listener = threading.Thread(target=self.listen_to_stderr, daemon=True)
+        self.listener.start()
+        if self.care.relay:
+            self.relay = SocketRelay(self.loop, self.care.connection, self.care.relay)
+        self.parent = os.getppid()
+        if "JPY_PARENT_PID" in os.environ:
+            self.watch_parent()
+        self.collect()  # it may have ended before signals were looked at
+        if not self.ended:
+            self.loop.run()
+        if self.relay:
+            self.relay.drain(1)
+        self.listener.join(1)
+
+    def listen_to_stderr(self) -> None:
+        """Keep the end of what the program says on stderr, and pass it on."""
+        for text in iter(lambda: os.read(self.stderr, 1 << 13), b""):
+            self.said = (self.said + text)[-1 << 13 :]
+            try:
+                while text:
+                    text = text[os.write(2, text) :]
+            except OSError:  # nobody reads it
+                pass
+
+    def watch_parent(self) -> None:
+        """End when Jupyter is gone, even if it was killed.  Looks once a second on Python 3.8."""
+        orphaned = self.parent == 1 and os.environ["JPY_PARENT_PID"] != "1"
+        if orphaned or os.getppid() != self.parent:
+            self.give_up()
+        elif hasattr(os, "pidfd_open"):
+            self.loop.watch(os.pidfd_open(self.parent), READ, lambda mask: self.give_up())
+        else:
+            self.loop.after(1, self.watch_parent)
+
+    def take_signal(self, number: int) -> None:
+        """Act on a signal; those that Jupyter or a user sends are passed on to the kernel."""
+        import signal
+
+        name = signal.Signals(number).name[3:]
+        if name == "CHLD":
+            self.collect()
+        elif name == "IO":
+            if self.relay:
+                self.relay.look()
+        else:
+            if name in ("TERM", "HUP") and not self.wanted:
+                self.wanted = True
+                self.loop.after(self.GRACE, self.give_up)
+            self.pass_on(name, number)
+
+    def collect(self) -> None:
+        """Reap children that have ended; the program may be among them."""
+        pid = 1
+        while pid:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == self.child:
+                self.status = exit_status(status)
+                self.ended = True
+                self.loop.stop()
+
+    def pass_on(self, name: str, number: int) -> None:
+        """Pass a signal on to the kernel."""
+        if self.care.signal:
+            argv = [word.replace("{signal}", name) for word in self.care.signal]
+            null = os.open(os.devnull, os.O_WRONLY)
+            spawn(argv, self.plan.environ, null, null)
+            os.close(null)
+        elif not self.ended:
+            os.killpg(self.child, number)
+
+    def give_up(self) -> None:
+        """End without waiting for the program: Jupyter is gone, or the kernel does not obey."""
+        self.wanted = self.ended = True
+        self.status = -15
+        self.loop.stop()
+
+    def answered(self) -> bool:
+        """Tell whether the kernel ever answered, as far as that can be told."""
+        if self.relay:
+            return self.relay.most_heard() >= (self.ANSWER if self.status else 1)
+        return bool(used_ports(self.care.connection, self.facts) - self.earlier)
+
+    def finish(self) -> int:
+        """Return the exit status, having said what is remarkable about it.
+
+        Raises UserError for a kernel that ended before it ever answered.
+        """
+        said = self.said.decode("utf-8", "replace")
+        reason = None
+        if self.care.explain and self.status and not self.wanted:
+            reason = self.care.explain(self.status, said, self.facts)
+        if not self.wanted and not self.answered():
+            raise reason or ended_error(self.status, self.plan.where, said, self.plan.install)
+        if reason:
+            tell_error(reason)
+        return self.status if self.status >= 0 else 128 - self.status
+
+    def close(self) -> None:
+        """Leave the rest to the reaper, and the ports and signals to whoever comes next."""
+        import signal
+
+        if self.relay:
+            self.relay.close()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGIO):
+            signal.signal(number, signal.SIG_DFL)
+        os.close(self.leash)
+
+
+def supervise(plan: Plan, care: Care, facts: Facts) -> int:
+    """Run a plan's program with this process beside it; return the exit status for Jupyter.
+
+    Raises UserError where the program can't be started, or ended before the kernel ever answered.
+    """
+    supervisor = Supervisor(plan, care, facts)
+    try:
+        supervisor.start()
+        supervisor.stand_by()
+        return supervisor.finish()
+    finally:
+        supervisor.close()
 
 
 # ---- error kernel -------------------------------------------------------------------------------
@@ -3758,6 +4306,8 @@ def run(tokens: Sequence[str]) -> int:
         if launch.options.get("verbose"):
             facts.tell(f"envkernel: {plan.where}: {plan.argv}\n".encode(errors="surrogateescape"))
         log_launch(launch, tokens, plan, before)
+        if plan.care:
+            return supervise(plan, plan.care, facts)
         become(plan)
     except UserError as error:
         launch = launch or salvage_launch(tokens)

@@ -1,0 +1,336 @@
+"""Supervising: what stands beside a program, and that nothing is left of it however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import psutil
+import pytest
+
+import envkernel
+
+DRIVER = """
+import json, os, sys
+import envkernel
+told = json.loads(sys.argv[1])
+care = envkernel.Care(told.pop("folder"), **told.pop("care"))
+plan = envkernel.Plan(told.pop("argv"), {**os.environ, **told.pop("environ", {})}, where="a test")
+care.files = [(path, text.encode()) for path, text in care.files]
+try:
+    sys.exit(envkernel.supervise(plan, care, envkernel.Facts()))
+except envkernel.UserError as error:
+    envkernel.tell_error(error)
+    sys.exit(77)
+"""
+"""Does what `run` does with a plan; 77 stands for the error kernel."""
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    folder = tmp_path / "base" / "kernel"
+
+    def start(argv: list[str], environ: dict[str, str] | None = None, **care: Any) -> subprocess.Popen[bytes]:
+        told = {"folder": str(folder), "argv": argv, "care": care, "environ": environ or {}}
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, json.dumps(told)],
+            cwd=os.path.dirname(envkernel.__file__),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert until(lambda: not folder.parent.exists(), 10)
+
+
+def until(true: Callable[[], Any], seconds: float = 5) -> Any:
+    """Wait until something is true; return it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = true()
+        if value:
+            return value
+        time.sleep(0.02)
+    return true()
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def read_pid(path: Path) -> int:
+    return int(until(lambda: path.exists() and path.read_text()))
+
+
+SLEEPER = "import os, sys, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+
+
+def test_folder_and_files_are_private_and_gone_with_the_program(tmp_path: Path, launch: Any) -> None:
+    folder = tmp_path / "base" / "kernel"
+    pid_file = tmp_path / "pid"
+    process = launch(python(SLEEPER.format(str(pid_file))), files=[(f"{folder}/sub/key", "secret")])
+    pid = read_pid(pid_file)
+    assert (folder / "sub" / "key").read_text() == "secret"
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder.parent, folder, folder / "sub" / "key")]
+    assert modes == [0o700, 0o700, 0o600]
+    os.kill(pid, signal.SIGKILL)
+    assert process.wait(5) == 77
+    assert until(lambda: not folder.parent.exists())
+
+
+@pytest.mark.parametrize("how", ["group", "parent"])
+def test_sigkill_leaves_nothing(tmp_path: Path, launch: Any, how: str) -> None:
+    folder = tmp_path / "base" / "kernel"
+    pid_file, mark = tmp_path / "pid", tmp_path / "mark"
+    cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
+    process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup)
+    program = psutil.Process(read_pid(pid_file))
+    assert program.ppid() == process.pid
+    reapers = [other for other in psutil.process_iter() if is_reaper(other, folder)]
+    assert len(reapers) == 1
+    assert os.getsid(reapers[0].pid) not in (process.pid, os.getsid(0))
+    if how == "group":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    assert until(lambda: not program.is_running() or program.status() == psutil.STATUS_ZOMBIE)
+    assert until(lambda: not folder.parent.exists())
+    assert mark.read_text() == "cleaned\n"
+    assert until(lambda: not reapers[0].is_running(), 10)
+
+
+def is_reaper(process: psutil.Process, folder: Path) -> bool:
+    try:
+        command = process.cmdline()
+        return str(folder) in " ".join(command) and process.ppid() == 1 and "envkernel" in command[2]
+    except psutil.Error:
+        return False
+
+
+def test_end_of_jupyter_ends_the_program(tmp_path: Path) -> None:
+    """Jupyter stands between this test and the supervisor, and is killed."""
+    folder, pid_file = tmp_path / "base" / "kernel", tmp_path / "pid"
+    told = {"folder": str(folder), "argv": python(SLEEPER.format(str(pid_file))), "care": {}}
+    jupyter = (
+        "import os, subprocess, sys\n"
+        "environ = {**os.environ, 'JPY_PARENT_PID': str(os.getpid())}\n"
+        "subprocess.run([sys.executable, *sys.argv[1:]], env=environ, start_new_session=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", jupyter, "-c", DRIVER, json.dumps(told)],
+        cwd=os.path.dirname(envkernel.__file__),
+    )
+    program = psutil.Process(read_pid(pid_file))
+    supervisor = program.parent()
+    assert supervisor is not None
+    process.kill()
+    process.wait()
+    assert until(lambda: not supervisor.is_running() and not program.is_running())
+    assert until(lambda: not folder.parent.exists())
+
+
+def test_the_program_gets_the_supervisor_as_jupyter(tmp_path: Path, launch: Any) -> None:
+    mark = tmp_path / "mark"
+    code = (
+        f"import os; open({str(mark)!r}, 'w').write(os.environ['JPY_PARENT_PID'] + ' ' + str(os.getppid()))"
+    )
+    launch(python(code), {"JPY_PARENT_PID": "1"}).wait(5)
+    first, second = mark.read_text().split()
+    assert first == second
+
+
+def test_the_next_start_waits_for_the_clean_up_of_the_last(tmp_path: Path, launch: Any) -> None:
+    pid_file, mark = tmp_path / "pid", tmp_path / "mark"
+    slow = [["/bin/sh", "-c", 'sleep 1; echo cleaned > "$0"', str(mark)]]
+    first = launch(python(SLEEPER.format(str(pid_file))), cleanup=slow)
+    read_pid(pid_file)
+    os.killpg(first.pid, signal.SIGKILL)
+    second = launch(python(f"print(open({str(mark)!r}).read())"))
+    out, _ = second.communicate(timeout=10)
+    assert out == b"cleaned\n\n"
+
+
+@pytest.mark.parametrize(("code", "status"), [("exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
+def test_exit_status_of_a_kernel_that_had_answered(
+    tmp_path: Path, launch: Any, code: str, status: int
+) -> None:
+    kernel = Sockets(tmp_path)
+    process = launch(kernel.argv(then=code), connection=kernel.connection, relay=kernel.relay)
+    client = kernel.client("shell")
+    client.sendall(b"x" * 2000)
+    assert len(client.recv(1 << 16)) > 0
+    client.close()
+    assert process.wait(10) == status
+
+
+def test_a_kernel_that_never_answered_is_told_with_its_last_words(launch: Any) -> None:
+    process = launch(python("import sys; sys.exit('No module named ipykernel')"))
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 77
+    assert b"The kernel in a test ended before it answered (exit status 1)." in err
+    assert err.count(b"No module named ipykernel\n") == 2  # passed on, and told
+    assert b"install ipykernel" in err
+
+
+def test_stderr_nobody_reads_does_not_stop_the_relay(tmp_path: Path, launch: Any) -> None:
+    kernel = Sockets(tmp_path)
+    write = "lambda: [os.write(2, b'x' * 9999) for _ in range(99)]"
+    loud = f"import threading; threading.Thread(target={write}).start()"
+    launch(kernel.argv(first=loud), connection=kernel.connection, relay=kernel.relay)
+    client = kernel.client("shell")
+    time.sleep(0.3)
+    for _ in range(3):
+        client.sendall(b"hello")
+        assert client.recv(5) == b"hello"
+    client.close()
+
+
+def test_signals_go_to_the_program(tmp_path: Path, launch: Any) -> None:
+    mark, pid_file = tmp_path / "mark", tmp_path / "pid"
+    code = (
+        "import signal, time, os\n"
+        f"signal.signal(signal.SIGINT, lambda *args: open({str(mark)!r}, 'a').write('INT '))\n"
+        f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n"
+        "while True: time.sleep(1)\n"
+    )
+    process = launch(python(code))
+    read_pid(pid_file)
+    for count in range(1, 6):
+        os.killpg(process.pid, signal.SIGINT)
+        assert until(lambda count=count: mark.exists() and mark.read_text() == "INT " * count)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(5) == 143
+
+
+def test_signals_go_through_the_command_that_passes_them_on(tmp_path: Path, launch: Any) -> None:
+    mark, pid_file = tmp_path / "mark", tmp_path / "pid"
+    command = ["/bin/sh", "-c", 'echo "$0" >> "$1"', "{signal}", str(mark)]
+    process = launch(python(SLEEPER.format(str(pid_file))), signal=command)
+    program = psutil.Process(read_pid(pid_file))
+    process.send_signal(signal.SIGINT)
+    assert until(lambda: mark.exists() and mark.read_text() == "INT\n")
+    assert not [child for child in program.parent().children() if child != program]
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    assert 2.5 < time.monotonic() - began < 5  # the time a kernel has for ending by itself
+    assert until(lambda: not program.is_running())
+    assert mark.read_text() == "INT\nTERM\n"
+
+
+class Sockets:
+    """A stand-in for a kernel: five unix sockets that echo, behind five ports of Jupyter's."""
+
+    CODE = """
+import os, select, socket, sys, time
+{first}
+time.sleep({wait})
+ends = []
+for number in range(1, 6):
+    end = socket.socket(socket.AF_UNIX)
+    end.bind("{relay}{sign}" + str(number))
+    end.listen()
+    ends.append(end)
+listeners = list(ends)
+while True:
+    for end in select.select(ends, [], [])[0]:
+        if end in listeners:
+            ends.append(end.accept()[0])
+            continue
+        data = end.recv(1 << 16)
+        if data:
+            end.sendall(data)
+            continue
+        ends.remove(end)
+        {then}
+"""
+
+    def __init__(self, tmp_path: Path) -> None:
+        listeners = [socket.create_server(("127.0.0.1", 0)) for _ in envkernel.STREAMS]
+        ports = {name + "_port": end.getsockname()[1] for name, end in zip(envkernel.STREAMS, listeners)}
+        for end in listeners:
+            end.close()
+        self.connection = {"transport": "tcp", "ip": "127.0.0.1", **ports}
+        self.relay = str(tmp_path / "base" / "kernel" / "s")
+
+    def argv(self, wait: float = 0, sign: str = "-", first: str = "", then: str = "pass") -> list[str]:
+        return python(self.CODE.format(wait=wait, relay=self.relay, sign=sign, first=first, then=then))
+
+    def client(self, stream: str) -> socket.socket:
+        address = ("127.0.0.1", self.connection[stream + "_port"])
+
+        def connect() -> socket.socket | None:
+            try:
+                return socket.create_connection(address)
+            except OSError:
+                return None
+
+        return until(connect)
+
+
+@pytest.mark.parametrize("sign", ["-", ":"])
+def test_clients_get_in_as_soon_as_the_kernel_listens(tmp_path: Path, launch: Any, sign: str) -> None:
+    kernel = Sockets(tmp_path)
+    launch(kernel.argv(wait=1.3, sign=sign), connection=kernel.connection, relay=kernel.relay)
+    clients = [kernel.client(stream) for stream in envkernel.STREAMS]
+    for client in clients:
+        client.settimeout(5)
+        client.sendall(b"hello")
+    assert [client.recv(5) for client in clients] == [b"hello"] * 5
+    made = max(os.stat(f"{kernel.relay}{sign}{number}").st_mtime for number in range(1, 6))
+    assert time.time() - made < 0.2  # no look once a second would do that
+    for client in clients:
+        client.close()
+
+
+def test_what_stands_beside_a_program_is_small(tmp_path: Path, launch: Any) -> None:
+    kernel = Sockets(tmp_path)
+    process = launch(kernel.argv(), connection=kernel.connection, relay=kernel.relay)
+    client = kernel.client("shell")
+    client.sendall(b"hello")
+    assert client.recv(5) == b"hello"
+    reapers = [other for other in psutil.process_iter() if is_reaper(other, tmp_path / "base" / "kernel")]
+    both = [psutil.Process(process.pid), *reapers]
+    before = [sum(other.cpu_times()[:2]) for other in both]
+    time.sleep(1.5)
+    assert [sum(other.cpu_times()[:2]) for other in both] == before
+    client.close()
+
+
+def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with pytest.raises(envkernel.UserError, match="not yours alone") as caught:
+        envkernel.take_lock(str(tmp_path / "kernel.lock"))
+    assert "chmod 700" in caught.value.hint
+
+
+def test_copy_keeps_links_and_leaves_pipes_out(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    source.mkdir()
+    (source / "file").write_text("text")
+    (source / "link").symlink_to("file")
+    os.mkfifo(source / "pipe")
+    envkernel.copy_folder(str(source), str(tmp_path / "b"))
+    assert sorted(os.listdir(tmp_path / "b")) == ["file", "link"]
+    assert os.readlink(tmp_path / "b" / "link") == "file"
+
+
+def test_copy_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(envkernel.UserError, match="No such file"):
+        envkernel.copy_folder(str(tmp_path / "a"), str(tmp_path / "b"))
