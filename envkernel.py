@@ -605,7 +605,9 @@ def parse_step(
             store_value(values, option, read_value(option, token, queue))
         elif engine_takes(token, engine) is not None:
             step.engine.append(token)
-            if engine_takes(token, engine) and queue:
+            if engine_takes(token, engine):
+                if not queue or queue[0] == "--":
+                    raise usage_error(f"{token} needs a value.", f"See the help of {mode.name} itself.")
                 step.engine.append(queue.pop(0))
         elif mode.minus and not token.startswith("--"):
             step.targets.append(token)

@@ -1,0 +1,385 @@
+"""The environment modes: whole plans, from options, facts and environment."""
+
+import pytest
+from support.facts import FakeFacts
+
+import envkernel
+from envkernel import Launch, Output, Plan, Step, UserError
+
+COMMAND = ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+START = {"PATH": "/usr/bin:/bin", "HOME": "/home/me"}
+HERE = {"/opt/c/envs/e/conda-meta/history": b"", "/opt/c/conda-meta/history": b"", "/opt/c/bin/conda": b""}
+
+
+def plan(step, facts, environ=START, command=COMMAND, legacy=False):
+    launch = Launch([step], command, legacy=legacy)
+    return envkernel.plan_launch(launch, facts, environ)
+
+
+# conda
+
+
+def conda_plan(environ, prefix, root=""):
+    return Plan(
+        COMMAND,
+        environ,
+        [f"{prefix}/bin"],
+        f"the conda environment {prefix}",
+        f"conda install --prefix {prefix} %s",
+    )
+
+
+def test_conda_with_nothing_active():
+    made = plan(Step("conda", {"root": "/opt/c"}, ["/opt/c/envs/e"]), FakeFacts(HERE))
+    variables = {
+        "PATH": "/opt/c/envs/e/bin:/opt/c/condabin:/usr/bin:/bin",
+        "CONDA_PREFIX": "/opt/c/envs/e",
+        "CONDA_SHLVL": "1",
+        "CONDA_DEFAULT_ENV": "e",
+        "CONDA_PROMPT_MODIFIER": "(e) ",
+        "CONDA_EXE": "/opt/c/bin/conda",
+        "_CONDA_EXE": "/opt/c/bin/conda",
+        "CONDA_PYTHON_EXE": "/opt/c/bin/python",
+        "_CONDA_ROOT": "/opt/c",
+        "_CE_M": "",
+        "_CE_CONDA": "",
+    }
+    assert made == conda_plan({**START, **variables}, "/opt/c/envs/e")
+
+
+def test_conda_switches_from_an_active_environment_in_place():
+    active = {**START, "PATH": "/x:/old/bin:/usr/bin", "CONDA_PREFIX": "/old", "CONDA_SHLVL": "2"}
+    facts = FakeFacts({"/new/conda-meta/history": b""})
+    variables = {
+        "PATH": "/x:/new/bin:/usr/bin",
+        "CONDA_PREFIX": "/new",
+        "CONDA_PREFIX_2": "/old",
+        "CONDA_SHLVL": "3",
+        "CONDA_DEFAULT_ENV": "/new",
+        "CONDA_PROMPT_MODIFIER": "(/new) ",
+    }
+    assert plan(Step("conda", {}, ["/new"]), facts, active) == conda_plan({**active, **variables}, "/new")
+
+
+def test_conda_activating_what_is_active_keeps_name_and_level():
+    active = {
+        **START,
+        "PATH": "/x:/e/bin",
+        "CONDA_PREFIX": "/e",
+        "CONDA_SHLVL": "1",
+        "CONDA_DEFAULT_ENV": "own",
+    }
+    facts = FakeFacts({"/e/conda-meta/state": b'{"env_vars": {"A": "1"}}'})
+    expected = {**active, "CONDA_PROMPT_MODIFIER": "(own) "}
+    assert plan(Step("conda", {}, ["/e"]), facts, active) == conda_plan(expected, "/e")
+
+
+def test_conda_state_sets_variables_and_keeps_what_they_replace():
+    facts = FakeFacts(
+        {
+            "/e/conda-meta/state": b'{"env_vars": {"b": 2, "gone": "***unset***", "PATH": "x", "n": null}}',
+            "/e/etc/conda/env_vars.d/1.json": b'{"A": "a$HOME", "B": "1"}',
+        }
+    )
+    made = plan(
+        Step("conda", {}, ["/e"]), facts, {**START, "B": "old", "CONDA_SHLVL": "0", "CONDA_PREFIX": "/z"}
+    )
+    assert {name: made.environ.get(name) for name in ("A", "B", "N", "GONE", "__CONDA_SHLVL_0_B")} == {
+        "A": "a$HOME",
+        "B": "2",
+        "N": "",
+        "GONE": None,
+        "__CONDA_SHLVL_0_B": "old",
+    }
+    assert made.environ["PATH"] == "/e/bin:/usr/bin:/bin"
+
+
+def test_conda_scripts_run_around_the_variables():
+    facts = FakeFacts(
+        {
+            "/new/conda-meta/history": b"",
+            "/new/etc/conda/activate.d/b.sh": b"",
+            "/new/etc/conda/activate.d/.a.sh": b"",
+            "/new/etc/conda/activate.d/c.csh": b"",
+            "/old/etc/conda/deactivate.d/1.sh": b"",
+            "/old/etc/conda/deactivate.d/2.sh": b"",
+        },
+        sourced={"FROM": "script"},
+    )
+    active = {"PATH": "/old/bin", "CONDA_PREFIX": "/old", "CONDA_SHLVL": "1"}
+    made = plan(Step("conda", {}, ["/new"]), facts, active)
+    (actions,) = facts.asked
+    assert [name for kind, name, _ in actions if kind == "source"] == [
+        "/old/etc/conda/deactivate.d/2.sh",
+        "/old/etc/conda/deactivate.d/1.sh",
+        "/new/etc/conda/activate.d/.a.sh",
+        "/new/etc/conda/activate.d/b.sh",
+    ]
+    assert [kind for kind, _, _ in actions] == ["source"] * 2 + ["export"] * (len(actions) - 4) + [
+        "source"
+    ] * 2
+    assert ("export", "PATH", "/new/bin") in actions
+    assert made.environ["FROM"] == "script"
+
+
+def test_conda_that_is_gone():
+    with pytest.raises(UserError, match="no conda environment at /gone") as caught:
+        plan(Step("conda", {}, ["/gone"]), FakeFacts())
+    assert "conda create --prefix /gone" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("typed", "files", "environ", "prefix"),
+    [
+        ("./e", {}, {}, "/cwd/e"),
+        ("$X/e", {}, {}, "/cwd/$X/e"),
+        ("e", {"/h/e/conda-meta/x": b""}, {"CONDA_ENVS_PATH": "/g:/h"}, "/h/e"),
+        ("e", HERE, {"CONDA_EXE": "/opt/c/bin/conda"}, "/opt/c/envs/e"),
+        ("base", HERE, {"CONDA_EXE": "/opt/c/bin/conda"}, "/opt/c"),
+        ("e", {"/home/me/.conda/envs/e/conda-meta/x": b""}, {}, "/home/me/.conda/envs/e"),
+        (
+            "e",
+            {"/home/me/.conda/environments.txt": b"/a/d\n/a/e\n", "/a/e/conda-meta/x": b""},
+            {},
+            "/a/e",
+        ),
+    ],
+)
+def test_a_conda_name_is_looked_up_at_setup(typed, files, environ, prefix):
+    assert envkernel.conda_prefix(typed, FakeFacts(files), environ) == prefix
+
+
+def test_an_unknown_conda_name_gets_a_suggestion():
+    with pytest.raises(UserError, match="no conda environment named scince") as caught:
+        envkernel.conda_prefix(
+            "scince", FakeFacts({"/h/science/conda-meta/x": b""}), {"CONDA_ENVS_PATH": "/h"}
+        )
+    assert caught.value.hint == "Did you mean science?"
+
+
+# virtualenv
+
+
+def test_an_edited_activate_script_is_sourced():
+    facts = FakeFacts({"/v/bin/activate": b"export A=1\n"}, sourced={"VIRTUAL_ENV": "/v"})
+    assert plan(Step("virtualenv", {}, ["/v"]), facts) == Plan(
+        COMMAND,
+        {**START, "VIRTUAL_ENV": "/v"},
+        ["/v/bin"],
+        "the virtualenv /v",
+        "/v/bin/python -m pip install %s",
+    )
+    assert facts.asked == [[("source", "/v/bin/activate", "")]]
+
+
+def test_a_virtualenv_that_is_gone():
+    with pytest.raises(UserError, match="no virtualenv at /v"):
+        plan(Step("virtualenv", {}, ["/v"]), FakeFacts())
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (b"/a/b", b"/a/b"),
+        (b"'/a b'", b"/a b"),
+        (b'"/a;b"', b"/a;b"),
+        (b"'a'/b", b"a/b"),
+        (b'"$HOME"', None),
+        (b"`x`", None),
+        (b'"a\\b"', None),
+        (b"'open", None),
+        (b"$(x)", None),
+    ],
+)
+def test_only_what_can_be_nothing_else_is_a_shell_literal(word, value):
+    assert envkernel.shell_literal(word) == value
+
+
+# lmod
+
+
+LMOD = "/lmod/libexec/lmod"
+MODULES = {**START, "LMOD_CMD": LMOD, "MODULEPATH": "/m"}
+
+
+def lmod(answers, **options):
+    return FakeFacts(
+        programs=[LMOD, "/tools/bin/python", "/usr/bin/python"],
+        answers={(LMOD, "python", *words): output for words, output in answers.items()},
+        **options,
+    )
+
+
+def test_lmod_loads_modules():
+    said = b'os.environ["PATH"] = "/tools/bin:/usr/bin:/bin";\nos.environ["X"] = "1";\n_mlstatus = True\n'
+    facts = lmod({("load", "tools", "cuda/12"): Output(0, said)})
+    made = plan(Step("lmod", {}, ["tools", "cuda/12"]), facts, MODULES)
+    assert made.environ == {**MODULES, "PATH": "/tools/bin:/usr/bin:/bin", "X": "1"}
+    assert made.search == ["/tools/bin"]
+    assert made.where == "the modules tools cuda/12"
+    assert envkernel.resolve_program(made, facts).argv[0] == "/tools/bin/python"
+
+
+def test_lmod_purges_uses_restores_unloads_then_loads():
+    step = Step("lmod", {"purge": True, "use": ["/d"], "restore": "c"}, ["a", "-b", "d"])
+    assert envkernel.module_calls(step, {"LOADEDMODULES": "z"}) == [
+        ["purge"],
+        ["use", "/d"],
+        ["restore", "c"],
+        ["unload", "b"],
+        ["load", "a", "d"],
+    ]
+    assert envkernel.module_calls(Step("lmod", {"purge": True}, ["a"]), {}) == [["load", "a"]]
+
+
+def test_a_python_that_no_module_brought_is_not_taken():
+    facts = lmod({("load", "cuda"): Output(0, b'os.environ["CUDA"] = "1";\n_mlstatus = True\n')})
+    with pytest.raises(UserError, match="There is no python in the modules cuda") as caught:
+        envkernel.resolve_program(plan(Step("lmod", {}, ["cuda"]), facts, MODULES), facts)
+    assert "--python=/usr/bin/python3" in caught.value.hint
+    assert caught.value.status == 127
+
+
+def test_a_python_of_a_module_that_was_loaded_already_is_found():
+    environ = {**MODULES, "PATH": "/tools/bin:/usr/bin", "LOADEDMODULES": "tools"}
+    facts = lmod(
+        {
+            ("load", "tools"): Output(0, b"_mlstatus = True\n"),
+            ("purge",): Output(0, b'os.environ["PATH"] = "/usr/bin";\n_mlstatus = True\n'),
+        }
+    )
+    assert plan(Step("lmod", {}, ["tools"]), facts, environ).search == ["/tools/bin"]
+
+
+def test_an_old_lmod_kernelspec_takes_python_from_path_and_says_so():
+    facts = lmod({("load", "cuda"): Output(0, b"_mlstatus = True\n")})
+    made = plan(Step("lmod", {}, ["cuda"]), facts, MODULES, legacy=True)
+    assert envkernel.resolve_program(made, facts).argv[0] == "/usr/bin/python"
+    assert b"none of the modules has python" in facts.told
+
+
+@pytest.mark.parametrize(
+    ("said", "fails"),
+    [
+        (Output(1, b"_mlstatus = False\n", b"unknown module"), True),
+        (Output(1, b'os.environ["A"] = "1";\n_mlstatus = True\n_mlstatus = False\n', b"a warning"), False),
+        (Output(1, b"", b"old Lmod"), True),
+        (Output(0, b"", b""), False),
+    ],
+)
+def test_lmod_fails_only_where_it_assigns_nothing(said, fails):
+    facts = lmod({("load", "m"): said})
+    if not fails:
+        assert (
+            plan(Step("lmod", {}, ["m"]), facts, {**MODULES, "LOADEDMODULES": ""}).environ["LMOD_CMD"] == LMOD
+        )
+        assert facts.told == said.err
+        return
+    with pytest.raises(UserError, match="`module load m` failed") as caught:
+        plan(Step("lmod", {}, ["m"]), facts, MODULES)
+    assert caught.value.detail == said.err.decode()
+
+
+def test_environment_modules_fail_by_their_status_line():
+    command = ["/m/modulecmd.tcl"]
+    partly = Output(0, b"os.environ['A'] = '1'\n_mlstatus = False\n", b"ERROR: no b")
+    facts = FakeFacts(answers={("/m/modulecmd.tcl", "python", "load", "a", "b"): partly})
+    with pytest.raises(UserError) as caught:
+        envkernel.run_modules(["load", "a", "b"], command, START, facts)
+    assert caught.value.detail == "ERROR: no b"
+
+
+def test_without_a_login_shell_lmod_is_found_by_what_setup_recorded():
+    facts = lmod({("load", "m"): Output(0, b"_mlstatus = True\n")})
+    recorded = [f"LMOD_CMD={LMOD}", "MODULEPATH=/m=1"]
+    made = plan(Step("lmod", {"recorded": recorded}, ["m"]), facts)
+    assert made.environ == {**START, "LMOD_CMD": LMOD, "MODULEPATH": "/m=1"}
+
+
+def test_a_login_shell_is_asked_last():
+    facts = lmod({("load", "m"): Output(0, b"_mlstatus = True\n")}, login={**MODULES, "OTHER": "1"})
+    assert plan(Step("lmod", {}, ["m"]), facts).environ == MODULES
+    with pytest.raises(UserError, match="There is no module system"):
+        plan(Step("lmod", {}, ["m"]), FakeFacts())
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        (b'os.environ["A"] = "x\\"y\\\\z";\n', {"A": 'x"y\\z'}),
+        (b'os.environ["A"] = "1\\\n2\\13\\0093";\n', {"A": "1\n2\r\t3"}),
+        (b'os.environ["A"] = "\\0";\n', {"A": "\0"}),
+        (b"os.environ['A'] = 'it\\'s; $x \\n'\n", {"A": "it's; $x \\n"}),
+        (b"os.environ['A'] = 'one\ntwo'\nos.environ['B'] = '2'\n", {"A": "one\ntwo", "B": "2"}),
+        (b"os.environ['A'] = 'ends in \\'\nos.environ['B'] = '2'\n", {"A": "ends in \\", "B": "2"}),
+        (b'hello\nos.environ["A"] = "1";\nprint("os.environ")\n', {"A": "1"}),
+        (b'del os.environ["A"]\n', {"A": None}),
+        (b'os.environ["A"] = "\xe9\xff";\n', {"A": "\udce9\udcff"}),
+        (b'os.environ["A"] = "open\n', {}),
+        (b"import os; os.system('x')\n", {}),
+    ],
+)
+def test_what_module_systems_print_is_parsed_as_bytes(text, changes):
+    assert envkernel.parse_modules(text)[0] == changes
+
+
+def test_the_status_lines_are_read():
+    assert envkernel.parse_modules(b"_mlstatus = True\n_mlstatus = False\n")[1] == [True, False]
+
+
+# chains and the kernel program
+
+
+def test_a_chain_is_applied_in_order():
+    said = b'os.environ["PATH"] = "/tools/bin:/usr/bin";\n_mlstatus = True\n'
+    facts = lmod({("load", "tools"): Output(0, said)})
+    facts.files.update({"/e/conda-meta/history": b""})
+    launch = Launch([Step("lmod", {}, ["tools"]), Step("conda", {}, ["/e"])], COMMAND)
+    made = envkernel.plan_launch(launch, facts, MODULES)
+    assert made.environ["PATH"] == "/e/bin:/tools/bin:/usr/bin"
+    assert made.search == ["/e/bin"]
+
+
+def test_env_comes_last_and_is_seen_by_the_activation_too():
+    facts = FakeFacts({"/e/conda-meta/history": b""})
+    launch = Launch([Step("conda", {}, ["/e"])], COMMAND, {"env": ["PATH", "A", "NOT_GIVEN"]})
+    made = envkernel.plan_launch(launch, facts, {"PATH": "/mine", "A": "%:a%24b"})
+    assert made.environ["PATH"] == "/mine"
+    assert made.environ["A"] == "a$b"
+    assert "NOT_GIVEN" not in made.environ
+
+
+def finished(command, facts, **options):
+    start = Plan(command, START, ["/e/bin"], "the environment /e", "install %s")
+    return envkernel.finish_plan(start, Launch([], command, options), facts)
+
+
+def test_the_kernel_program_is_the_environments_own():
+    facts = FakeFacts({"/e/lib/python3.11/site-packages/ipykernel_launcher.py": b""}, ["/e/bin/python"])
+    made = finished(COMMAND, facts, **{"connection-file": "/run/k.json"})
+    assert made.argv == ["/e/bin/python", "-m", "ipykernel_launcher", "-f", "/run/k.json"]
+    assert facts.asked == []
+
+
+def test_never_the_next_python_on_path():
+    with pytest.raises(UserError, match="There is no python in the environment /e") as caught:
+        finished(COMMAND, FakeFacts(programs=["/usr/bin/python"]))
+    assert caught.value.hint == "Try: install ipykernel."
+
+
+def test_an_absolute_kernel_program_is_the_users_choice():
+    facts = FakeFacts(programs=["/usr/bin/R"])
+    assert finished(["/usr/bin/R", "-e", "1"], facts).argv == ["/usr/bin/R", "-e", "1"]
+    with pytest.raises(UserError, match="There is no program /gone/R"):
+        finished(["/gone/R"], facts)
+
+
+def test_a_missing_module_is_looked_for_with_the_python_itself():
+    question = "import importlib.util,sys;sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+    ask = ("/e/bin/python", "-c", question, "ipykernel_launcher")
+    facts = FakeFacts(programs=["/e/bin/python"], answers={ask: Output(0)})
+    assert finished(COMMAND, facts).argv[0] == "/e/bin/python"
+    facts.answers[ask] = Output(1)
+    with pytest.raises(UserError, match="There is no ipykernel_launcher in the environment /e") as caught:
+        finished(COMMAND, facts)
+    assert caught.value.hint == "Try: install ipykernel."

@@ -1,0 +1,231 @@
+"""Kernelspecs: which kernel, what stands in kernel.json, and how it is installed."""
+
+import json
+import os
+import stat
+import sys
+
+import pytest
+from support.facts import FakeFacts
+
+import envkernel
+from envkernel import Kernel, Launch, Output, Plan, Request, Step, UserError
+
+CF = "{connection_file}"
+INSIDE = "/e/share/jupyter/kernels"
+
+
+def choose(common=None, command=None, files=(), programs=("/e/bin/python", "/e/bin/xr")):
+    request = Request({"name": "x", **(common or {})}, [], command)
+    plan = Plan([], {}, ["/e/bin"], "the environment /e", "install %s")
+    return envkernel.choose_kernel(request, plan, FakeFacts(files, programs))
+
+
+def test_the_default_is_ipykernel():
+    assert choose() == Kernel(["python", "-m", "ipykernel_launcher", "-f", CF])
+
+
+def test_r_in_the_environment():
+    made = choose({"kernel": "ir"})
+    assert made.command == ["R", "--slave", "-e", "IRkernel::main()", "--args", CF]
+    assert made.language == "R"
+
+
+def test_a_kernelspec_that_the_environment_holds_is_taken_over():
+    spec = {
+        "argv": ["/build/place/bin/xr", "-f", CF],
+        "language": "R",
+        "interrupt_mode": "message",
+        "kernel_protocol_version": "5.5",
+        "metadata": {"debugger": False},
+        "display_name": "xeus R",
+    }
+    files = {f"{INSIDE}/xr/kernel.json": json.dumps(spec).encode(), f"{INSIDE}/xr/logo-32x32.png": b"png"}
+    assert choose({"kernel": "xr"}, files=files) == Kernel(
+        ["xr", "-f", CF],
+        "R",
+        display_name="xeus R",
+        metadata={"debugger": False},
+        interrupt_mode="message",
+        protocol="5.5",
+        files={"logo-32x32.png": b"png"},
+    )
+
+
+def test_an_unknown_kernel_gets_a_suggestion():
+    with pytest.raises(UserError, match="no kernel named ipykernl in the environment /e") as caught:
+        choose({"kernel": "ipykernl"})
+    assert caught.value.hint == "Did you mean ipykernel?"
+
+
+def test_a_broken_kernelspec_in_the_environment_is_said():
+    with pytest.raises(UserError, match=f"The kernelspec {INSIDE}/xr is broken"):
+        choose({"kernel": "xr"}, files={f"{INSIDE}/xr/kernel.json": b"{"})
+
+
+@pytest.mark.parametrize(
+    ("common", "typed", "command"),
+    [
+        ({"kernel-cmd": "R -e 'a b' {connection_file}"}, None, ["R", "-e", "a b", CF]),
+        ({}, ["R", "-e", "a b", CF], ["R", "-e", "a b", CF]),
+        ({"kernel-cmd": "/usr/bin/R " + CF, "kernel-make-path-relative": True}, None, ["R", CF]),
+        ({"python": "python3.9"}, None, ["python3.9", "-m", "ipykernel_launcher", "-f", CF]),
+        ({"python": "./bin/python"}, None, ["/cwd/bin/python", "-m", "ipykernel_launcher", "-f", CF]),
+        ({"python": "SELF"}, None, [sys.executable, "-m", "ipykernel_launcher", "-f", CF]),
+    ],
+)
+def test_kernel_commands(common, typed, command):
+    assert choose(common, typed).command == command
+
+
+@pytest.mark.parametrize(
+    ("common", "message"),
+    [
+        ({"kernel-cmd": "R"}, "The kernel command has no {connection_file}"),
+        ({"kernel-cmd": "R 'open"}, "The kernel command has an open quote"),
+        ({"kernel-cmd": ""}, "The kernel command is empty."),
+    ],
+)
+def test_a_kernel_command_that_cannot_work_is_refused(common, message):
+    with pytest.raises(UserError) as caught:
+        choose(common)
+    assert message in caught.value.message
+    assert caught.value.status == 2
+
+
+def test_kernel_json():
+    request = Request({"name": "x", "user": True, "env": ["A=a$b"]}, [], None)
+    launch = Launch(
+        [Step("lmod", {"recorded": ["LMOD_CMD=/l"]}, ["-m"]), Step("conda", {"root": "/r"}, ["/e"])], []
+    )
+    kernel = Kernel([], "R", metadata={"debugger": True}, interrupt_mode="message", protocol="5.4")
+    assert envkernel.kernelspec_json(request, launch, kernel, ["argv"]) == {
+        "argv": ["argv"],
+        "display_name": "x (lmod+conda)",
+        "language": "R",
+        "metadata": {
+            "debugger": True,
+            "envkernel": {
+                "version": envkernel.__version__,
+                "mode": "lmod+conda",
+                "command": ["lmod", "--name=x", "--user", "--env=A=a$b", "-m", "--", "conda", "/e"],
+            },
+        },
+        "env": {"A": "%:a%24b"},
+        "interrupt_mode": "message",
+        "kernel_protocol_version": "5.4",
+    }
+
+
+def test_the_recorded_command_is_read_back():
+    words = ["lmod", "--name=x", "--purge", "--env=A=1", "cuda", "--", "virtualenv", "/v", "--", "python", CF]
+    request = envkernel.parse_setup(words, FakeFacts())
+    assert envkernel.setup_command(request, request.steps) == words
+
+
+@pytest.mark.parametrize(
+    ("argv", "tokens"),
+    [
+        (["/p", "-I", "-S", "-c", envkernel.BOOT, "/s", "conda", "run"], ["conda", "run"]),
+        (["/opt/bin/envkernel", "conda", "run", "/e", "--", "x"], ["conda", "run", "/e", "--", "x"]),
+        (["/py", "/opt/envkernel.py", "lmod", "run", "m"], ["lmod", "run", "m"]),
+        (["python", "-m", "ipykernel_launcher"], []),
+        ([], []),
+    ],
+)
+def test_our_kernelspecs_are_known_by_their_argv(argv, tokens):
+    assert envkernel.run_tokens(argv) == tokens
+
+
+# installing
+
+
+@pytest.fixture
+def umask():
+    old = os.umask(0o077)
+    yield
+    os.umask(old)
+
+
+def install(folder, text="1", readable=True):
+    envkernel.install_kernelspec(str(folder), {"argv": [text]}, {"logo-svg.svg": b"<svg/>"}, readable)
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_kernelspec_is_readable_for_a_group_whatever_the_umask(tmp_path):
+    folder = tmp_path / "opt" / "share" / "jupyter" / "kernels" / "x"
+    install(folder)
+    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["1"]}
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir(), *folder.parents]
+    }
+    assert modes["kernel.json"] == 0o644
+    assert {modes[name] for name in ("x", "kernels", "jupyter", "share", "opt")} == {0o755}
+    assert tree(tmp_path / "opt" / "share" / "jupyter") == [
+        "kernels",
+        "kernels/x",
+        "kernels/x/kernel.json",
+        "kernels/x/logo-svg.svg",
+    ]
+
+
+def test_replacing_leaves_the_new_one_only(tmp_path):
+    folder = tmp_path / "kernels" / "x"
+    install(folder, "1")
+    (folder / "old").write_text("")
+    install(folder, "2")
+    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["2"]}
+    assert tree(tmp_path) == ["kernels", "kernels/x", "kernels/x/kernel.json", "kernels/x/logo-svg.svg"]
+
+
+def test_a_failed_install_leaves_the_old_one_untouched(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels" / "x"
+    install(folder, "1")
+    rename = os.rename
+
+    def fail(source, target):
+        if target == str(folder) and "prefix" in source:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(UserError, match="can't be written") as caught:
+        install(folder, "2")
+    assert "--user" in caught.value.hint
+    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["1"]}
+    assert tree(tmp_path) == ["kernels", "kernels/x", "kernels/x/kernel.json", "kernels/x/logo-svg.svg"]
+
+
+def test_a_failed_first_install_leaves_nothing(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(UserError):
+        install(tmp_path / "share" / "jupyter" / "kernels" / "x")
+    assert tree(tmp_path) == []
+
+
+def test_ipykernel_is_asked_for_its_metadata_and_logos():
+    spec = {"argv": ["x"], "language": "python", "metadata": {"debugger": True}, "resources": "/r"}
+    facts = FakeFacts(
+        {"/r/logo-svg.svg": b"svg", "/r/other": b""},
+        answers={
+            ("/e/python", "-c", envkernel.DESCRIBE_IPYKERNEL): Output(
+                0, b"noise\n" + json.dumps(spec).encode()
+            )
+        },
+    )
+    plan = Plan(["/e/python", "-m", "ipykernel_launcher"], {})
+    made = envkernel.describe_ipykernel(Kernel(["python"]), plan, facts)
+    assert made == Kernel(["python"], metadata={"debugger": True}, files={"logo-svg.svg": b"svg"})
+
+
+def test_an_ipykernel_that_says_nothing_is_described_by_nothing():
+    facts = FakeFacts(answers={("/e/python", "-c", envkernel.DESCRIBE_IPYKERNEL): Output(1, b"")})
+    kernel = Kernel(["python"])
+    assert envkernel.describe_ipykernel(kernel, Plan(["/e/python", "-m", "x"], {}), facts) is kernel

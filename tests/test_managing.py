@@ -1,0 +1,238 @@
+"""Setup and the management commands as a user meets them: output, exit status, what is on disk."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import envkernel
+
+SCRIPT = envkernel.__file__
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A home and Jupyter folders of this test's own; with a virtualenv that has no ipykernel."""
+    for name in ("HOME", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    for name in ("JUPYTER_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_EXE", "LMOD_CMD", "MODULES_CMD"):
+        monkeypatch.delenv(name, raising=False)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    return tmp_path
+
+
+@pytest.fixture
+def call(world, capfd, monkeypatch):
+    """Call envkernel; return exit status, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.chdir(world)
+        capfd.readouterr()
+        status = envkernel.main([str(word) for word in words])
+        return (status, *capfd.readouterr())
+
+    return call
+
+
+def kernels(world):
+    folder = world / "jupyter_data_dir" / "kernels"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+TRUE = ("--", "/bin/true", "{connection_file}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["virtualenv", "gone"], "There is no virtualenv at {world}/gone.", "python3 -m venv {world}/gone"),
+        (
+            ["virtualenv", "bare"],
+            "There is no ipykernel_launcher in the virtualenv {world}/bare",
+            "pip install ipy",
+        ),
+        (
+            ["virtualenv", "bare", "--kernel=ir"],
+            "There is no R in the virtualenv {world}/bare.",
+            "r-irkernel",
+        ),
+        (["virtualenv", "bare", "--kernel=irr"], "There is no kernel named irr in", "Did you mean ir?"),
+        (["virtualenv", "bare", "--python=python2.1"], "There is no python2.1 in the virtualenv", "Try: "),
+        (
+            ["virtualenv", "bare", "--", "/gone/k", "{connection_file}"],
+            "There is no program /gone/k.",
+            "Install it",
+        ),
+        (
+            ["virtualenv", "bare", "--kernel-template=none"],
+            "no kernel named none to take as a template",
+            "Known",
+        ),
+        (["conda", "bare"], "There is no conda environment named bare.", "path"),
+        (["conda", "./bare"], "There is no conda environment at {world}/bare.", "conda create"),
+    ],
+)
+def test_what_is_missing_is_said_at_setup_and_nothing_is_installed(call, world, words, message, hint):
+    status, out, err = call(words[0], "--name=x", "--user", *words[1:])
+    assert status == 1
+    assert out == ""
+    assert message.format(world=world) in err
+    assert hint.format(world=world) in err
+    assert "Traceback" not in err
+    assert not (world / "jupyter_data_dir").exists()
+
+
+def test_a_name_that_exists_is_refused_without_replace(call, world):
+    assert call("virtualenv", "--name=X", "--user", "bare", *TRUE)[0] == 0
+    status, _, err = call("virtualenv", "--name=x", "--user", "bare", "--display-name=new", *TRUE)
+    assert status == 1
+    assert "There is a kernel named x already" in err
+    assert "--replace" in err
+    spec = world / "jupyter_data_dir" / "kernels" / "x" / "kernel.json"
+    assert json.loads(spec.read_text())["display_name"] == "X (virtualenv)"
+    assert call("virtualenv", "--name=x", "--user", "--replace", "bare", "--display-name=new", *TRUE)[0] == 0
+    assert json.loads(spec.read_text())["display_name"] == "new"
+    assert kernels(world) == ["x"]
+
+
+def test_dry_run_prints_the_kernelspec_and_writes_nothing(call, world):
+    status, out, _ = call("virtualenv", "--name=x", "--user", "--dry-run", "bare", *TRUE)
+    spec = json.loads(out)
+    assert status == 0
+    assert spec["argv"][:5] == [sys.executable, "-I", "-S", "-c", envkernel.BOOT]
+    assert spec["argv"][5] == SCRIPT
+    assert spec["argv"][-2:] == ["/bin/true", "{connection_file}"]
+    assert str(world / "bare") in spec["argv"]
+    assert not (world / "jupyter_data_dir").exists()
+
+
+def test_where_jupyter_does_not_look_is_said(call, world):
+    status, out, _ = call("virtualenv", "--name=x", f"--prefix={world}/p", "bare", *TRUE)
+    assert status == 0
+    assert f"JUPYTER_PATH={world}/p/share/jupyter" in out
+    status, out, _ = call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    assert "JUPYTER_PATH" not in out
+
+
+def test_a_place_that_cannot_be_written_is_an_error(call, world):
+    (world / "file").write_text("")
+    status, _, err = call("virtualenv", "--name=x", f"--prefix={world}/file", "bare", *TRUE)
+    assert status == 1
+    assert f"can't be written to {world}/file/share/jupyter/kernels/x" in err
+
+
+def test_list_show_update_remove(call, world):
+    call("virtualenv", "--name=x", "--user", "--env=A=1", "bare", *TRUE)
+    status, out, _ = call("list", "--json")
+    folder = str(world / "jupyter_data_dir" / "kernels" / "x")
+    row = {"name": "x", "mode": "virtualenv", "target": str(world / "bare"), "folder": folder, "state": "ok"}
+    assert (status, json.loads(out)) == (0, [row])
+    assert call("list")[1].splitlines()[1].split() == list(row.values())
+    shown = json.loads(call("show", "x", "--json")[1])
+    assert shown["command"][:3] == ["envkernel", "virtualenv", "--name=x"]
+    assert shown["argv"] == ["/bin/true", "{connection_file}"]
+    assert shown["environment"]["A"] == "1"
+    assert shown["environment"]["VIRTUAL_ENV"] == str(world / "bare")
+    assert "+ A=1" in call("show", "x")[1]
+    spec = world / "jupyter_data_dir" / "kernels" / "x" / "kernel.json"
+    before = spec.read_text()
+    spec.write_text(before.replace('"python"', '"broken"'))
+    assert call("update", "x")[0] == 0
+    assert spec.read_text() == before
+    assert call("remove", "x")[0] == 0
+    assert kernels(world) == []
+    assert call("list", "--json")[1].strip() == "[]"
+
+
+def test_list_says_what_is_broken(call, world):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    (world / "bare").rename(world / "moved")
+    assert json.loads(call("list", "--json")[1])[0]["state"] == f"There is no virtualenv at {world}/bare."
+    status, out, _ = call("show", "x")
+    assert status == 0
+    assert "There is no virtualenv" in out
+    status, _, err = call("check", "x")
+    assert status == 1
+    assert f"There is no virtualenv at {world}/bare." in err
+
+
+def test_a_kernelspec_of_envkernel_1_is_listed_and_updated(call, world):
+    folder = world / "jupyter_data_dir" / "kernels" / "old"
+    folder.mkdir(parents=True)
+    argv = [
+        "/usr/bin/envkernel",
+        "virtualenv",
+        "run",
+        str(world / "bare"),
+        "--",
+        "/bin/true",
+        "{connection_file}",
+    ]
+    spec = {"argv": argv, "display_name": "Old one", "language": "R"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    assert json.loads(call("list", "--json")[1])[0]["name"] == "old"
+    assert call("update", "old")[0] == 0
+    new = json.loads((folder / "kernel.json").read_text())
+    assert (new["display_name"], new["language"]) == ("Old one", "R")
+    assert new["metadata"]["envkernel"]["mode"] == "virtualenv"
+    assert new["argv"][-2:] == argv[-2:]
+
+
+@pytest.mark.parametrize("command", ["show", "check", "update", "remove"])
+def test_commands_name_what_is_not_there(call, world, command):
+    call("virtualenv", "--name=demo", "--user", "bare", *TRUE)
+    status, _, err = call(command, "dmeo")
+    assert status == 1
+    assert "There is no kernel named dmeo." in err
+    assert "Did you mean demo?" in err
+    foreign = world / "jupyter_data_dir" / "kernels" / "native"
+    foreign.mkdir()
+    (foreign / "kernel.json").write_text('{"argv": ["python3"], "display_name": "n", "language": "python"}')
+    status, _, err = call(command, "native")
+    assert status == 1
+    assert "was not made by envkernel" in err
+    assert foreign.exists()
+    assert call(command)[0] == 2
+    assert call(command, "demo", "more")[0] == 2
+    assert call(command, "demo", "--what")[0] == 2
+
+
+def test_self_contained_needs_neither_the_script_nor_its_place(call, world):
+    call("virtualenv", "--name=x", f"--prefix={world}/p", "--self-contained", "bare", *TRUE)
+    folder = world / "p" / "share" / "jupyter" / "kernels" / "x"
+    argv = json.loads((folder / "kernel.json").read_text())["argv"]
+    assert argv[5] == str(folder / "envkernel.py")
+    assert (folder / "envkernel.py").read_text() == open(SCRIPT).read()
+    done = subprocess.run([word.replace("{connection_file}", "/x") for word in argv], check=False)
+    assert done.returncode == 0
+
+
+def test_a_template_brings_its_files_and_its_command(call, world):
+    folder = world / "jupyter_data_dir" / "kernels" / "orig"
+    folder.mkdir(parents=True)
+    spec = {
+        "argv": ["{resource_dir}/start.sh", "{connection_file}"],
+        "display_name": "Original",
+        "language": "x",
+        "interrupt_mode": "message",
+        "metadata": {"a": 1},
+    }
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    (folder / "start.sh").write_text('#!/bin/sh\necho "$VIRTUAL_ENV $1"\n')
+    (folder / "start.sh").chmod(0o755)
+    (folder / "logo-64x64.png").write_bytes(b"png")
+    status, _, err = call("virtualenv", "--name=clone", "--user", "--kernel-template=orig", "bare")
+    assert (status, err) == (0, "")
+    clone = folder.parent / "clone"
+    new = json.loads((clone / "kernel.json").read_text())
+    assert (new["display_name"], new["language"], new["interrupt_mode"]) == ("Original", "x", "message")
+    assert new["metadata"]["a"] == 1
+    known = {"{connection_file}": "/run/k.json", "{resource_dir}": str(clone)}
+    argv = [known.get(word, word) for word in new["argv"]]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{world}/bare /run/k.json\n"
+
+
+def test_the_version(call):
+    assert call("--version") == (0, envkernel.__version__ + "\n", "")
