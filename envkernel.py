@@ -1498,9 +1498,9 @@ for _mode in (
 class Kernel(Record):
     """A kernel as a kernelspec describes it.
 
-    command: with `CONNECTION_FILE` in it.  files: what else the kernelspec's folder holds (logos), by
-    name.  test: a command that succeeds where the kernel is really installed, empty where the command
-    itself tells.
+    command: with `CONNECTION_FILE` in it.  folder: the kernelspec it was read from, empty for none; its
+    files come along.  files: further ones (logos), by name.  test: a command that succeeds where the
+    kernel is really installed, empty where the command itself tells.
     """
 
     def __init__(
@@ -1513,6 +1513,7 @@ class Kernel(Record):
         interrupt_mode: str = "",
         protocol: str = "",
         files: Mapping[str, bytes] | None = None,
+        folder: str = "",
         test: Sequence[str] = (),
     ) -> None:
         self.command = list(command)
@@ -1522,6 +1523,7 @@ class Kernel(Record):
         self.interrupt_mode = interrupt_mode
         self.protocol = protocol
         self.files = dict(files or {})
+        self.folder = folder
         self.test = list(test)
 
 
@@ -1589,7 +1591,8 @@ def read_kernelspec(folder: str, facts: Facts) -> Kernel:
         ) from None
     names = [name for name in facts.listdir(folder) if name != "kernel.json" and name != "__pycache__"]
     texts = {name: facts.read(f"{folder}/{name}") for name in names}
-    return kernel_from_spec(spec, {name: text for name, text in texts.items() if text is not None})
+    kernel = kernel_from_spec(spec, {name: text for name, text in texts.items() if text is not None})
+    return kernel.but(folder=folder)
 
 
 def kernel_in_environment(name: str, plan: Plan, facts: Facts) -> Kernel:
@@ -1677,7 +1680,7 @@ def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
     if "python" in common and is_python(command[0]) and request.command is None:
         python = sys.executable if common["python"] == "SELF" else common["python"]
         command = [facts.absolute(python) if "/" in python else python, *command[1:]]
-    if "/" in command[0]:
+    if "/" in command[0] and not command[0].startswith(RESOURCE_DIR):
         command = [facts.absolute(command[0]), *command[1:]]
     return kernel.but(command=command, language=common.get("language", kernel.language))
 
@@ -1828,7 +1831,7 @@ def setup(tokens: Sequence[str], facts: Facts, folder: str = "") -> int:
 
         print(json.dumps(spec, indent=1))
         return 0
-    install_kernelspec(destination, spec, files, readable="user" not in common)
+    install_kernelspec(destination, spec, files, readable="user" not in common, folder=kernel.folder)
     compile_script(script)
     say_installed(common["name"], destination)
     return 0
@@ -1855,10 +1858,9 @@ def prepare_kernel(
     probe = plan_launch(launch_of(request, steps, []), facts, environ)
     kernel = choose_kernel(request, probe, facts)
     launch = launch_of(request, steps, kernel.command)
-    plan = plan_launch(launch, facts, environ)
+    resources = {"resource-dir": kernel.folder} if kernel.folder else {}
+    plan = finish_plan(plan_launch(launch, facts, environ), launch.but(options=resources), facts)
     if plan.search is not None:
-        plan = resolve_program(plan, facts)
-        check_kernel_module(plan, facts)
         if kernel.test:
             said = facts.output([plan.argv[0], *kernel.test[1:]], plan.environ)
             if said.status:
@@ -1913,12 +1915,13 @@ def need_jupyter_client() -> Any:
 
 
 def install_kernelspec(
-    destination: str, spec: Mapping[str, Any], files: Mapping[str, bytes], readable: bool
+    destination: str, spec: Mapping[str, Any], files: Mapping[str, bytes], readable: bool, folder: str = ""
 ) -> None:
     """Write a kernelspec through jupyter_client, whole or not at all.
 
     It is written beside its place first; an old one is put back where the last step fails.
-    readable: others may read it, whatever the umask.
+    files: what stands in it beside kernel.json, by name.  readable: others may read it, whatever the
+    umask.  folder: a kernelspec whose files are copied first.
     Raises UserError where it can't be written.
     """
     import json
@@ -1933,7 +1936,10 @@ def install_kernelspec(
         os.makedirs(os.path.dirname(destination), exist_ok=True)
         stage = tempfile.mkdtemp(prefix=".envkernel-", dir=base)
         source = os.path.join(stage, "source")
-        os.mkdir(source)
+        if folder:
+            shutil.copytree(folder, source, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            os.mkdir(source)
         for name, content in {**files, "kernel.json": json.dumps(spec, indent=1).encode() + b"\n"}.items():
             with open(os.path.join(source, name), "wb") as file:
                 file.write(content)
@@ -1975,7 +1981,8 @@ def make_readable(folder: str, made: str) -> None:
     for place, _, names in os.walk(folder):
         os.chmod(place, 0o755)
         for name in names:
-            os.chmod(os.path.join(place, name), 0o644)
+            path = os.path.join(place, name)
+            os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)
     parent = os.path.dirname(folder)
     while made and parent.startswith(made):
         os.chmod(parent, 0o755)
@@ -4286,14 +4293,15 @@ def finish_plan(plan: Plan, launch: Launch, facts: Facts) -> Plan:
 
     Raises UserError where the kernel's program or module is missing.
     """
-    if plan.search is not None:
-        plan = resolve_program(plan, facts)
-        check_kernel_module(plan, facts)
     argv = plan.argv
     for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir")):
         if name in launch.options:
             argv = [token.replace(placeholder, launch.options[name]) for token in argv]
-    return plan.but(argv=argv)
+    plan = plan.but(argv=argv)
+    if plan.search is not None:
+        plan = resolve_program(plan, facts)
+        check_kernel_module(plan, facts)
+    return plan
 
 
 def run(tokens: Sequence[str]) -> int:

@@ -1,10 +1,10 @@
 """The command line: what a user types, and what is said where it can't be understood."""
 
 import pytest
-from support.facts import FakeFacts
 
 import envkernel
 from envkernel import Launch, Mode, Option, Request, Step, UserError, parse_setup
+from support.facts import FakeFacts
 
 ENGINE = {"--bind": True, "-B": True, "-v": True, "--user": True, "--rm": False, "-i": False, "-t": False}
 

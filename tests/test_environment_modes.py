@@ -1,10 +1,10 @@
 """The environment modes: whole plans, from options, facts and environment."""
 
 import pytest
-from support.facts import FakeFacts
 
 import envkernel
 from envkernel import Launch, Output, Plan, Step, UserError
+from support.facts import FakeFacts
 
 COMMAND = ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 START = {"PATH": "/usr/bin:/bin", "HOME": "/home/me"}

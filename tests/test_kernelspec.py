@@ -6,10 +6,10 @@ import stat
 import sys
 
 import pytest
-from support.facts import FakeFacts
 
 import envkernel
 from envkernel import Kernel, Launch, Output, Plan, Request, Step, UserError
+from support.facts import FakeFacts
 
 CF = "{connection_file}"
 INSIDE = "/e/share/jupyter/kernels"
@@ -49,6 +49,7 @@ def test_a_kernelspec_that_the_environment_holds_is_taken_over():
         interrupt_mode="message",
         protocol="5.5",
         files={"logo-32x32.png": b"png"},
+        folder=f"{INSIDE}/xr",
     )
 
 
@@ -118,7 +119,7 @@ def test_kernel_json():
 
 
 def test_the_recorded_command_is_read_back():
-    words = ["lmod", "--name=x", "--purge", "--env=A=1", "cuda", "--", "virtualenv", "/v", "--", "python", CF]
+    words = ["lmod", "--name=x", "--env=A=1", "--purge", "cuda", "--", "virtualenv", "/v", "--", "python", CF]
     request = envkernel.parse_setup(words, FakeFacts())
     assert envkernel.setup_command(request, request.steps) == words
 

@@ -1,6 +1,7 @@
 """Setup and the management commands as a user meets them: output, exit status, what is on disk."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 import envkernel
 
-SCRIPT = envkernel.__file__
+SCRIPT = os.path.abspath(envkernel.__file__)
 
 
 @pytest.fixture
