@@ -2340,6 +2340,239 @@ def own_logos(path: str, data: bytes | None) -> dict[str, bytes]:
     return {LOGO_NAMES[size]: write_png(resize(picture, size)) for size in LOGO_SIZES}
 
 
+# ---- completion ---------------------------------------------------------------------------------
+
+
+def completion_rows(facts: Facts) -> dict[str, list[Option]]:
+    """Return what can be completed after each mode and command: its options, the engine's at the end.
+
+    The empty name stands for the options of every mode, which belong before the first ``--``.
+    """
+    rows: dict[str, list[Option]] = {"": COMMON_OPTIONS}
+    for name, mode in MODES.items():
+        own = {flag for option in [*COMMON_OPTIONS, *mode.options] for flag in option.flags}
+        engine = mode.engine([], facts) if mode.engine else {}
+        rows[name] = mode.options + [
+            Option(flag, f"Option of {mode.name}.", metavar="VALUE" if takes else "")
+            for flag, takes in sorted(engine.items())
+            if flag.startswith("--") and flag not in own
+        ]
+    rows.update({name: command.options for name, command in COMMANDS.items()})
+    return {name: [option for option in options if option.setup] for name, options in rows.items()}
+
+
+def summaries() -> dict[str, str]:
+    """Return what stands in the first place of a command line: modes and commands with their help."""
+    modes = {name: mode.summary for name, mode in MODES.items()}
+    return {**modes, **{name: command.summary for name, command in COMMANDS.items()}}
+
+
+def shell_case(rows: Mapping[str, Sequence[str]], indent: str) -> str:
+    """Return the branches of a shell's ``case``: for each name its words, in the array ``found``."""
+    return "\n".join(
+        f"{indent}{name or 'every'}) found=({' '.join(map(quoted, words))}) ;;"
+        for name, words in rows.items()
+    )
+
+
+def bash_completion(rows: Mapping[str, Sequence[Option]]) -> str:
+    """Return the completion script for bash."""
+    flags = {
+        name: [
+            flag + ("=" if option.metavar and flag.startswith("--") else "")
+            for option in options
+            for flag in option.flags
+        ]
+        for name, options in rows.items()
+    }
+    named = [name for name, command in COMMANDS.items() if command.argument == "NAME"]
+    template = """\
+# bash completion for envkernel; in ~/.bashrc: source <(envkernel completion bash)
+_envkernel_words() {
+    case $1 in
+@OPTIONS@
+    esac
+}
+_envkernel_choices() {
+    case $1 in
+@CHOICES@
+    esac
+}
+_envkernel() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} mode=${COMP_WORDS[1]}
+    local first=yes start=1 index found=() every=()
+    if [[ $cur == = ]]; then cur=; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD-2]}; fi
+    for ((index = 2; index < COMP_CWORD; index++)); do
+        if [[ ${COMP_WORDS[index]} == -- ]]; then
+            first= start=$((index + 1)) mode=${COMP_WORDS[index + 1]}
+        fi
+    done
+    COMPREPLY=()
+    if ((COMP_CWORD == start)); then
+        found=(@MODES@)
+        [[ $first ]] && found+=(@COMMANDS@)
+    else
+        if [[ $first && " @MODES@ " == *" $mode "* ]]; then
+            _envkernel_words every; every=("${found[@]}")
+        fi
+        found=(); _envkernel_words "$mode"; found+=("${every[@]}")
+        if [[ $prev == -* && " ${found[*]} " == *" $prev= "* ]]; then
+            found=(); _envkernel_choices "$prev"
+        elif [[ $cur != -* ]]; then
+            found=()
+            case $mode in
+                @NAMED@) found=($(envkernel list --names 2> /dev/null)) ;;
+                completion) found=(@SHELLS@) ;;
+            esac
+        fi
+    fi
+    COMPREPLY=($(compgen -W "${found[*]}" -- "$cur"))
+    if [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]]; then compopt -o nospace; fi
+}
+complete -o default -F _envkernel envkernel
+"""
+    return fill_in(
+        template,
+        OPTIONS=shell_case(flags, " " * 8),
+        CHOICES=shell_case(option_choices(rows), " " * 8),
+        MODES=" ".join(MODES),
+        COMMANDS=" ".join(COMMANDS),
+        NAMED="|".join(named),
+        SHELLS=" ".join(SHELLS),
+    )
+
+
+def option_choices(rows: Mapping[str, Sequence[Option]]) -> dict[str, list[str]]:
+    """Return the values of the options that have but a few, by flag."""
+    options = [option for options in rows.values() for option in options if option.choices]
+    return {flag: list(option.choices) for option in options for flag in option.flags} or {"none": []}
+
+
+def fill_in(template: str, **values: str) -> str:
+    """Return a script with its ``@NAME@`` filled in."""
+    for name, value in values.items():
+        template = template.replace(f"@{name}@", value)
+    return template
+
+
+def zsh_completion(rows: Mapping[str, Sequence[Option]]) -> str:
+    """Return the completion script for zsh."""
+
+    def described(name: str, help: str) -> str:
+        return name.replace(":", "\\:") + ":" + help
+
+    flags = {
+        name: [
+            described(flag + ("=" if option.metavar and flag.startswith("--") else ""), option.help)
+            for option in options
+            for flag in option.flags
+        ]
+        for name, options in rows.items()
+    }
+    first = [described(name, help) for name, help in summaries().items()]
+    template = """\
+#compdef envkernel
+# zsh completion for envkernel; in ~/.zshrc, after compinit: source <(envkernel completion zsh)
+_envkernel_words() {
+    case $1 in
+@OPTIONS@
+    esac
+}
+_envkernel_choices() {
+    case $1 in
+@CHOICES@
+    esac
+}
+_envkernel() {
+    local mode=$words[2] first=yes start=2 index current=$words[CURRENT]
+    local -a found every modes
+    for ((index = 3; index < CURRENT; index++)); do
+        if [[ $words[index] == -- ]]; then
+            first= start=$((index + 1)) mode=$words[index+1]
+        fi
+    done
+    modes=(@FIRST@)
+    if ((CURRENT == start)); then
+        _describe 'mode or command' modes
+        [[ $first ]] || _files
+    elif [[ $current == --*=* ]]; then
+        _envkernel_choices "${current%%=*}"
+        compset -P '*='
+        if (($#found)); then compadd -a found; else _files; fi
+    elif [[ $current == -* ]]; then
+        if [[ $first && " @MODES@ " == *" $mode "* ]]; then
+            _envkernel_words every; every=($found)
+        fi
+        found=(); _envkernel_words $mode; found+=($every)
+        _describe -o 'option' found -S ''
+    else
+        case $mode in
+            @NAMED@) found=($(envkernel list --names 2> /dev/null)); compadd -a found ;;
+            completion) compadd @SHELLS@ ;;
+            *) _files ;;
+        esac
+    fi
+}
+compdef _envkernel envkernel
+"""
+    return fill_in(
+        template,
+        OPTIONS=shell_case(flags, " " * 8),
+        CHOICES=shell_case(option_choices(rows), " " * 8),
+        FIRST=" ".join(map(quoted, first)),
+        MODES=" ".join(MODES),
+        NAMED="|".join(name for name, command in COMMANDS.items() if command.argument == "NAME"),
+        SHELLS=" ".join(SHELLS),
+    )
+
+
+def fish_completion(rows: Mapping[str, Sequence[Option]]) -> str:
+    """Return the completion script for fish."""
+    lines = [
+        "# fish completion for envkernel; in config.fish: envkernel completion fish | source",
+        "function __envkernel_in",
+        "    set -l line (commandline -opc)",
+        "    test (count $line) -gt 1; and contains -- $line[2] $argv",
+        "end",
+        "complete -c envkernel -n 'test (count (commandline -opc)) -eq 1' -f",
+    ]
+    for name, help in summaries().items():
+        words = f"-a {name} -d {quoted(help)}"
+        lines.append(f"complete -c envkernel -n 'test (count (commandline -opc)) -eq 1' -f {words}")
+    for name, options in rows.items():
+        names = name or " ".join(MODES)
+        for option in options:
+            words = " ".join(
+                f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.flags
+            )
+            if option.choices:
+                words += f" -x -a {quoted(' '.join(option.choices))}"
+            elif option.metavar:
+                words += " -r -F" if option.kind == "path" else " -x"
+            lines.append(
+                f"complete -c envkernel -n '__envkernel_in {names}' {words} -d {quoted(option.help)}"
+            )
+    named = " ".join(name for name, command in COMMANDS.items() if command.argument == "NAME")
+    lines.append(
+        f"complete -c envkernel -n '__envkernel_in {named}' -f -a '(envkernel list --names 2>/dev/null)'"
+    )
+    lines.append(f"complete -c envkernel -n '__envkernel_in completion' -f -a '{' '.join(SHELLS)}'")
+    return "\n".join(lines) + "\n"
+
+
+SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+"""The completion script's maker by shell."""
+
+
+def completion_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel completion SHELL``: print the completion script."""
+    shell = options["SHELL"]
+    if shell not in SHELLS:
+        raise usage_error(f"There is no completion for {shell!r}.", suggestion(shell, list(SHELLS)))
+    sys.stdout.write(SHELLS[shell](completion_rows(facts)))
+    return 0
+
+
 # ---- managing -----------------------------------------------------------------------------------
 
 
@@ -2431,6 +2664,9 @@ def print_json(value: Any) -> None:
 
 def list_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel list``: all kernels of ours and whether they could start."""
+    if options.get("names"):
+        print(*(kernel.name for kernel in our_kernels(facts)), sep="\n")
+        return 0
     rows = [kernel_row(kernel, facts) for kernel in our_kernels(facts)]
     if options.get("json"):
         print_json(rows)
@@ -2701,7 +2937,12 @@ class Command(Record):
 _JSON = Option("--json", "Print JSON.")
 
 COMMANDS: dict[str, Command] = {
-    "list": Command(list_command, "", "List the kernels that envkernel made, and what is broken.", [_JSON]),
+    "list": Command(
+        list_command,
+        "",
+        "List the kernels that envkernel made, and what is broken.",
+        [_JSON, Option("--names", "Print the names only.")],
+    ),
     "show": Command(show_command, "NAME", "Show how a kernel was made and what it would do now.", [_JSON]),
     "check": Command(
         check_command, "NAME", "Start a kernel, use it in every way, and say what fails.", [_JSON]
@@ -2709,6 +2950,7 @@ COMMANDS: dict[str, Command] = {
     "log": Command(log_command, "NAME", "Print the log of a kernel's newest launch."),
     "update": Command(update_command, "NAME", "Write a kernel again from the command that made it."),
     "remove": Command(remove_command, "NAME", "Remove a kernel."),
+    "completion": Command(completion_command, "SHELL", "Print a completion script for bash, zsh or fish."),
 }
 """The management commands by name."""
 

@@ -1,0 +1,158 @@
+"""Shell completion: the scripts, asked by the shells themselves."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import envkernel
+
+ASK_BASH = """
+source "$1"; shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_envkernel 2> "$ERRORS"
+grep -v 'compopt: not currently executing' "$ERRORS" >&2
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Return a function that writes the completion script of a shell and returns its path."""
+
+    def write(shell):
+        path = tmp_path / f"completion.{shell}"
+        path.write_text(envkernel.SHELLS[shell](envkernel.completion_rows(envkernel.Facts())))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def fake_kernels(tmp_path):
+    """Put a command ``envkernel`` on PATH that lists two kernels."""
+    program = tmp_path / "bin" / "envkernel"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\ntest "$*" = "list --names" && printf "deep\\nscience\\n"\n')
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+QUESTIONS = [
+    (["envkernel", "con"], {"conda"}),
+    (["envkernel", "co"], {"conda", "completion"}),
+    (["envkernel", "conda", "--pre"], {"--prefix="}),
+    (["envkernel", "conda", "--pr"], {"--prefix="}),
+    (["envkernel", "venv", "--dis"], {"--display-name="}),
+    (["envkernel", "lmod", "--pu"], {"--purge"}),
+    (["envkernel", "virtualenv", "--pu"], set()),
+    (["envkernel", "lmod", "x", "--", "virt"], {"virtualenv"}),
+    (["envkernel", "lmod", "x", "--", "lis"], set()),
+    (["envkernel", "conda", "x", "--", "lmod", "--pu"], {"--purge"}),
+    (["envkernel", "conda", "x", "--", "lmod", "--na"], set()),
+    (["envkernel", "list", "--"], {"--json", "--names"}),
+    (["envkernel", "completion", ""], {"bash", "zsh", "fish"}),
+    (["envkernel", "show", ""], {"deep", "science"}),
+    (["envkernel", "check", "s"], {"science"}),
+    (["envkernel", "conda", "--logo", "=", "/tm"], set()),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), QUESTIONS, ids=lambda value: " ".join(value))
+def test_bash(words, expected, script, fake_kernels, tmp_path):
+    said = subprocess.run(
+        ["bash", "--norc", "-c", ASK_BASH, "bash", script("bash"), *words],
+        env={**fake_kernels, "ERRORS": str(tmp_path / "errors")},
+        capture_output=True,
+        text=True,
+    )
+    assert said.stderr == ""
+    assert set(said.stdout.split()) == expected
+
+
+def test_choices_are_values_of_their_option(monkeypatch, script, fake_kernels, tmp_path):
+    option = envkernel.Option("--network", "How it is reached.", metavar="HOW", choices=("unix", "host"))
+    mode = envkernel.MODES["lmod"]
+    monkeypatch.setitem(envkernel.MODES, "lmod", mode.but(options=[*mode.options, option]))
+    for words in (["--network", "u"], ["--network", "=", "u"]):
+        test_bash(["envkernel", "lmod", *words], {"unix"}, script, fake_kernels, tmp_path)
+
+
+def test_the_engines_options_are_completed_too(monkeypatch):
+    mode = envkernel.MODES["lmod"].but(
+        engine=lambda tokens, facts: {"--gpus": True, "-e": True, "--rm": False}
+    )
+    monkeypatch.setitem(envkernel.MODES, "lmod", mode)
+    rows = envkernel.completion_rows(envkernel.Facts())
+    assert [(row.name, bool(row.metavar)) for row in rows["lmod"]][-2:] == [("gpus", True), ("rm", False)]
+
+
+def test_each_option_stands_in_each_script():
+    rows = envkernel.completion_rows(envkernel.Facts())
+    for shell, make in envkernel.SHELLS.items():
+        text = make(rows)
+        for option in envkernel.COMMON_OPTIONS:
+            assert (option.name in text) == option.setup, (shell, option)
+        assert not [word for word in ("@OPTIONS@", "@CHOICES@", "@MODES@", "@NAMED@") if word in text]
+
+
+def test_an_unknown_shell_is_an_error(capfd):
+    assert envkernel.main(["completion", "zhs"]) == 2
+    assert "Did you mean zsh" in capfd.readouterr().err
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("words", "expected"), QUESTIONS[:7] + QUESTIONS[11:15], ids=lambda v: " ".join(v))
+def test_fish(words, expected, script, fake_kernels, tmp_path):
+    fish = shutil.which("fish")
+    assert fish, "fish is missing: tests/apt.txt"
+    said = subprocess.run(
+        [fish, "--no-config", "-c", f"source {script('fish')}; complete -C '{' '.join(words)}'"],
+        env={**fake_kernels, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert said.stderr == ""
+    found = {line.split("\t")[0] for line in said.stdout.splitlines()}
+    assert found == {word.rstrip("=") for word in expected}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    ("typed", "becomes"),
+    [
+        ("envkernel cond", "envkernel conda "),
+        ("envkernel conda --sys", "envkernel conda --sys-prefix"),
+        ("envkernel conda --disp", "envkernel conda --display-name="),
+        ("envkernel conda x -- lmod --pu", "envkernel conda x -- lmod --purge"),
+        ("envkernel check sc", "envkernel check science "),
+        ("envkernel completion fi", "envkernel completion fish "),
+    ],
+)
+def test_zsh(typed, becomes, script, fake_kernels, tmp_path):
+    """A key press in a real terminal: zsh completes nowhere else."""
+    pexpect = pytest.importorskip("pexpect")
+    zsh = shutil.which("zsh")
+    assert zsh, "zsh is missing: tests/apt.txt"
+    terminal = pexpect.spawn(
+        zsh, ["-f"], env={**fake_kernels, "HOME": str(tmp_path), "TERM": "dumb"}, encoding="utf-8", timeout=10
+    )
+    try:
+        terminal.sendline(f"PROMPT='ready> '; autoload -Uz compinit; compinit -u; source {script('zsh')}")
+        terminal.sendline("bindkey '^X' push-line; echo go-$((1 + 1))")
+        terminal.expect("go-2")
+        terminal.expect("ready> ")
+        terminal.send(typed + "\t")
+        terminal.expect_exact(becomes)
+    finally:
+        terminal.close(force=True)
+
+
+def test_the_command_prints_the_script():
+    said = subprocess.run(
+        [sys.executable, envkernel.__file__, "completion", "bash"], capture_output=True, text=True
+    )
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "complete -o default -F _envkernel envkernel" in said.stdout
