@@ -3582,7 +3582,8 @@ class Care(Record):
     beside it, with ``.lock`` added, lies the lock by which the next start waits for the clean-up.
     files: pairs (path, bytes) to write, mode 0600.  copies: pairs (folder, its copy to make).
     signal: command that passes a signal on to the kernel, ``{signal}`` standing for its name; empty
-    where the program itself gets it.
+    where the program's process group gets it.  leader: the program itself too, and not only the
+    others in its group.
     cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
     again, so where nothing is left to do it has to succeed.
     remove: further files and folders to remove.
@@ -3599,6 +3600,7 @@ class Care(Record):
         files: Sequence[tuple[str, bytes]] = (),
         copies: Sequence[tuple[str, str]] = (),
         signal: Sequence[str] = (),
+        leader: bool = True,
         cleanup: Sequence[Sequence[str]] = (),
         remove: Sequence[str] = (),
         connection: Mapping[str, Any] | None = None,
@@ -3609,6 +3611,7 @@ class Care(Record):
         self.files = list(files)
         self.copies = list(copies)
         self.signal = list(signal)
+        self.leader = leader
         self.cleanup = [list(command) for command in cleanup]
         self.remove = list(remove)
         self.connection = dict(connection or {})
@@ -3756,14 +3759,57 @@ def spawn(argv: Sequence[str], environ: Mapping[str, str], out: int = 1, err: in
 
 
 def end_program(pid: int, birth: bytes) -> bool:
-    """Kill a program and its process group; tell whether it was still there."""
-    if not birth or process_birth(pid) != birth:
-        return False
+    """Kill a program and what it started in its session; tell whether it was still there.
+
+    Where Apptainer was killed, the ``squashfuse`` that it mounted an image with lives on, in a group
+    of its own.
+    """
+    was_there = bool(birth) and process_birth(pid) == birth
+    send_signals([member for member in process_ids() if process_ranks(member)[2:] == (pid,)], 9)
+    return was_there
+
+
+def process_ids() -> list[int]:
+    """Return the processes of this machine, none where there is no /proc."""
     try:
-        os.killpg(pid, 9)
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
-        return False
-    return True
+        return []
+
+
+def process_ranks(pid: int) -> tuple[int, ...]:
+    """Return parent, process group and session of a process, nothing where it is gone (proc(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return tuple(map(int, file.read().rpartition(b")")[2].split()[1:4]))
+    except OSError:
+        return ()
+
+
+def send_signals(pids: Sequence[int], number: int) -> None:
+    """Send a signal to processes, some of which may be gone."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except OSError:
+            continue
+
+
+def signal_members(group: int, number: int) -> None:
+    """Send a signal to the members of a process group, but not to its leader.
+
+    Nor to the init of a PID namespace: both would pass it on, and the kernel get it twice.
+    """
+    for pid in process_ids():
+        if pid == group or process_ranks(pid)[1:2] != (group,):
+            continue
+        try:
+            with open(f"/proc/{pid}/status", "rb") as file:
+                line = next((line for line in file if line.startswith(b"NSpid:")), b"")
+        except OSError:
+            continue
+        if line.split()[2:][-1:] != [b"1"]:
+            send_signals([pid], number)
 
 
 def insist(command: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -4058,8 +4104,10 @@ class Supervisor:
             null = os.open(os.devnull, os.O_WRONLY)
             spawn(argv, self.plan.environ, null, null)
             os.close(null)
-        elif not self.ended:
+        elif not self.ended and self.care.leader:
             os.killpg(self.child, number)
+        elif not self.ended:
+            signal_members(self.child, number)
 
     def give_up(self) -> None:
         """End without waiting for the program: Jupyter is gone, or the kernel does not obey."""

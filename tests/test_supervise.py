@@ -334,3 +334,26 @@ def test_copy_keeps_links_and_leaves_pipes_out(tmp_path: Path) -> None:
 def test_copy_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(envkernel.UserError, match="No such file"):
         envkernel.copy_folder(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_a_helper_in_a_group_of_its_own_goes_too(tmp_path: Path, launch: Any) -> None:
+    """As Apptainer's squashfuse, when Apptainer was killed."""
+    pid_file = tmp_path / "pid"
+    helper = f"import os; os.setpgid(0, 0); {SLEEPER.format(str(pid_file))}"
+    process = launch(python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {helper!r}])"))
+    program = psutil.Process(read_pid(pid_file))
+    assert os.getpgid(program.pid) == program.pid
+    process.kill()
+    assert until(lambda: not program.is_running())
+
+
+def test_signals_can_go_to_the_members_of_the_group_alone(tmp_path: Path, launch: Any) -> None:
+    pid_file, mark = tmp_path / "pid", tmp_path / "mark"
+    say = f"signal.signal(signal.SIGINT, lambda *args: open({str(mark)!r}, 'a').write(%r))"
+    kernel = f"import signal; {say % 'kernel '}; {SLEEPER.format(str(pid_file))}"
+    code = f"import signal, subprocess, sys; {say % 'leader '}; "
+    launch(python(code + f"subprocess.run([sys.executable, '-c', {kernel!r}])"), leader=False)
+    supervisor = psutil.Process(read_pid(pid_file)).parent().parent()
+    for count in range(1, 4):
+        os.kill(supervisor.pid, signal.SIGINT)
+        assert until(lambda count=count: mark.exists() and mark.read_text() == "kernel " * count)
