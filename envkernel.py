@@ -3219,17 +3219,15 @@ def log_text(
     return "\n".join(lines) + "\n"
 
 
-def runtime_dir(environ: Mapping[str, str]) -> str:
-    """Return Jupyter's runtime directory, by the rules of jupyter_core."""
-    if environ.get("JUPYTER_RUNTIME_DIR"):
-        return environ["JUPYTER_RUNTIME_DIR"]
+def data_dir(environ: Mapping[str, str]) -> str:
+    """Return Jupyter's data directory, by the rules of jupyter_core."""
     data = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return (environ.get("JUPYTER_DATA_DIR") or data + "/jupyter") + "/runtime"
+    return environ.get("JUPYTER_DATA_DIR") or data + "/jupyter"
 
 
 def log_place(name: str, environ: Mapping[str, str]) -> tuple[str, str]:
     """Return the folder of the launch logs and how the file names of one kernel begin."""
-    return runtime_dir(environ) + "/envkernel", name.lower().replace("/", "%2F")[:150] + "@"
+    return data_dir(environ) + "/envkernel", name.lower().replace("/", "%2F")[:150] + "@"
 
 
 def start_log(name: str, text: str, environ: Mapping[str, str]) -> str:
@@ -3278,7 +3276,7 @@ def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
     if text is None:
         raise UserError(
             f"The kernel {name} has no launch log in {folder}.",
-            "Start it once; where Jupyter runs with other directories, set JUPYTER_RUNTIME_DIR to its own.",
+            "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
         )
     return f"{folder}/{names[-1]}\n{os.fsdecode(text)}{process_state(os.fsdecode(text), facts)}"
 

@@ -61,25 +61,24 @@ def test_words_are_quoted_for_a_shell(word):
 @pytest.mark.parametrize(
     ("environ", "folder"),
     [
-        ({"JUPYTER_RUNTIME_DIR": "/r", "JUPYTER_DATA_DIR": "/d"}, "/r"),
-        ({"JUPYTER_DATA_DIR": "/d", "XDG_DATA_HOME": "/x"}, "/d/runtime"),
-        ({"XDG_DATA_HOME": "/x"}, "/x/jupyter/runtime"),
-        ({}, os.path.expanduser("~/.local/share/jupyter/runtime")),
+        ({"JUPYTER_DATA_DIR": "/d", "XDG_DATA_HOME": "/x"}, "/d"),
+        ({"XDG_DATA_HOME": "/x"}, "/x/jupyter"),
+        ({}, os.path.expanduser("~/.local/share/jupyter")),
     ],
 )
-def test_the_runtime_directory_is_jupyters(environ, folder, monkeypatch):
-    from jupyter_core.paths import jupyter_runtime_dir
+def test_the_data_directory_is_jupyters(environ, folder, monkeypatch):
+    from jupyter_core.paths import jupyter_data_dir
 
-    assert envkernel.runtime_dir(environ) == folder
-    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "XDG_DATA_HOME", "JUPYTER_PLATFORM_DIRS"):
+    assert envkernel.data_dir(environ) == folder
+    for name in ("JUPYTER_DATA_DIR", "XDG_DATA_HOME", "JUPYTER_PLATFORM_DIRS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert jupyter_runtime_dir() == folder
+    assert jupyter_data_dir() == folder
 
 
 def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
-    environ = {"JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    environ = {"JUPYTER_DATA_DIR": str(tmp_path / "data")}
     other = envkernel.start_log("x-2", "other", environ)
     paths = [envkernel.start_log("x", f"launch {number}\n", environ) for number in range(13)]
     assert [os.path.exists(path) for path in paths] == [False] * 3 + [True] * 10
@@ -92,23 +91,23 @@ def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
 
 
 def test_a_kernel_name_leads_to_no_other_folder(tmp_path):
-    environ = {"JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    environ = {"JUPYTER_DATA_DIR": str(tmp_path / "data")}
     for name in ("..", "../../x", "/etc/passwd", "x" * 300, ""):
         path = envkernel.start_log(name, "text", environ)
-        assert os.path.dirname(path) == str(tmp_path / "runtime" / "envkernel")
+        assert os.path.dirname(path) == str(tmp_path / "data" / "envkernel")
 
 
 def test_a_log_that_cant_be_written_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
-    assert envkernel.start_log("x", "text", {"JUPYTER_RUNTIME_DIR": str(tmp_path / "file")}) == ""
+    assert envkernel.start_log("x", "text", {"JUPYTER_DATA_DIR": str(tmp_path / "file")}) == ""
     envkernel.append_log("", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_no_log_is_an_error_with_a_hint(tmp_path):
     with pytest.raises(envkernel.UserError, match="no launch log") as error:
-        envkernel.newest_log("x", {"JUPYTER_RUNTIME_DIR": str(tmp_path)}, envkernel.Facts())
-    assert "JUPYTER_RUNTIME_DIR" in error.value.hint
+        envkernel.newest_log("x", {"JUPYTER_DATA_DIR": str(tmp_path)}, envkernel.Facts())
+    assert "JUPYTER_DATA_DIR" in error.value.hint
 
 
 def test_the_state_of_the_process():
