@@ -1444,6 +1444,218 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
 
 # ---- container modes ----------------------------------------------------------------------------
 
+CONTAINER_OPTIONS = [
+    Option(
+        "--bind",
+        "Show a folder or file of this machine in the container, at the same path unless another is given.",
+        metavar="SRC[:DST[:ro]]",
+        many=True,
+        run=True,
+        example="--bind /data/course:/coursedata:ro",
+    ),
+    Option("--pwd", "Show the notebook's folder in the container and start the kernel there.", run=True),
+    Option(
+        "--workdir",
+        "Folder inside the container to start the kernel in.",
+        metavar="DIR",
+        run=True,
+        example="--workdir /srv",
+    ),
+    Option(
+        "--copy-workdir",
+        "Like --pwd with a copy of the notebook's folder, which is removed with the kernel.",
+        run=True,
+    ),
+    Option("--gpu", "Let the kernel use this machine's GPUs.", run=True),
+    Option(
+        "--engine",
+        "Program that runs the container (default: the mode's own on PATH).",
+        metavar="PROGRAM",
+        run=True,
+        example="--engine /opt/apptainer/bin/apptainer",
+    ),
+    Option(
+        "--build",
+        "Build the image now, and at each `envkernel update`: a folder with a Dockerfile, or FILE.def.",
+        metavar="PATH",
+        kind="path",
+        example="--build ./image",
+    ),
+    Option(
+        "--pull",
+        "Fetch the image: if it is missing (default), always, or never.",
+        metavar="WHEN",
+        choices=("missing", "always", "never"),
+        example="--pull=never",
+    ),
+    Option(
+        "--shared", "Run all kernels of this kernelspec in one container, which ends with the last.", run=True
+    ),
+    Option("--keep", "With --shared: leave the container running after the last kernel.", run=True),
+]
+"""Options of all container modes."""
+
+
+def split_escaped(text: str, separator: str) -> list[str]:
+    """Split at a character that no backslash stands before.  The backslashes stay."""
+    parts = [""]
+    escaped = False
+    for character in text:
+        if character == separator and not escaped:
+            parts.append("")
+            continue
+        parts[-1] += character
+        escaped = character == "\\" and not escaped
+    return parts
+
+
+def unescaped(text: str) -> str:
+    """Return `text` without the backslashes that stand before a backslash, colon or comma."""
+    result = ""
+    rest = iter(text)
+    for character in rest:
+        after = next(rest, "") if character == "\\" else ""
+        result += after if after and after in "\\:," else character + after
+    return result
+
+
+class Bind(Record):
+    """A folder or file of the host, where it appears in a container, and the options (``ro``, empty)."""
+
+    def __init__(self, source: str, target: str = "", options: str = "") -> None:
+        self.source = source
+        self.target = target or source
+        self.options = options
+
+    def __str__(self) -> str:
+        paths = [self.source, self.target] + ([self.options] if self.options else [])
+        for character in "\\:,":
+            paths[:2] = [path.replace(character, "\\" + character) for path in paths[:2]]
+        return ":".join(paths)
+
+
+def read_binds(texts: Sequence[str], commas: bool = False) -> list[Bind]:
+    """Read ``SRC[:DST[:OPTIONS]]``; a backslash takes a colon, comma or backslash literally.
+
+    commas: several may stand in one text, as Apptainer has it.  Raises UserError (status 2).
+    """
+    binds = []
+    for text in [part for given in texts for part in (split_escaped(given, ",") if commas else [given])]:
+        parts = [unescaped(part) for part in split_escaped(text, ":")]
+        if not parts[0] or len(parts) > 3 or not (parts[1:2] or ["/"])[0].startswith("/"):
+            raise usage_error(
+                f"--bind can't be {text!r}.",
+                "Write SRC, SRC:DST or SRC:DST:ro with an absolute DST, and \\: for a colon in a name.",
+            )
+        binds.append(Bind(*parts))
+    return binds
+
+
+def setup_binds(texts: Sequence[str], facts: Facts, commas: bool = False) -> list[str]:
+    """Return binds with absolute sources.  Raises UserError for a source that is not there."""
+    binds = []
+    for bind in read_binds(texts, commas):
+        source = facts.absolute(bind.source)
+        target = source if bind.target == bind.source else os.path.normpath(bind.target)
+        if not facts.exists(source):
+            raise UserError(f"--bind: there is no {source}.", "Create it, or correct its path.")
+        binds.append(str(Bind(source, target, bind.options)))
+    return binds
+
+
+def parse_engine_help(text: str) -> dict[str, bool]:
+    """Return the options that a program's ``--help`` lists, and whether each takes a value.
+
+    For the help of docker, podman and apptainer: ``  -v, --volume list   Bind mount a volume``.
+    """
+    import re
+
+    table: dict[str, bool] = {}
+    for short, long, value in re.findall(r"^ {2,}(?:(-\w), +)?(--[\w-]+)(?: (\S+))?(?: {2,}|$)", text, re.M):
+        table.update({flag: bool(value) for flag in (short, long) if flag})
+    return table
+
+
+def option_table(text: str) -> dict[str, bool]:
+    """Read a table of options as it stands in this file: ``cleanenv``, ``bind=`` (a value), ``B,bind=``.
+
+    An exclamation mark before it means that no help mentions the option.
+    """
+    table: dict[str, bool] = {}
+    for word in text.split():
+        names = word.strip("!=").split(",")
+        table.update({"-" * min(2, len(name)) + name: word.endswith("=") for name in names})
+    return table
+
+
+def engine_options(
+    names: Sequence[str], words: Sequence[str], builtin: str, tokens: Sequence[str], facts: Facts
+) -> dict[str, bool]:
+    """Return the options of an engine: those of the installed one, or else of the table in this file.
+
+    names: programs to look for.  words: the subcommand.  tokens: the command line, for ``--engine``.
+    """
+    table = option_table(builtin)
+    legacy = "--connection-file" in tokens  # a kernelspec of 1.x is starting: no time to ask
+    environ = launch_environ(facts)
+    given = [token[9:] for token in tokens if token.startswith("--engine=")]
+    given += [after for token, after in zip(tokens, tokens[1:]) if token == "--engine"]
+    program = "" if legacy else find_program([*given, *([] if given else names)], environ, facts)
+    if not program:
+        return table
+    said = facts.output([program, *words, "--help"], environ)
+    hidden = " ".join(word for word in builtin.split() if word.startswith("!"))
+    found = parse_engine_help(os.fsdecode(said.out))
+    return {**found, **option_table(hidden)} if found else table
+
+
+def find_program(names: Sequence[str], environ: Mapping[str, str], facts: Facts) -> str:
+    """Return the path of the first program that is there, empty where none is.
+
+    Names without a slash are looked for on the PATH of `environ`.
+    """
+    for name in names:
+        if "/" in name:
+            found = facts.absolute(name) if facts.is_executable(facts.absolute(name)) else ""
+        else:
+            found = search_program(name, environ.get("PATH", os.defpath).split(":"), facts)
+        if found:
+            return facts.absolute(found)
+    return ""
+
+
+def canonical_engine(tokens: Sequence[str], builtin: str, takes: Mapping[str, bool]) -> list[str]:
+    """Return engine options as ``--flag`` and ``--flag=value``, the short ones that `builtin` knows long."""
+    pairs = [word.strip("!=").split(",") for word in builtin.split() if "," in word]
+    long = {"-" + short: "--" + name for short, name in pairs}
+    words: list[str] = []
+    queue = list(tokens)
+    while queue:
+        token = queue.pop(0)
+        if not token.startswith("--") and len(token) > 2 and "-" + token[1] in takes:
+            flag, rest = token[:2], token[2:]
+            if takes[flag]:
+                words.append(f"{long.get(flag, flag)}={rest[rest.startswith('=') :]}")
+            else:
+                words.append(long.get(flag, flag))
+                queue.insert(0, "-" + rest)
+            continue
+        flag, equals, value = token.partition("=")
+        flag = long.get(flag, flag)
+        if not equals and takes.get(flag) and queue:
+            equals, value = "=", queue.pop(0)
+        words.append(flag + equals + value)
+    return words
+
+
+def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
+    """Return the values that options have among canonical tokens, ``true`` for a flag."""
+    pairs = [token.partition("=") for token in tokens]
+    return [
+        value if equals else "true" for flag, equals, value in pairs if flag in flags and value != "false"
+    ]
+
+
 # ---- cluster modes ------------------------------------------------------------------------------
 
 # ---- registry -----------------------------------------------------------------------------------
