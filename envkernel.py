@@ -974,6 +974,10 @@ def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], commo
     path = facts.absolute(step.targets[0])
     options = {name: value for name, value in step.options.items() if name != "create"}
     if step.options.get("create") and not facts.exists(path + "/bin/python"):
+        if common.get("dry-run"):
+            raise usage_error(
+                "--create makes the virtualenv and --dry-run writes nothing.", "Leave one of them out."
+            )
         python = common.get("python", "SELF")
         facts.create_virtualenv(path, sys.executable if python == "SELF" else python, ["ipykernel"])
     return step.but(targets=[path], options=options)
@@ -2036,6 +2040,20 @@ def setup(tokens: Sequence[str], facts: Facts, folder: str = "") -> int:
             f"There is a kernel named {common['name']} already, in {destination}.",
             "Add --replace to replace it, or choose another name.",
         )
+    try:
+        write_kernel(request, destination, facts, environ)
+    except BaseException:
+        facts.unmake()
+        raise
+    return 0
+
+
+def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapping[str, str]) -> None:
+    """Prepare the modes and the kernel of a request, then write the kernelspec, or print it (--dry-run).
+
+    Raises UserError for what is missing.
+    """
+    common = request.common
     steps = [MODES[step.mode].setup(step, facts, environ, common) for step in request.steps]
     kernel, launch = prepare_kernel(request, steps, facts, environ)
     script = os.path.abspath(__file__)
@@ -2043,16 +2061,16 @@ def setup(tokens: Sequence[str], facts: Facts, folder: str = "") -> int:
     if common.get("self-contained"):
         files["envkernel.py"] = facts.read(script) or b""
         script = os.path.join(destination, "envkernel.py")
-    spec = kernelspec_json(request, launch, kernel, kernelspec_argv(launch, script, sys.executable))
+    python = lasting_python(facts) if common.get("self-contained") else sys.executable
+    spec = kernelspec_json(request, launch, kernel, kernelspec_argv(launch, script, python))
     if common.get("dry-run"):
         import json
 
         print(json.dumps(spec, indent=1))
-        return 0
+        return
     install_kernelspec(destination, spec, files, readable="user" not in common, folder=kernel.folder)
     compile_script(script)
     say_installed(common["name"], destination)
-    return 0
 
 
 def logo_files(kernel: Kernel, mode: str, own: str, facts: Facts) -> dict[str, bytes]:
@@ -2093,6 +2111,20 @@ def prepare_kernel(
     return kernel, launch
 
 
+def lasting_python(facts: Facts) -> str:
+    """Return a Python >= 3.8 that stays when this one's environment goes, this one where there is none.
+
+    The run phase needs the standard library only, so the system's Python does.
+    """
+    base = str(getattr(sys, "_base_executable", sys.executable))
+    if not facts.exists(os.path.dirname(os.path.dirname(base)) + "/conda-meta"):
+        return base
+    question = ["-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 8))"]
+    system = "/usr/bin/python3"
+    usable = facts.is_executable(system) and not facts.output([system, *question], os.environ).status
+    return system if usable else base
+
+
 def compile_script(script: str) -> None:
     """Write the cached bytecode of envkernel.py where it can be written, so that no start compiles it."""
     import contextlib
@@ -2105,6 +2137,7 @@ def compile_script(script: str) -> None:
 
 def kernelspec_folder(common: Mapping[str, Any]) -> str:
     """Return the folder in which jupyter_client installs a kernel of that name (``--user``, ``--prefix``)."""
+    need_jupyter_client()
     from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
 
     prefix = common.get("prefix") or ("sys-prefix" in common and sys.prefix)
@@ -3255,7 +3288,7 @@ class Facts:
 
         Raises UserError (status 127) where it can't be started.
         """
-        files = [os.memfd_create("envkernel"), os.memfd_create("envkernel")]
+        files = [_scratch_file(), _scratch_file()]
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, files[0], 1),
@@ -3303,7 +3336,7 @@ class Facts:
 
     def _bash_environ(self, words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str] | None:
         """Return the environment that bash writes to descriptor 9; None where it wrote none."""
-        file = os.memfd_create("envkernel")
+        file = _scratch_file()
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_DUP2, file, 9),
@@ -3319,19 +3352,28 @@ class Facts:
             os.close(file)
         return dict(entry.partition("=")[::2] for entry in entries if entry) or None
 
+    made: tuple[str, ...] = ()
+    """What setup has made so far, to be removed where it fails."""
+
+    def unmake(self) -> None:
+        """Remove what a setup has made that then failed."""
+        import shutil
+
+        for path in self.made:
+            shutil.rmtree(path, ignore_errors=True)
+
     def create_virtualenv(self, path: str, python: str, packages: Sequence[str]) -> None:
         """Make a virtualenv and install packages into it, with the tools' own output on the terminal.
 
-        Raises UserError where that fails, and removes what was made.
+        Raises UserError where that fails.
         """
-        import shutil
         import subprocess
 
-        made = first_missing(path)
-        if not made and os.listdir(path):
+        if os.path.isdir(path) and os.listdir(path):
             raise UserError(
                 f"{path} is not empty.", "Give a folder that does not exist yet, or leave --create out."
             )
+        self.made = (first_missing(path) or path,)
         commands = [[python, "-m", "venv", path], [path + "/bin/python", "-m", "pip", "install", *packages]]
         for command in commands:
             try:
@@ -3339,7 +3381,6 @@ class Facts:
             except OSError as error:
                 raise cannot_start(command[0], error) from None
             if done.returncode:
-                shutil.rmtree(made or path, ignore_errors=True)
                 raise UserError(
                     f"The virtualenv {path} could not be made: {' '.join(command)} failed.",
                     "See above. On Debian, venv needs: apt install python3-venv.",
@@ -3363,6 +3404,17 @@ done
 exec /usr/bin/env -0 >&9
 """
 """The one shell program here: it is given scripts, names and values as words, never as code."""
+
+
+def _scratch_file() -> int:
+    """Return the descriptor of a file that nobody else sees, in memory where the system can do that."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("envkernel")
+    import tempfile
+
+    file, path = tempfile.mkstemp()
+    os.unlink(path)
+    return file
 
 
 def _read_all(file: int) -> bytes:

@@ -209,6 +209,33 @@ def test_self_contained_needs_neither_the_script_nor_its_place(call, world):
     assert done.returncode == 0
 
 
+def test_create_makes_a_virtualenv_with_ipykernel(call, world):
+    status, _, err = call("virtualenv", "--name=x", "--user", "--create", "--dry-run", "new")
+    assert status == 2
+    assert "--dry-run writes nothing" in err
+    status, _, err = call("virtualenv", "--name=x", "--user", "--create", "new")
+    assert status == 0, err
+    assert json.loads(call("show", "x", "--json")[1])["argv"][0] == str(world / "new" / "bin" / "python")
+
+
+@pytest.mark.parametrize("extra", [["--python=python2.1"], ["--kernel=irr"]])
+def test_a_create_that_fails_leaves_no_virtualenv(call, world, extra):
+    status, _, err = call("virtualenv", "--name=x", "--user", "--create", *extra, "deep/new")
+    assert status == 1
+    assert "python2.1" in err or "irr" in err
+    assert not (world / "deep").exists()
+    assert kernels(world) == []
+
+
+def test_create_does_not_touch_a_folder_that_holds_something(call, world):
+    (world / "mine").mkdir()
+    (world / "mine" / "file").write_text("")
+    status, _, err = call("virtualenv", "--name=x", "--user", "--create", "mine")
+    assert status == 1
+    assert f"{world}/mine is not empty." in err
+    assert (world / "mine" / "file").exists()
+
+
 def test_a_template_brings_its_files_and_its_command(call, world):
     folder = world / "jupyter_data_dir" / "kernels" / "orig"
     folder.mkdir(parents=True)
