@@ -1,3 +1,3 @@
 """What all tests share: the fixtures of tests/support, one module per outside thing."""
 
-pytest_plugins = ["support.jupyter", "support.venvs", "support.modules", "support.conda"]
+pytest_plugins = ["support.jupyter", "support.venvs", "support.modules", "support.conda", "support.browser"]
