@@ -59,7 +59,9 @@ class Lab:
     def _configure(self) -> None:
         """Leave out what asks the network for news, and what other packages add to the window."""
         config = self.jupyter.root / "config"
-        settings = config / "lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        settings = (
+            config / "lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        )
         disabled = {"disabledExtensions": {"@jupyter/nbgrader": True}}
         for path, content in (
             (settings, {"fetchNews": "false"}),
