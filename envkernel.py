@@ -184,6 +184,8 @@ class Plan(Record):
     not looked up on this host.  where: what those directories belong to, in words.
     install: how to install something there, in words, ``%s`` standing for the package.
     care: what has to stand beside the program; None where it takes this process's place.
+    given: variables of the user's for the kernel (``--env``), for modes that start with a clean one.
+    inside: how a command is run once inside of a container, without its private folder; empty for none.
     """
 
     def __init__(
@@ -194,6 +196,8 @@ class Plan(Record):
         where: str = "this machine",
         install: str = "install %s",
         care: Care | None = None,
+        given: Mapping[str, str] | None = None,
+        inside: Sequence[str] = (),
     ) -> None:
         self.argv = list(argv)
         self.environ = dict(environ)
@@ -201,6 +205,8 @@ class Plan(Record):
         self.where = where
         self.install = install
         self.care = care
+        self.given = dict(given or {})
+        self.inside = list(inside)
 
 
 class Output(Record):
@@ -1448,6 +1454,9 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
 
 # ---- container modes ----------------------------------------------------------------------------
 
+INSIDE = "/run/envkernel"
+"""Where a kernel's private folder appears inside of its container."""
+
 CONTAINER_OPTIONS = [
     Option(
         "--bind",
@@ -1660,6 +1669,639 @@ def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
     ]
 
 
+ENGINE_FLAGS = (
+    "add-host= annotation= arch= a,attach= authfile= blkio-weight= blkio-weight-device= cap-add= "
+    "cap-drop= cert-dir= cgroup-conf= cgroup-parent= cgroupns= cgroups= chrootdirs= cidfile= "
+    "conmon-pidfile= cpu-count= cpu-percent= cpu-period= cpu-quota= cpu-rt-period= cpu-rt-runtime= "
+    "c,cpu-shares= cpus= cpuset-cpus= cpuset-mems= creds= decryption-key= d,detach detach-keys= "
+    "device= device-cgroup-rule= device-read-bps= device-read-iops= device-write-bps= "
+    "device-write-iops= disable-content-trust dns= !dns-opt= dns-option= dns-search= domainname= "
+    "entrypoint= e,env= env-file= env-host env-merge= expose= gidmap= gpus= group-add= group-entry= "
+    "health-cmd= health-interval= health-on-failure= health-retries= health-start-interval= "
+    "health-start-period= health-timeout= h,hostname= hosts-file= hostuser= http-proxy image-volume= "
+    "init init-path= i,interactive io-maxbandwidth= io-maxiops= ip= ip6= ipc= isolation= "
+    "kernel-memory= l,label= label-file= link= link-local-ip= log-driver= log-opt= mac-address= "
+    "m,memory= memory-reservation= memory-swap= memory-swappiness= mount= name= !net= !net-alias= "
+    "network= network-alias= no-healthcheck no-hostname no-hosts oom-kill-disable oom-score-adj= os= "
+    "passwd passwd-entry= personality= pid= pidfile= pids-limit= platform= pod= pod-id-file= "
+    "preserve-fds= privileged p,publish= P,publish-all pull= q,quiet rdt-class= read-only "
+    "read-only-tmpfs replace requires= restart= retry= retry-delay= rm rmi rootfs runtime= sdnotify= "
+    "seccomp-policy= secret= security-opt= shm-size= shm-size-systemd= sig-proxy stop-signal= "
+    "stop-timeout= storage-opt= subgidname= subuidname= sysctl= systemd= timeout= tls-verify tmpfs= "
+    "t,tty tz= uidmap= ulimit= umask= unsetenv= unsetenv-all use-api-socket u,user= userns= uts= "
+    "variant= v,volume= volume-driver= volumes-from= w,workdir="
+)
+"""Options of ``docker run`` (28) and ``podman run`` (4, 5)."""
+
+BUILD_FLAGS = (
+    "build-arg= build-context= cache-from= cache-to= f,file= force-rm ignorefile= layers no-cache "
+    "output= progress= squash squash-all ssh= tag= target="
+)
+"""Options of their builds that are not options of their runs as well."""
+
+
+ENGINE_OPTIONS = [
+    Option("--build-option", "One more token for the engine's build.", metavar="TOKEN", many=True),
+    Option(
+        "--mount",
+        "A mount of the engine's; with `,copy` the folder is copied first.",
+        metavar="SPEC",
+        many=True,
+        run=True,
+    ),
+    Option(
+        "--transport",
+        "How Jupyter reaches a kernel that is not on the host's network: ipc (unix sockets, default) or tcp.",
+        metavar="HOW",
+        choices=("ipc", "tcp"),
+        run=True,
+    ),
+    Option("--program", "The engine's program.", metavar="PATH", run=True, setup=False),
+    Option("--place", "Where private folders go.", metavar="WHERE", run=True, setup=False),
+    Option("--identity", "Who the kernel is inside.", metavar="WHO", run=True, setup=False),
+    Option("--gpu-kind", "Kind of GPU.", metavar="KIND", run=True, setup=False),
+    Option("--no-host-network", "The engine does not share the host's network.", run=True, setup=False),
+    Option("--no-selinux", "Switch SELinux labels off.", run=True, setup=False),
+    Option("--init", "The engine has an init.", run=True, setup=False),
+]
+"""Options of docker and podman beside `CONTAINER_OPTIONS`."""
+
+
+class Box(Record):
+    """What all container engines have to be told for one kernel, in no engine's words.
+
+    folder: the kernel's private folder on the host.  inside: where it appears in the container.
+    binds: what is bound besides.  workdir: where to work, empty for the image's own choice.
+    environ: variables to set inside; secret: variables of the user's, which no argv may show.
+    command: the kernel command.  publish: ports to publish.  care: what has to stand beside it.
+    """
+
+    def __init__(self, folder: str, care: Care) -> None:
+        self.folder = folder
+        self.inside = INSIDE
+        self.care = care
+        self.binds: list[Bind] = []
+        self.workdir = ""
+        self.environ: dict[str, str] = {}
+        self.secret: dict[str, str] = {}
+        self.command: list[str] = []
+        self.publish: list[int] = []
+
+    def path(self, name: str) -> str:
+        """Return where a file of the private folder is on the host."""
+        return f"{self.folder}/{name}"
+
+
+def kernel_key(text: str) -> str:
+    """Return 16 hexadecimal digits that stand for a text (a connection file's path)."""
+    from binascii import crc32
+
+    raw = os.fsencode(text)
+    return f"{crc32(raw):08x}{crc32(raw[::-1], 1):08x}"
+
+
+def private_base(environ: Mapping[str, str], place: str, facts: Facts) -> str:
+    """Return the folder that holds the private folders of this user's kernels.
+
+    In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
+    where the engine can't see either.  A home may be on a network, which a rootful daemon can't read.
+    """
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    if place == "home":
+        return os.path.expanduser("~") + "/.cache/envkernel"
+    if runtime and facts.isdir(runtime):
+        return runtime + "/envkernel"
+    return f"{environ.get('TMPDIR') or '/tmp'}/envkernel-{facts.ids()[0]}"
+
+
+def read_connection(launch: Launch, facts: Facts) -> tuple[str, bytes, dict[str, Any]]:
+    """Return the path of Jupyter's connection file, its text and what it says.
+
+    Where nothing is being launched (`show`, setup) these are a placeholder and nothing.
+    Raises UserError where the file can't be read.
+    """
+    path = launch.options.get("connection-file") or CONNECTION_FILE
+    if path == CONNECTION_FILE:
+        return path, b"", {}
+    import json
+
+    text = facts.read(path)
+    try:
+        said = json.loads(text or b"")
+        if not all(said[name + "_port"] for name in STREAMS):
+            raise ValueError("no ports")
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"The connection file {path} can't be read.",
+            "Let Jupyter start this kernel; by hand, give it a connection file.",
+        ) from None
+    return path, text or b"", said
+
+
+def connection_inside(box: Box, shares_network: bool, transport: str) -> bytes | None:
+    """Decide how Jupyter reaches the kernel; return the kernel's connection file (None: Jupyter's own).
+
+    On the host's network the ports are Jupyter's.  Elsewhere the kernel listens on unix sockets in its
+    private folder and a relay carries the ports there, or (``tcp``) the engine publishes them.
+    """
+    import json
+
+    told = box.care.connection
+    is_tcp = told.get("transport", "tcp") == "tcp"
+    if not told or (shares_network and is_tcp):
+        return None
+    own = dict(told)
+    if transport == "tcp" and is_tcp:
+        own["ip"] = "0.0.0.0"
+        box.publish = [int(told[name + "_port"]) for name in STREAMS]
+    else:
+        numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
+        own.update(numbers, transport="ipc", ip=f"{box.inside}/s")
+        box.care.relay = box.path("s")
+    return json.dumps(own).encode()
+
+
+def container_box(step: Step, plan: Plan, facts: Facts, rest: Launch, *, shares_network: bool = True) -> Box:
+    """Return what every engine has to be told: the private folder, binds, working directory, variables.
+
+    Raises UserError where that can't be had.
+    """
+    path, text, connection = read_connection(rest, facts)
+    base = private_base(plan.environ, step.options.get("place", ""), facts)
+    folder = f"{base}/{kernel_key(path if connection else facts.random())}"
+    box = Box(folder, Care(folder, connection=connection))
+    own = connection_inside(box, shares_network, step.options.get("transport", "ipc"))
+    if connection:
+        box.care.files.append((box.path("connection.json"), own or text))
+        if connection.get("transport") == "ipc":
+            box.care.remove += [f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS]
+    inner = f"{box.inside}/connection.json"
+    box.command = [token.replace(CONNECTION_FILE, inner) for token in plan.argv]
+    box.environ["ENVKERNEL_CONNECTION_FILE"] = inner
+    box.secret = dict(plan.given)
+    box.binds += read_binds(step.options.get("bind", []))
+    box.workdir = step.options.get("workdir", "")
+    if step.options.get("pwd") or step.options.get("copy-workdir"):
+        bind_workdir(box, facts.absolute("."), bool(step.options.get("copy-workdir")), plan, facts)
+    return box
+
+
+def bind_workdir(box: Box, folder: str, copy: bool, plan: Plan, facts: Facts) -> None:
+    """Bind the current folder (or a copy of it) at its own path, and work in it."""
+    if folder == "/":
+        raise UserError(
+            "The kernel was started in /, which can't be bound into a container.",
+            "Open the notebook from a folder of yours, or leave --pwd out.",
+        )
+    source = add_copy(box, folder, plan, facts) if copy else folder
+    box.binds.append(Bind(source, folder))
+    box.workdir = box.workdir or folder
+
+
+def add_copy(box: Box, folder: str, plan: Plan, facts: Facts) -> str:
+    """Have a folder copied before the start; return where the copy will be (on a disk, not in memory)."""
+    disk = private_base({**plan.environ, "XDG_RUNTIME_DIR": ""}, "", facts)
+    copy = f"{disk}/{os.path.basename(box.folder)}.{len(box.care.copies)}"
+    box.care.copies.append((folder, copy))
+    return copy
+
+
+def mount_token(binding: Bind) -> str:
+    """Return the value of --mount for a binding: fields as in CSV, so that a path can hold anything."""
+    fields = ["type=bind", "src=" + binding.source, "dst=" + binding.target]
+    fields += ["readonly"] if "ro" in binding.options.split(",") else []
+    return ",".join(csv_field(field) for field in fields)
+
+
+def csv_field(text: str) -> str:
+    """Return a field of a CSV line (RFC 4180), quoted where it has to be."""
+    if any(c in text for c in ',"\r\n') or text != text.strip():
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def split_csv(text: str) -> list[str]:
+    """Return the fields of a CSV line."""
+    import csv
+
+    return next(csv.reader([text]), [])
+
+
+def mount_options(step: Step, box: Box, plan: Plan, facts: Facts) -> list[str]:
+    """Return the mounts that a user asked the engine for; folders marked ``copy`` are copied first."""
+    tokens = []
+    for spec in step.options.get("mount", []):
+        fields = split_csv(spec)
+        if "copy" in fields:
+            fields.remove("copy")
+            for index, field in enumerate(fields):
+                key, _, value = field.partition("=")
+                if key in ("src", "source"):
+                    fields[index] = f"{key}={add_copy(box, facts.absolute(value), plan, facts)}"
+        tokens.append("--mount=" + ",".join(csv_field(field) for field in fields))
+    return tokens
+
+
+def engine_word(step: Step, *flags: str) -> str:
+    """Return the last value that an option of the engine's has in a step, empty for none."""
+    return (engine_values(step.engine, *flags) or [""])[-1]
+
+
+def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+    """Plan a kernel in a container of docker or podman.  Raises UserError for what can't be done."""
+    program = step.options.get("program") or find_program([step.mode], plan.environ, facts)
+    if not program:
+        raise engine_missing(step)
+    if rest.legacy:
+        table = option_table(ENGINE_FLAGS)
+        engine = canonical_engine(step.engine, ENGINE_FLAGS, table)
+        step = step.but(engine=engine, options={"identity": "user", **step.options})
+    network = engine_word(step, "--network", "--net")
+    can_share = not step.options.get("no-host-network")
+    shares = can_share and network in ("", "host") and step.options.get("transport") is None
+    box = container_box(step, plan, facts, rest, shares_network=shares)
+    name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), facts.random())
+    user = identity_tokens(step, box, facts)
+    image = step.targets[0]
+    head = [program, "run", "--rm", "--pull=never"]
+    head += ["--init"] if step.options.get("init") else []
+    look = [*head, *user, *gpu_tokens(step), *step.engine, image]
+    head += [f"--name={name}", *label_tokens(rest, plan, facts)]
+    head += ["--network=host"] if shares and not network else []
+    head += [f"--publish=127.0.0.1:{port}:{port}" for port in box.publish]
+    head += [*user, *gpu_tokens(step), "--mount=" + mount_token(Bind(box.folder, box.inside))]
+    head += ["--mount=" + mount_token(binding) for binding in box.binds]
+    head += mount_options(step, box, plan, facts)
+    head += ["--workdir=" + box.workdir] if box.workdir else []
+    environ, variables = variable_tokens(box, plan.environ, bool(step.options.get("init")))
+    box.care.signal = [program, "kill", "--signal={signal}", name]
+    box.care.cleanup.append(
+        [program, "rm", "-f", "-v", *(["-t", "0"] if step.mode == "podman" else []), name]
+    )
+    box.care.explain = ContainerEnd(program, image, name)
+    return plan.but(
+        argv=[*head, *variables, *step.engine, image, *box.command],
+        environ=environ,
+        search=None,
+        where=f"the image {image}",
+        install="RUN pip install %s (a line for its Dockerfile)",
+        care=box.care,
+        inside=look,
+    )
+
+
+def engine_missing(step: Step) -> UserError:
+    """Return the error for an engine that is not installed."""
+    name = step.options.get("engine", step.mode)
+    return UserError(
+        f"There is no program {name} on this machine.",
+        f"Install {step.mode}, or say where it is: --engine=/path/to/{os.path.basename(name)}.",
+        127,
+    )
+
+
+def identity_tokens(step: Step, box: Box, facts: Facts) -> list[str]:
+    """Return the options that let files in bound folders belong to the user, and HOME be writable.
+
+    identity: ``user`` (rootful: the user's own ids), ``keep-id`` (rootless podman), ``root`` (rootless
+    docker, where the container's root is the user), ``given`` (the user chose with --user=X).
+    """
+    who = step.options.get("identity", "given")
+    uid, gid, groups = facts.ids()
+    tokens = ["--security-opt=label=disable"] if step.options.get("no-selinux") else []
+    if who == "keep-id":
+        tokens.append("--userns=keep-id")
+    elif who == "root":
+        tokens.append("--user=0:0")
+    elif who == "user":
+        tokens.append(f"--user={uid}:{gid}")
+        tokens += [f"--group-add={group}" for group in groups if group != gid]
+    if who == "keep-id" or (who == "user" and uid):
+        home = f"{box.inside}/home"
+        box.environ["HOME"] = home
+        box.care.files.append((box.path("home/.envkernel"), b""))
+    return tokens
+
+
+def gpu_tokens(step: Step) -> list[str]:
+    """Return the options that give a container the GPUs."""
+    kind = step.options.get("gpu-kind", "nvidia") if step.options.get("gpu") else ""
+    if kind == "amd":
+        return ["--device=/dev/kfd", "--device=/dev/dri"]
+    if kind and step.mode == "podman":
+        return ["--device=nvidia.com/gpu=all"]  # CDI, the NVIDIA Container Toolkit's way for podman
+    return ["--gpus=all"] if kind else []
+
+
+def label_tokens(launch: Launch, plan: Plan, facts: Facts) -> list[str]:
+    """Return the labels that let ``docker ps`` explain a container."""
+    user = plan.environ.get("LOGNAME") or plan.environ.get("USER") or str(facts.ids()[0])
+    labels = {"envkernel": launch.options.get("name", "kernel"), "envkernel.user": user}
+    return [f"--label={name}={value}" for name, value in labels.items()]
+
+
+def variable_tokens(box: Box, environ: Mapping[str, str], init: bool) -> tuple[dict[str, str], list[str]]:
+    """Return the environment of the engine's client and the options that set variables inside.
+
+    The user's values go by a private file, so that they are in no argv and can't change the client
+    (PATH, LD_LIBRARY_PATH); what such a file can't hold goes by the client's own environment.
+    """
+    environ = {name: value for name, value in environ.items() if name != "JPY_PARENT_PID"}
+    tokens = [f"--env={name}={value}" for name, value in box.environ.items()]
+    # docker-init (tini) then interrupts what the kernel runs too, as the terminal's process group is
+    tokens += ["--env=TINI_KILL_PROCESS_GROUP=1"] if init else []
+    lines = []
+    for name, value in box.secret.items():
+        if value and value == value.strip() and not any(c in value for c in "\r\n\"'\\$#`"):
+            lines.append(f"{name}={value}\n")
+        else:
+            environ[name] = value
+            tokens.append("--env=" + name)
+    if lines:
+        box.care.files.append((box.path("env"), "".join(lines).encode(errors="surrogateescape")))
+        tokens.append("--env-file=" + box.path("env"))
+    return environ, tokens
+
+
+class ContainerEnd(Record):
+    """Says why a container ended: called with exit status, stderr's end and facts."""
+
+    def __init__(self, program: str, image: str, name: str) -> None:
+        self.program = program
+        self.image = image
+        self.name = name
+
+    def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
+        """Return the reason, None where the exit status says all."""
+        return engine_error(self.program, self.image, status, said) or self.killed(status, facts)
+
+    def killed(self, status: int, facts: Facts) -> UserError | None:
+        """Return who killed the container, by what the engine remembers of it."""
+        if status not in (137, 143, 125, 1):
+            return None
+        import time
+
+        said = facts.output(
+            [
+                self.program,
+                "events",
+                "--since=1h",
+                f"--until={time.time():.0f}",
+                f"--filter=container={self.name}",
+            ]
+            + ["--format={{json .}}"],
+            os.environ,
+        )
+        events = os.fsdecode(said.out).lower()
+        reasons = {
+            "oom": ("ran out of memory and was killed", "Give it more: --memory, or take less."),
+            "stop": (f"was stopped ({os.path.basename(self.program)} stop)", "Restart the kernel."),
+            "kill": (f"was killed ({os.path.basename(self.program)} kill)", "Restart the kernel."),
+        }
+        for word, (what, hint) in reasons.items():
+            if f'"action":"{word}"' in events or f'"status":"{word}"' in events:
+                return UserError(f"The kernel's container {self.name} {what}.", hint, status)
+        if status == 137:
+            return UserError(
+                f"The kernel's container {self.name} was killed.", "Was there enough memory?", status
+            )
+        return None
+
+
+def engine_error(program: str, image: str, status: int, said: str) -> UserError | None:
+    """Return the error for what an engine's client says it could not do, None for anything else."""
+    engine = os.path.basename(program)
+    known = {
+        "Cannot connect to the Docker daemon": (
+            "The Docker daemon does not answer.",
+            "Start it (systemctl start docker), or mend DOCKER_HOST.",
+        ),
+        "permission denied while trying to connect": (
+            "You may not talk to the Docker daemon.",
+            "Have an administrator add you to the group docker, or use podman.",
+        ),
+        "error during connect": ("The Docker daemon does not answer.", "Start it, or mend DOCKER_HOST."),
+        "No such image": (f"There is no image {image} here.", f"Fetch it: {engine} pull {image}"),
+        "image not known": (f"There is no image {image} here.", f"Fetch it: {engine} pull {image}"),
+        "error waiting for container": (
+            "The container engine went away, and the kernel with it.",
+            "Restart the kernel when the engine is back.",
+        ),
+        "unexpected EOF": (
+            "The container engine went away, and the kernel with it.",
+            "Restart the kernel when the engine is back.",
+        ),
+    }
+    if status in (1, 125):
+        for words, (message, hint) in known.items():
+            if words in said:
+                return UserError(message, hint, 1, said.strip())
+    if status in (126, 127):
+        return UserError(
+            f"The image {image} can't run the kernel's program.",
+            "Add it to the image's Dockerfile, for example: RUN pip install ipykernel",
+            127,
+            said.strip(),
+        )
+    if status == 125:
+        return UserError(f"{engine} can't start the container.", "Mend what it says.", 1, said.strip())
+    return None
+
+
+def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Check docker or podman and the image, and find out once what each start has to know.
+
+    Builds or fetches the image where that was asked for.  Raises UserError for whatever is missing.
+    """
+    program = find_program([step.options.get("engine", step.mode)], environ, facts)
+    if not program:
+        raise engine_missing(step)
+    takes = {
+        flag: one for flags in engine_tables(step.mode, step.options, facts) for flag, one in flags.items()
+    }
+    step = step.but(engine=canonical_engine(step.engine, ENGINE_FLAGS + " " + BUILD_FLAGS, takes))
+    step = split_build(step, option_table(ENGINE_FLAGS))
+    refuse_options(step)
+    options = dict(step.options, program=program)
+    if "engine" in options:
+        options["engine"] = program
+    options["bind"] = setup_binds(step.options.get("bind", []), facts)
+    options.update(engine_nature(step, program, facts, environ))
+    if options.get("gpu"):
+        options["gpu-kind"] = options.get("gpu-kind") or ("amd" if facts.exists("/dev/kfd") else "nvidia")
+    step = step.but(options={name: value for name, value in options.items() if value not in (None, [])})
+    usual = ("--interactive", "--tty", "--rm")  # from a command line for a terminal
+    step = step.but(engine=[token for token in step.engine if token not in usual])
+    if "build" in options:
+        image = build_image(step, program, facts, environ, common)
+    else:
+        image = need_image(step, program, facts, environ, common)
+    return probe_engine(step.but(targets=[image]), facts, environ)
+
+
+def split_build(step: Step, run: Mapping[str, bool]) -> Step:
+    """Move the engine tokens that its run does not know to the build's; drop none.
+
+    Raises UserError (status 2) where there is neither an image nor a build.
+    """
+    if "build" not in step.options:
+        if not step.targets:
+            raise usage_error(f"{step.mode} needs IMAGE.", "Give an image, or --build DIR.")
+        return step
+    for_run = [token for token in step.engine if token.partition("=")[0] in run]
+    moved = [*step.options.get("build-option", []), *(token for token in step.engine if token not in for_run)]
+    if step.targets and not step.targets[0].startswith("sha256:"):
+        moved.append("--tag=" + step.targets[0])
+    return step.but(engine=for_run, options={**step.options, "build-option": moved})
+
+
+def refuse_options(step: Step) -> None:
+    """Raise UserError (status 2) for options of the engine that a kernel can't live with."""
+    if engine_values(step.engine, "--detach"):
+        raise usage_error("--detach can't be used: the kernel stays in the foreground.", "Leave it out.")
+
+
+def engine_tables(
+    mode: str, options: Mapping[str, Any], facts: Facts
+) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Return the options of an engine's build, where there is one, and of its run."""
+    tokens = ["--engine=" + options["engine"]] if "engine" in options else []
+    build = engine_options([mode], ["build"], BUILD_FLAGS, tokens, facts) if "build" in options else {}
+    return build, engine_options([mode], ["run"], ENGINE_FLAGS, tokens, facts)
+
+
+def typed_engine_options(mode: str, tokens: Sequence[str], facts: Facts) -> dict[str, bool]:
+    """Return which options of docker or podman may stand on a command line: of run, with --build of both."""
+    table = engine_options([mode], ["run"], ENGINE_FLAGS, tokens, facts)
+    if any(token.partition("=")[0] == "--build" for token in tokens):
+        table = {**engine_options([mode], ["build"], BUILD_FLAGS, tokens, facts), **table}
+    return table
+
+
+def engine_nature(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what an engine says of itself that each start has to know, as recorded options.
+
+    Raises UserError where it does not answer.
+    """
+    import json
+
+    said = facts.output([program, "info", "--format={{json .}}"], environ)
+    text = os.fsdecode(said.err)
+    try:
+        info = json.loads(said.out)
+    except ValueError:
+        info = {}
+    if said.status or not info or info.get("ServerErrors"):
+        errors = " ".join([text, *(info.get("ServerErrors") or [])])
+        raise engine_error(program, "", 125, errors) or UserError(f"{program} does not work.", "", 1, errors)
+    host = info.get("host") or {}
+    security = " ".join(info.get("SecurityOptions") or [])
+    rootless = host.get("security", {}).get("rootless", "name=rootless" in security)
+    desktop = "Docker Desktop" in str(info.get("OperatingSystem")) or host.get("serviceIsRemote", False)
+    selinux = host.get("security", {}).get("selinuxEnabled", "name=selinux" in security)
+    identity = "user"
+    if rootless:
+        identity = "keep-id" if step.mode == "podman" else "root"
+    given = engine_values(step.engine, "--user", "--userns")
+    recorded: dict[str, Any] = {"identity": "given" if given else identity}
+    if selinux:
+        recorded["no-selinux"] = True
+    if desktop or (rootless and step.mode == "docker"):
+        recorded["no-host-network"] = True
+    if desktop:
+        recorded["transport"] = "tcp"
+    return recorded
+
+
+def need_image(
+    step: Step, program: str, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]
+) -> str:
+    """Return the image of a step once it is here; fetched, with the engine's progress, where it is not.
+
+    Raises UserError where it can't be had.
+    """
+    image = step.targets[0]
+    if not facts.output([program, "image", "inspect", image], environ).status:
+        return image
+    engine = os.path.basename(program)
+    if step.options.get("pull") == "never" or common.get("dry-run"):
+        raise UserError(f"There is no image {image} here.", f"Fetch it: {engine} pull {image}")
+    print(f"There is no image {image} here yet: {engine} pull {image}", flush=True)
+    if facts.show([program, "pull", image], environ):
+        raise UserError(
+            f"The image {image} can't be fetched: {engine} pull failed.",
+            "See above; mend its name, or build it: --build DIR.",
+        )
+    return image
+
+
+def build_image(
+    step: Step, program: str, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]
+) -> str:
+    """Build the image of ``--build DIR``, with the engine's progress; return its id.
+
+    Raises UserError where that fails.
+    """
+    import tempfile
+
+    folder = facts.absolute(step.options["build"])
+    step.options["build"] = folder
+    named = any(token.split("=")[0] in ("-f", "--file") for token in step.options.get("build-option", []))
+    if not named and not any(facts.exists(f"{folder}/{name}") for name in ("Dockerfile", "Containerfile")):
+        raise UserError(f"There is no Dockerfile or Containerfile in {folder}.", "Mend --build DIR.")
+    if common.get("dry-run"):
+        raise usage_error("--dry-run does not build.", "Leave --build or --dry-run out.")
+    options = list(step.options.get("build-option", []))
+    if not named and not facts.exists(folder + "/Dockerfile"):
+        options.append(f"--file={folder}/Containerfile")
+    with tempfile.NamedTemporaryFile() as file:
+        if facts.show([program, "build", "--iidfile=" + file.name, *options, folder], environ):
+            raise UserError(f"The image of {folder} can't be built.", "See above.")
+        return os.fsdecode(facts.read(file.name) or b"").strip()
+
+
+def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
+    """Start the image once with a program that is not there; return the step with what that told.
+
+    Tells whether the engine takes the options, sees the private folder and the binds, and has an init.
+    Raises UserError for what is wrong.
+    """
+    skip = ("mount", "pwd", "copy-workdir", "shared")
+    text, status = "", 0
+    for extra in ({"init": True}, {}, {"init": True, "place": "home"}, {"place": "home"}):
+        options = {**step.options, **extra}
+        tried = step.but(options={name: value for name, value in options.items() if name not in skip})
+        launch = Launch([], [], {"name": "probe"})
+        said = facts.try_plan(plan_engine(tried, Plan(["/no/such/program"], environ), facts, launch))
+        text, status = os.fsdecode(said.err), said.status
+        if status in (0, 126, 127) and "docker-init" not in text:
+            return step.but(options=options)
+        if not any(word in text for word in ("init", "source path", "statfs", "mount")):
+            break
+    raise engine_error(step.options["program"], step.targets[0], status, text) or UserError(
+        f"{step.mode} can't run the image {step.targets[0]}.", "Mend what it says.", 1, text.strip()
+    )
+
+
+def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan, Facts]:
+    """Return the plan of a kernel command as it is seen inside of the container, and facts from there.
+
+    For a plan without a container: both as they are.  Raises UserError for an image whose entrypoint
+    keeps programs from being run.
+    """
+    if not plan.inside:
+        return plan, facts
+    world = facts if isinstance(facts, Inside) else Inside(facts, plan.inside, plan.environ)
+    if not world.programs:
+        raise UserError(
+            f"No shell can be run in {plan.where}.",
+            "If the image has an entrypoint, switch it off: --entrypoint=; or use --kernel=image.",
+            1,
+            os.fsdecode(world.said.err).strip(),
+        )
+    return plan.but(argv=list(command), search=world.search), world
+
+
 # ---- cluster modes ------------------------------------------------------------------------------
 
 # ---- registry -----------------------------------------------------------------------------------
@@ -1709,6 +2351,21 @@ for _mode in (
         targets=(0, 999),
         minus=True,
         example="envkernel lmod --user --name=anaconda3 --purge anaconda3",
+    ),
+    *(
+        Mode(
+            name,
+            f"Run the kernel in a container of {title}; options of `{name} run` may be given as they are.",
+            [*CONTAINER_OPTIONS, *ENGINE_OPTIONS],
+            setup_engine,
+            plan_engine,
+            target="IMAGE",
+            targets=(0, 1),
+            container=True,
+            engine=lambda tokens, facts, name=name: typed_engine_options(name, tokens, facts),
+            example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro python-image",
+        )
+        for name, title in (("docker", "Docker"), ("podman", "Podman"))
     ),
 ):
     MODES.update(dict.fromkeys((_mode.name, *_mode.aliases), _mode))
@@ -1884,7 +2541,7 @@ def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
     """
     common = request.common
     if "kernel-template" in common:
-        kernel = template_kernel(common["kernel-template"], facts)
+        kernel = template_kernel(common["kernel-template"], facts.host)
     else:
         kernel = kernel_in_environment(common.get("kernel", "ipykernel"), plan, facts)
     command = kernel.command
@@ -2092,10 +2749,15 @@ def prepare_kernel(
     Raises UserError for whatever is missing: environment, program, module of the kernel.
     """
     probe = plan_launch(launch_of(request, steps, []), facts, environ)
-    kernel = choose_kernel(request, probe, facts)
+    if request.common.get("kernel") == OWN_COMMAND:
+        kernel = image_kernel(request, probe)
+        return kernel, launch_of(request, steps, kernel.command)
+    probe, world = look_inside(probe, facts, [])
+    kernel = choose_kernel(request, probe, world)
     launch = launch_of(request, steps, kernel.command)
     resources = {"resource-dir": kernel.folder} if kernel.folder else {}
-    plan = finish_plan(plan_launch(launch, facts, environ), launch.but(options=resources), facts)
+    plan, facts = look_inside(plan_launch(launch, facts, environ), world, kernel.command)
+    plan = finish_plan(plan, launch.but(options=resources), facts)
     if plan.search is not None:
         if kernel.test:
             said = facts.output([plan.argv[0], *kernel.test[1:]], plan.environ)
@@ -2123,6 +2785,19 @@ def lasting_python(facts: Facts) -> str:
     system = "/usr/bin/python3"
     usable = facts.is_executable(system) and not facts.output([system, *question], os.environ).status
     return system if usable else base
+
+
+OWN_COMMAND = "image"
+"""Name of the kernel (``--kernel=image``) that is whatever the image itself starts."""
+
+
+def image_kernel(request: Request, plan: Plan) -> Kernel:
+    """Return the kernel of an image that starts it by its own command, and finds its connection file by
+    the variable ENVKERNEL_CONNECTION_FILE; a command after ``--`` goes to the image's entrypoint.
+    """
+    if not plan.inside:
+        raise usage_error("--kernel=image is for containers.", "Name the kernel: --kernel=ipykernel.")
+    return Kernel(request.command or [], request.common.get("language", "python"))
 
 
 def compile_script(script: str) -> None:
@@ -3252,6 +3927,50 @@ def overview() -> str:
 class Facts:
     """The one edge through which planning reads the world.  Tests give one that reads dictionaries."""
 
+    @property
+    def host(self) -> Facts:
+        """The facts about this machine."""
+        return self
+
+    def ids(self) -> tuple[int, int, list[int]]:
+        """Return this user's number, group and all groups."""
+        return os.getuid(), os.getgid(), sorted(os.getgroups())
+
+    def home(self) -> str:
+        """Return this user's home by the system's user database."""
+        import pwd
+
+        try:
+            return pwd.getpwuid(os.getuid()).pw_dir
+        except KeyError:
+            return "/"
+
+    def random(self) -> str:
+        """Return eight hexadecimal digits that nobody can guess."""
+        return os.urandom(4).hex()
+
+    def show(self, argv: Sequence[str], environ: Mapping[str, str]) -> int:
+        """Run a program with its output on the terminal; return its exit status."""
+        import subprocess
+
+        try:
+            return subprocess.run(argv, env=environ, stdin=subprocess.DEVNULL, check=False).returncode
+        except OSError as error:
+            raise cannot_start(argv[0], error) from None
+
+    def try_plan(self, plan: Plan) -> Output:
+        """Run a plan's program to its end with its private folder there; nothing is left of either."""
+        assert plan.care
+        base = os.path.dirname(plan.care.folder)
+        os.makedirs(os.path.dirname(base), exist_ok=True)
+        private_folder(base)
+        try:
+            prepare(plan.care)
+            return self.output(plan.argv, plan.environ)
+        finally:
+            remove_tree(plan.care.folder)
+            remove_empty(base)
+
     def exists(self, path: str) -> bool:
         """Tell whether something stands at `path`."""
         return os.path.exists(path)
@@ -3390,6 +4109,62 @@ class Facts:
         """Pass on to stderr what a program said there."""
         if text:
             os.write(2, text)
+
+
+class Inside(Facts):
+    """Facts about the inside of an image: what setup asks there, each time by a short run of it.
+
+    One run lists the programs on the image's PATH and the kernelspecs beside them.  What is not found
+    inside is not there; `host` are the facts of this machine.
+    """
+
+    LISTING = (
+        "IFS=:; set -f; printf '%s\\n' \"$PATH\"; set +f; for d in $PATH; do "
+        'for f in "$d"/*; do [ -f "$f" ] && [ -x "$f" ] && printf "x%s\\n" "$f"; done; '
+        'for f in "${d%/*}"/share/jupyter/kernels/*/*; do [ -f "$f" ] && printf "f%s\\n" "$f"; done; '
+        "done; exit 0"
+    )
+
+    def __init__(self, host: Facts, inside: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.inside = list(inside)
+        self.environ = environ
+        self._host = host
+        self.said = host.output([*inside, "sh", "-c", self.LISTING], environ)
+        path, *lines = os.fsdecode(self.said.out).split("\n")
+        self.search = path.split(":")
+        self.programs = {line[1:] for line in lines if line.startswith("x")}
+        self.files = {line[1:] for line in lines if line.startswith("f")}
+
+    @property
+    def host(self) -> Facts:
+        """The facts about this machine."""
+        return self._host
+
+    def exists(self, path: str) -> bool:
+        """Tell whether a program or a file of a kernelspec is there."""
+        return path in self.programs or path in self.files or self.isdir(path)
+
+    def isdir(self, path: str) -> bool:
+        """Tell whether one of the files is below `path`."""
+        return any(file.startswith(path + "/") for file in self.files)
+
+    def is_executable(self, path: str) -> bool:
+        """Tell whether a program is there."""
+        return path in self.programs or not self.output(["test", "-x", path], {}).status
+
+    def listdir(self, path: str) -> list[str]:
+        """Return the names in a folder of a kernelspec, none for other folders."""
+        start = path + "/"
+        return sorted({file[len(start) :].split("/")[0] for file in self.files if file.startswith(start)})
+
+    def read(self, path: str) -> bytes | None:
+        """Return what a file holds."""
+        said = self.output(["cat", path], {})
+        return None if said.status else said.out
+
+    def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
+        """Run a program inside."""
+        return self._host.output([*self.inside, *argv], self.environ)
 
 
 SOURCING = """
@@ -3998,6 +4773,7 @@ def reap(care: Care, environ: Mapping[str, str], leash: int, lock: int) -> None:
         insist(command, environ)
     for path in [*care.remove, *(copy for _, copy in care.copies), care.folder]:
         remove_tree(path)
+        remove_empty(os.path.dirname(path) if path not in care.remove else path)
     release_lock(care.folder + ".lock", lock)
     if care.cleanup and any(time.monotonic() - start < 10 for start in killed):
         time.sleep(2)  # the engine may have been about to create what had to be removed
@@ -4095,12 +4871,17 @@ def insist(command: Sequence[str], environ: Mapping[str, str]) -> None:
 
 def release_lock(path: str, lock: int) -> None:
     """Remove a lock file that is held, and its folder if it is the last thing there."""
-    try:
-        os.unlink(path)
-        os.rmdir(os.path.dirname(path))
-    except OSError:
-        pass
+    remove_tree(path)
+    remove_empty(os.path.dirname(path))
     os.close(lock)
+
+
+def remove_empty(folder: str) -> None:
+    """Remove a folder if nothing is in it."""
+    try:
+        os.rmdir(folder)
+    except OSError:
+        return
 
 
 def prepare(care: Care) -> None:
@@ -4118,6 +4899,7 @@ def prepare(care: Care) -> None:
             "Free some space there, or point XDG_RUNTIME_DIR or TMPDIR elsewhere.",
         ) from None
     for source, copy in care.copies:
+        private_folder(os.path.dirname(copy))
         copy_folder(source, copy)
 
 
@@ -4834,16 +5616,30 @@ def plan_launch(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Pla
     """Return the plan of a launch: each mode in its turn.
 
     environ: the environment the launch starts from; the variables that ``--env`` names are set in it,
-    and set again after the last mode.  Raises UserError for what is missing.
+    and set again after the last mode.  A container gets them alone: they could change its engine.
+    Raises UserError for what is missing.
     """
     given = {name: decode_token(environ[name]) for name in launch.options.get("env", ()) if name in environ}
-    plan = Plan(launch.command, {**environ, **given})
+    here = given
+    if any(MODES[step.mode].container for step in launch.steps):
+        environ, here = engine_environ(environ, given, facts), {}
+    plan = Plan(launch.command, {**environ, **here}, given=given)
     for index, step in enumerate(launch.steps):
         mode = MODES[step.mode]
         plan = mode.plan(step, plan, facts, launch.but(steps=launch.steps[index + 1 :]))
         if mode.remote:
             break
-    return plan.but(environ={**plan.environ, **given})
+    return plan.but(environ={**plan.environ, **here})
+
+
+def engine_environ(environ: Mapping[str, str], given: Mapping[str, str], facts: Facts) -> dict[str, str]:
+    """Return the environment for a container engine: without what the user gave for the kernel inside.
+
+    Jupyter has set that already, for it stands in the kernelspec; an engine needs its own PATH and HOME.
+    """
+    usual = {"PATH": os.defpath, "HOME": facts.home()}
+    kept = {name: value for name, value in environ.items() if name not in given}
+    return {**kept, **{name: usual[name] for name in given if name in usual}}
 
 
 def finish_plan(plan: Plan, launch: Launch, facts: Facts) -> Plan:

@@ -56,6 +56,22 @@ class FakeFacts(envkernel.Facts):
         self.asked.append(list(actions))
         return {**environ, **(self.sourced or {})}
 
+    def ids(self):
+        return 1000, 100, [100, 27]
+
+    def home(self):
+        return "/home/me"
+
+    def random(self):
+        return "cafe0123"
+
+    def show(self, argv, environ):
+        self.asked.append(list(argv))
+        return self.answers[tuple(argv)].status
+
+    def try_plan(self, plan):
+        return self.output(plan.argv, plan.environ)
+
     def login_environ(self, environ):
         return self.login
 
