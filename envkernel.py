@@ -798,7 +798,7 @@ def conda_root(prefix: str, facts: Facts, environ: Mapping[str, str]) -> str:
 def conda_state(prefix: str, facts: Facts) -> dict[str, str]:
     """Return the variables that a conda environment sets: ``env_vars.d``, then ``conda-meta/state``.
 
-    Names are upper-cased; PATH and what is marked as unset are left out.
+    PATH and what is marked as unset are left out.
     Raises UserError for a file that is not JSON.
     """
     folder = prefix + "/etc/conda/env_vars.d/"
@@ -816,7 +816,7 @@ def conda_state(prefix: str, facts: Facts) -> dict[str, str]:
             if path == state:
                 values = values.get("env_vars", {})
             for name, value in values.items():
-                variables[name.upper()] = "" if value is None else str(value)
+                variables[name] = "" if value is None else str(value)
         except (ValueError, AttributeError):
             raise UserError(
                 f"The file {path} of the conda environment is broken.",
@@ -825,7 +825,7 @@ def conda_state(prefix: str, facts: Facts) -> dict[str, str]:
     return {
         name: value
         for name, value in variables.items()
-        if value != "***unset***" and name != "PATH" and is_variable_name(name)
+        if value != "***unset***" and name.upper() != "PATH" and is_variable_name(name)
     }
 
 
@@ -867,9 +867,9 @@ def conda_variables(
         variables.update({"CONDA_EXE": conda, "_CONDA_EXE": conda, "_CONDA_ROOT": root})
         variables.update({"CONDA_PYTHON_EXE": root + "/bin/python", "_CE_M": "", "_CE_CONDA": ""})
     for key in state:
-        if key in environ:
-            variables[f"__CONDA_SHLVL_{level}_{key}"] = environ[key]
-    variables.update(state)
+        if key in environ:  # conda looks for the name as it was written, and only then makes it upper-case
+            variables[f"__CONDA_SHLVL_{level}_{key.upper()}"] = environ[key]
+    variables.update({key.upper(): value for key, value in state.items()})
     return variables
 
 
