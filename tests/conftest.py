@@ -1,3 +1,11 @@
 """What all tests share: the fixtures of tests/support, one module per outside thing."""
 
-pytest_plugins = ["support.jupyter", "support.venvs", "support.modules", "support.conda", "support.browser"]
+pytest_plugins = [
+    "support.jupyter",
+    "support.venvs",
+    "support.modules",
+    "support.conda",
+    "support.browser",
+    "support.images",
+    "support.apptainer",
+]

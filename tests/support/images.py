@@ -1,0 +1,44 @@
+"""Root file systems for container images, made of Debian packages."""
+
+from __future__ import annotations
+
+import fcntl
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support import cache_dir
+
+PYTHON = ("python3-ipykernel",)
+
+
+def make_rootfs(name: str, *packages: str) -> Path:
+    """Return a folder with a minimal Debian and some packages, kept for the next run of the tests."""
+    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    folder = cache_dir() / f"rootfs-{suite}-{name}"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            made = Path(f"{folder}.new")
+            shutil.rmtree(made, ignore_errors=True)
+            words = ["mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io"]
+            words += [f"--include={','.join(packages)}"] if packages else []
+            subprocess.run([*words, "--format=directory", suite, str(made)], check=True)
+            made.chmod(0o755)
+            made.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python_rootfs() -> Path:
+    """A root file system with Python and ipykernel.  Not to be changed."""
+    return make_rootfs("python", *PYTHON)
+
+
+@pytest.fixture(scope="session")
+def bare_rootfs() -> Path:
+    """A root file system with Python and without any kernel.  Not to be changed."""
+    return make_rootfs("bare", "python3-minimal")
