@@ -1118,6 +1118,13 @@ def fingerprint(text: bytes) -> tuple[int, int]:
     return len(text), int.from_bytes(text, "big") % ((1 << 61) - 1)
 
 
+_ACTIVATE_CALLS = (
+    "[ alias basename cd command deactivate dirname echo export hash pydoc realpath unalias uname unset"
+)
+_ACTIVATE_MEETS = frozenset(["SCRIPT_PATH", *(f"BASH_FUNC_{name}%%" for name in _ACTIVATE_CALLS.split())])
+"""Variables that an untouched script would meet: exported functions named like what it calls, and uv's own."""
+
+
 def venv_environ(script: bytes, environ: Mapping[str, str], facts: Facts) -> dict[str, str] | None:
     """Return what an untouched ``bin/activate`` makes of an environment (ACTIVATION.md, *venv*).
 
@@ -1127,12 +1134,12 @@ def venv_environ(script: bytes, environ: Mapping[str, str], facts: Facts) -> dic
     text, literals = read_activate(script)
     rules = ACTIVATE_SCRIPTS.get(fingerprint(text), "")
     path = os.fsdecode(literals.get(b"VIRTUAL_ENV", b""))
-    leftovers = any(name.startswith(("_OLD_", "BASH_FUNC_")) or name == "SCRIPT_PATH" for name in environ)
+    leftovers = any(name.startswith("_OLD_") or name in _ACTIVATE_MEETS for name in environ)
     if (
         not rules
         or not path
         or leftovers
-        or "PATH" not in environ
+        or not environ.get("PATH")
         or ("d" in rules and not facts.isdir(path))
     ):
         return None
@@ -1142,6 +1149,8 @@ def venv_environ(script: bytes, environ: Mapping[str, str], facts: Facts) -> dic
     prompt = os.fsdecode(literals.get(b"VIRTUAL_ENV_PROMPT", b""))
     if ("L" in rules and not environ.get("VIRTUAL_ENV_DISABLE_PROMPT")) or "A" in rules:
         result["VIRTUAL_ENV_PROMPT"] = prompt
+    elif "L" in rules:
+        result.pop("VIRTUAL_ENV_PROMPT", None)
     elif "B" in rules or "C" in rules:
         name = os.path.basename(path)
         default = name if "B" in rules else f"({name}) "
@@ -5602,12 +5611,15 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
 def launch_environ(facts: Facts) -> dict[str, str]:
     """Return the environment that this process was started with.
 
-    Python adds LC_CTYPE to its own where no locale is set (PEP 538); the kernel must not inherit that.
+    Python sets LC_CTYPE in its own where the locale is C (PEP 538); the kernel must not inherit that.
     """
     environ = dict(os.environ)
     if environ.get("LC_CTYPE", "") in ("C.UTF-8", "C.utf8", "UTF-8"):
-        entries = (facts.read("/proc/self/environ") or b"LC_CTYPE=").split(b"\0")
-        if not any(entry.startswith(b"LC_CTYPE=") for entry in entries):
+        start = facts.read("/proc/self/environ")
+        given = [entry[9:] for entry in (start or b"").split(b"\0") if entry.startswith(b"LC_CTYPE=")]
+        if given:
+            environ["LC_CTYPE"] = os.fsdecode(given[0])
+        elif start is not None:
             del environ["LC_CTYPE"]
     return environ
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,9 @@ from jupyter_client.kernelspec import KernelSpecManager
 from support import SCRIPT, read_environ
 
 MARK = "ENVKERNEL_TEST_MARK"
+
+PRINT_ENVIRON = ["--", "/usr/bin/env", "-0", "CONNECTION_FILE={connection_file}"]
+"""A kernel command that prints the environment a kernel would see, for `Jupyter.run_environ`."""
 
 
 def marked_processes(mark: str) -> dict[int, str]:
@@ -167,13 +171,17 @@ class Jupyter:
         replace: bool = False,
         status: int | None = 0,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run the argv of a kernelspec to its end, with no connection file in it.
+        """Run the argv of a kernelspec to its end, filled in as jupyter_client does it.
 
         environ: added to Jupyter's, or (replace) in its place.
         """
         start = {**({} if replace else self.environ), **(environ or {}), **spec.get("env", {})}
+        names = {"connection_file": "/connection.json", "resource_dir": "/resources"}
+        argv = [
+            re.sub(r"\{([A-Za-z0-9_]+)\}", lambda m: names.get(m[1], m[0]), word) for word in spec["argv"]
+        ]
         result = subprocess.run(
-            spec["argv"], env=start, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60
+            argv, env=start, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60
         )
         assert status is None or result.returncode == status, os.fsdecode(result.stderr)
         return result
@@ -181,8 +189,10 @@ class Jupyter:
     def run_environ(
         self, spec: dict[str, Any], environ: dict[str, str] | None = None, replace: bool = False
     ) -> dict[str, str]:
-        """Run a kernelspec whose kernel command is ``env -0``; return the environment a kernel would see."""
-        return read_environ(self.run(spec, environ, replace).stdout)
+        """Run a kernelspec whose kernel command is `PRINT_ENVIRON`; return what a kernel would see."""
+        found = read_environ(self.run(spec, environ, replace).stdout)
+        assert found.pop("CONNECTION_FILE") == "/connection.json"
+        return found
 
     def leftovers(self, patience: float = 10) -> str:
         """Return what kernels left behind after at most `patience` seconds: nothing is how it should be."""
