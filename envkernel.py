@@ -5435,9 +5435,9 @@ class ErrorKernel:
             try:
                 socket.bind(address)
                 break
-            except self.zmq.ZMQError:
+            except self.zmq.ZMQError as error:
                 if attempt == 49:
-                    raise
+                    raise OSError(error.errno, f"{address}: {os.strerror(error.errno)}") from None
                 time.sleep(0.1)
         return socket
 

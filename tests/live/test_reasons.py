@@ -1,0 +1,315 @@
+"""A kernel that can't start says so in the protocol: each way to break one, each way to reach it."""
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import uuid
+from pathlib import Path
+
+import jupyter_kernel_test
+import pytest
+from jupyter_client import KernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+
+from support import done
+from support.jupyter import marked_processes
+
+pytestmark = pytest.mark.live
+
+
+def reason(jupyter, name, **options):
+    """Start a broken kernel; return the error that a cell gets, and all that was published for it."""
+    published = []
+    with jupyter.kernel(name, **options) as kernel:
+        reply = kernel.client.execute_interactive(
+            "1 + 1", timeout=20, output_hook=published.append, allow_stdin=False
+        )["content"]
+        key = kernel.manager.session.key.decode()
+    assert reply["status"] == "error"
+    assert reply["ename"] == "KernelDidNotStart"
+    said = json.dumps([message["content"] for message in published]) + json.dumps(reply)
+    assert key not in said
+    assert "Traceback" not in said
+    return reply, {message["msg_type"]: message["content"] for message in published}
+
+
+def copy_venv(venv, path):
+    shutil.copytree(venv, path, symlinks=True, copy_function=os.link)
+    return path
+
+
+@pytest.fixture
+def gone(jupyter, kernel_venv, tmp_path):
+    """A virtualenv kernel whose environment is gone.  Returns where it was."""
+    path = copy_venv(kernel_venv, tmp_path / "gone")
+    jupyter.setup("virtualenv", "gone", path)
+    shutil.rmtree(path)
+    return path
+
+
+def test_a_missing_environment(jupyter, gone):
+    reply, published = reason(jupyter, "gone")
+    assert reply["evalue"].startswith(f"There is no virtualenv at {gone}.")
+    assert published["error"]["traceback"] == reply["traceback"]
+    assert str(gone) in published["display_data"]["data"]["text/html"]
+    log = jupyter.envkernel("log", "gone").stdout
+    assert f"not started: There is no virtualenv at {gone}." in log
+    assert log.splitlines()[0] in "\n".join(reply["traceback"])
+
+
+def test_a_missing_interpreter(jupyter, kernel_venv, tmp_path):
+    path = copy_venv(kernel_venv, tmp_path / "venv")
+    jupyter.setup("virtualenv", "headless", path)
+    for python in (path / "bin").glob("python*"):
+        python.unlink()
+    assert f"There is no python in the virtualenv {path}." in reason(jupyter, "headless")[0]["evalue"]
+
+
+def test_a_missing_ipykernel(jupyter, kernel_venv, tmp_path):
+    path = copy_venv(kernel_venv, tmp_path / "venv")
+    jupyter.setup("virtualenv", "empty", path)
+    for module in path.glob("lib/python*/site-packages/ipykernel*"):
+        shutil.rmtree(module) if module.is_dir() else module.unlink()
+    evalue = reason(jupyter, "empty")[0]["evalue"]
+    assert "There is no ipykernel_launcher" in evalue
+    assert "pip install ipykernel" in evalue
+
+
+def test_a_program_that_the_system_refuses(jupyter, kernel_venv, tmp_path):
+    path = copy_venv(kernel_venv, tmp_path / "venv")
+    jupyter.setup("virtualenv", "odd", path)
+    python = path / "bin" / "python"
+    python.unlink()
+    python.write_text("#!/no/such/interpreter\n")
+    python.chmod(0o755)
+    evalue = reason(jupyter, "odd")[0]["evalue"]
+    assert str(python) in evalue
+
+
+def test_a_missing_conda_environment(jupyter, conda_kernel, tmp_path):
+    path = copy_venv(conda_kernel, tmp_path / "conda")
+    jupyter.setup("conda", "conda", path)
+    shutil.rmtree(path)
+    assert f"There is no conda environment at {path}." in reason(jupyter, "conda")[0]["evalue"]
+
+
+def test_a_missing_module(jupyter, lmod, kernel_venv):
+    jupyter.environ.update(lmod.environ)
+    jupyter.setup("lmod", "modules", "gcc/12", "--", "virtualenv", kernel_venv)
+    (lmod.root / "core/gcc/12").rename(lmod.root / "core/gcc/.12")
+    try:
+        reply, published = reason(jupyter, "modules")
+    finally:
+        (lmod.root / "core/gcc/.12").rename(lmod.root / "core/gcc/12")
+    assert "`module load gcc/12` failed." in reply["evalue"]
+    assert "gcc/12" in "\n".join(reply["traceback"][3:]), "what Lmod said"
+    assert "<code>module spider</code>" in published["display_data"]["data"]["text/html"]
+
+
+@pytest.mark.parametrize("change", ["--format=99", "--nonsense=1"])
+def test_a_broken_kernelspec(jupyter, kernel_venv, change):
+    spec = jupyter.setup("virtualenv", "broken", kernel_venv)
+    at = spec["argv"].index("--format=2") + change.startswith("--n")
+    spec["argv"][at : at + 1] = [change] + spec["argv"][at : at + 1] * change.startswith("--n")
+    (jupyter.kernels / "broken" / "kernel.json").write_text(json.dumps(spec))
+    evalue = reason(jupyter, "broken")[0]["evalue"]
+    assert "kernelspec" in evalue
+    assert "envkernel update" in evalue
+
+
+def manager_of(jupyter, name, **traits):
+    file = jupyter.root / "runtime" / f"kernel-{uuid.uuid4().hex}.json"
+    return KernelManager(
+        kernel_name=name, kernel_spec_manager=KernelSpecManager(), connection_file=str(file), **traits
+    )
+
+
+@pytest.mark.parametrize(
+    "traits", [{"transport": "ipc"}, {"transport_encryption": "required"}], ids=["ipc", "curve"]
+)
+def test_other_transports(jupyter, gone, traits):
+    path = jupyter.kernels / "gone" / "kernel.json"
+    spec = json.loads(path.read_text())
+    assert spec["metadata"].get("supported_encryption") == ["curve"], (
+        "ipykernel's metadata were not taken over"
+    )
+    manager = manager_of(jupyter, "gone", **traits)
+    if manager.transport == "ipc":  # the path of a unix socket has to be short
+        manager.connection_file = str(Path(tempfile.mkdtemp(prefix="ek")) / "kernel.json")
+    manager.start_kernel(env=jupyter.environ)
+    connection = json.loads(Path(manager.connection_file).read_text())
+    assert ("curve_secretkey" in connection) == ("transport_encryption" in traits)
+    assert connection["transport"] == traits.get("transport", "tcp")
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=30)
+        assert client.hb_channel.is_beating()
+        reply = client.execute_interactive("1", timeout=20, output_hook=lambda message: None)
+        assert reply["content"]["ename"] == "KernelDidNotStart"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel()
+        manager.cleanup_resources()
+    if manager.transport == "ipc":
+        os.rmdir(os.path.dirname(manager.connection_file))
+
+
+def test_interrupts_do_not_end_it_and_a_restart_tries_again(jupyter, gone, kernel_venv):
+    with jupyter.kernel("gone") as kernel:
+        first = kernel.pid
+        for _ in range(3):
+            kernel.manager.interrupt_kernel()
+        assert "There is no virtualenv" in kernel.execute("1")[1]
+        kernel.restart()
+        assert kernel.pid != first
+        assert "There is no virtualenv" in kernel.execute("1")[1]
+        copy_venv(kernel_venv, gone)
+        kernel.restart(now=True)
+        assert kernel.execute("6 * 7") == ("42", None)
+        shutil.rmtree(gone)
+
+
+def test_control_messages(jupyter, gone):
+    with jupyter.kernel("gone") as kernel:
+        for kind, status in (("interrupt", "ok"), ("usage", "error"), ("debug", None), ("kernel_info", "ok")):
+            message = kernel.client.session.msg(kind + "_request", {"command": "attach", "seq": 1})
+            kernel.client.control_channel.send(message)
+            reply = kernel.client.get_control_msg(timeout=10)
+            assert reply["msg_type"] == kind + "_reply"
+            assert reply["parent_header"]["msg_id"] == message["header"]["msg_id"]
+            assert reply["content"].get("status") == status
+        start = time.monotonic()
+        kernel.client.shutdown(reply=True, timeout=10)
+        kernel.manager.provisioner.process.wait(10)
+        assert time.monotonic() - start < 3
+
+
+def test_messages_with_another_key_are_ignored(jupyter, gone):
+    with jupyter.kernel("gone") as kernel:
+        stranger = manager_of(jupyter, "gone").blocking_client()
+        stranger.load_connection_info({**kernel.manager.get_connection_info(), "key": b"wrong"})
+        stranger.start_channels(iopub=False, stdin=False, hb=False)
+        stranger.execute("1")
+        stranger.shell_channel.socket.send_multipart([b"no", b"message"])
+        with pytest.raises(queue.Empty):
+            stranger.get_shell_msg(timeout=1)
+        stranger.stop_channels()
+        assert "KernelDidNotStart" in kernel.execute("1")[1]
+
+
+def test_it_ends_with_jupyter(jupyter, gone):
+    """A Jupyter that is killed leaves no error kernel behind."""
+    program = (
+        "import sys, time; from jupyter_client import KernelManager\n"
+        "manager = KernelManager(kernel_name='gone'); manager.start_kernel()\n"
+        "client = manager.blocking_client(); client.start_channels(); client.wait_for_ready(30)\n"
+        "print(manager.connection_file, flush=True); time.sleep(100)"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", program], env=jupyter.environ, stdout=subprocess.PIPE, text=True
+    )
+    file = server.stdout.readline().strip()
+    assert len(marked_processes(jupyter.mark)) == 2
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    os.unlink(file)
+    deadline = time.monotonic() + 5
+    while marked_processes(jupyter.mark):
+        assert time.monotonic() < deadline, marked_processes(jupyter.mark)
+        time.sleep(0.1)
+
+
+def start_for(jupyter, name, python=""):
+    """Run a kernelspec's argv on a connection file, with another Python if one is named."""
+    spec = jupyter.spec(name)
+    manager = manager_of(jupyter, name)
+    manager.write_connection_file()
+    argv = [manager.connection_file if word == "{connection_file}" else word for word in spec["argv"]]
+    argv[0] = python or argv[0]
+    try:
+        return subprocess.run(
+            argv, env=jupyter.environ, capture_output=True, text=True, timeout=20, check=False
+        )
+    finally:
+        manager.cleanup_connection_file()
+
+
+def test_it_can_be_turned_off(jupyter, kernel_venv, tmp_path):
+    path = copy_venv(kernel_venv, tmp_path / "venv")
+    jupyter.setup("virtualenv", "plain", "--no-error-kernel", path)
+    shutil.rmtree(path)
+    said = start_for(jupyter, "plain")
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr.startswith(f"envkernel: There is no virtualenv at {path}.\n")
+
+
+def test_without_jupyter_client_stderr_has_to_do(jupyter, gone, tmp_path):
+    bare = tmp_path / "bare"
+    done(sys.executable, "-m", "venv", "--without-pip", bare)
+    said = start_for(jupyter, "gone", str(bare / "bin" / "python"))
+    assert said.returncode == 1
+    assert said.stderr.startswith(f"envkernel: There is no virtualenv at {gone}.\n")
+    assert "The notebook can't show this" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_a_port_that_is_taken_is_no_traceback(jupyter, gone):
+    import socket
+
+    manager = manager_of(jupyter, "gone")
+    manager.write_connection_file()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", manager.shell_port))
+        taken.listen()
+        words = [
+            manager.connection_file if w == "{connection_file}" else w for w in jupyter.spec("gone")["argv"]
+        ]
+        said = subprocess.run(words, env=jupyter.environ, capture_output=True, text=True, check=False)
+    manager.cleanup_connection_file()
+    assert said.returncode == 1
+    assert "The notebook can't show this" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
+def test_the_good_path_loads_none_of_it(jupyter, kernel_venv):
+    spec = jupyter.setup("virtualenv", "good", kernel_venv, "--", "/bin/echo", "{connection_file}")
+    argv = [*spec["argv"]]
+    argv[1:1] = ["-X", "importtime"]
+    said = subprocess.run(argv, env=jupyter.environ, capture_output=True, text=True, check=True)
+    loaded = {
+        line.rpartition("|")[2].strip() for line in said.stderr.splitlines() if line.startswith("import time")
+    }
+    assert not loaded & {"site", "json", "re", "zmq", "jupyter_client", "signal", "html", "zlib", "struct"}
+
+
+def test_the_suite_of_jupyter_kernel_test(jupyter, gone):
+    """All of it that applies to a kernel that only ever fails."""
+
+    class Protocol(jupyter_kernel_test.KernelTests):
+        kernel_name = "gone"
+        language_name = "python"
+        file_extension = ".py"
+        complete_code_samples = ("1", "for x in y:")
+        completion_samples = ({"text": "zi", "matches": ()},)
+
+        def test_error(self):
+            """The suite's own wants nothing but the error; here the reason comes in HTML as well."""
+            self.flush_channels()
+            reply, published = self.execute_helper("1 + 1")
+            assert reply["content"]["status"] == "error"
+            assert [message["msg_type"] for message in published] == ["display_data", "error"]
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(Protocol).run(result)
+    Protocol.km.cleanup_resources()
+    assert not result.errors + result.failures
+    skipped = {test.id().rpartition("_")[2] for test, _ in result.skipped}
+    assert skipped == {"stdout", "stderr", "result", "data", "history", "inspect", "pager", "output"}
