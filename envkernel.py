@@ -1122,7 +1122,7 @@ _ACTIVATE_CALLS = (
     "[ alias basename cd command deactivate dirname echo export hash pydoc realpath unalias uname unset"
 )
 _ACTIVATE_MEETS = frozenset(["SCRIPT_PATH", *(f"BASH_FUNC_{name}%%" for name in _ACTIVATE_CALLS.split())])
-"""Variables that an untouched script would meet: exported functions named like what it calls, and uv's own."""
+"""Variables that an untouched script would meet: exported functions that it calls, and uv's own."""
 
 
 def venv_environ(script: bytes, environ: Mapping[str, str], facts: Facts) -> dict[str, str] | None:
