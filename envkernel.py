@@ -186,6 +186,7 @@ class Plan(Record):
     care: what has to stand beside the program; None where it takes this process's place.
     given: variables of the user's for the kernel (``--env``), for modes that start with a clean one.
     inside: how a command is run once inside of a container, without its private folder; empty for none.
+    job: what runs it on a cluster; None on this host.
     """
 
     def __init__(
@@ -198,6 +199,7 @@ class Plan(Record):
         care: Care | None = None,
         given: Mapping[str, str] | None = None,
         inside: Sequence[str] = (),
+        job: Job | None = None,
     ) -> None:
         self.argv = list(argv)
         self.environ = dict(environ)
@@ -207,6 +209,7 @@ class Plan(Record):
         self.care = care
         self.given = dict(given or {})
         self.inside = list(inside)
+        self.job = job
 
 
 class Output(Record):
@@ -2313,6 +2316,384 @@ def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan,
 
 # ---- cluster modes ------------------------------------------------------------------------------
 
+NODE_BOOT = (
+    "import marshal,sys;from _frozen_importlib_external import MAGIC_NUMBER as M;f=sys.stdin.buffer;"
+    "g,a,b=f.readline().split();c=f.read(int(a));s=f.read(int(b));m=type(sys)('envkernel');"
+    "sys.modules['envkernel']=m;exec(marshal.loads(c) if g==M.hex().encode() else "
+    "compile(s,'envkernel.py','exec'),m.__dict__);sys.exit(m.agent_main(f))"
+)
+"""What a node's Python gets with ``-c``: read this file from stdin and be the agent.
+
+The bytecode comes before the source: a node with the same Python need not compile (45 ms)."""
+
+NODE_OPTIONS = [
+    Option(
+        "--queue-timeout",
+        "Give up when the job has not started after so many seconds.",
+        metavar="SECONDS",
+        run=True,
+        example="--queue-timeout=600",
+    ),
+    Option(
+        "--linger",
+        "Keep the job for so many seconds after a kernel has ended, so that a restart gets it (default: 5).",
+        metavar="SECONDS",
+        run=True,
+    ),
+    Option(
+        "--tunnel",
+        "Encrypt what passes between here and the node: lead it through ssh, which has to work without "
+        "a password.",
+        metavar="PROGRAM",
+        choices=("ssh",),
+        run=True,
+        example="--tunnel=ssh",
+    ),
+    Option(
+        "--node-ports",
+        "Ports on a node that can be reached from here (default: any).",
+        metavar="FIRST-LAST",
+        run=True,
+        example="--node-ports=50000-51000",
+    ),
+    Option(
+        "--node-transport",
+        "What the kernel listens on, on its node: unix sockets that no other user can reach (ipc), or "
+        "ports on the node's loopback, for a kernel that can't do that (tcp).",
+        metavar="ipc|tcp",
+        choices=("ipc", "tcp"),
+        run=True,
+    ),
+]
+"""Options that both cluster modes have."""
+
+SRUN_FLAGS = (
+    "--compress --contiguous --disable-status --exact --exclusive --hold --immediate --kill-on-bad-exit "
+    "--label --multi-prog --nice --no-allocate --no-kill --overcommit --overlap --oversubscribe "
+    "--preserve-env --propagate --pty --quiet --quit-on-interrupt --reboot --resv-ports --send-libs "
+    "--spread-job --unbuffered --use-min-nodes --verbose -E -H -I -K -O -Q -X -Z -k -l -s -u -v"
+)
+SRUN_VALUES = (
+    "--account --acctg-freq --bb --bbf --bcast --bcast-exclude --begin --chdir --cluster-constraint "
+    "--clusters --comment --constraint --container --core-spec --cores-per-socket --cpu-bind --cpu-freq "
+    "--cpus-per-gpu --cpus-per-task --deadline --delay-boot --dependency --distribution --epilog --error "
+    "--exclude --export --extra-node-info --gpu-bind --gpu-freq --gpus --gpus-per-node --gpus-per-socket "
+    "--gpus-per-task --gres --gres-flags --het-group --hint --input --job-name --jobid --licenses "
+    "--mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mincpus --mpi "
+    "--network --nodefile --nodelist --nodes --ntasks --ntasks-per-core --ntasks-per-gpu "
+    "--ntasks-per-node --ntasks-per-socket --open-mode --output --partition --power --prefer --priority "
+    "--profile --prolog --qos --relative --reservation --signal --slurmd-debug --sockets-per-node "
+    "--switches --task-epilog --task-prolog --thread-spec --threads --threads-per-core --time --time-min "
+    "--tmp --tres-bind --tres-per-task --wait --wckey -A -B -C -D -F -G -J -L -M -N -S -T -W -b -c -d -e "
+    "-i -m -n -o -p -q -r -t -w -x"
+)
+SRUN_OWN = (
+    "--multi-prog",
+    "--ntasks",
+    "-n",
+    "--nodes",
+    "-N",
+    "--pty",
+    "--input",
+    "-i",
+    "--output",
+    "-o",
+    "--label",
+    "-l",
+)
+"""What would break the one task and its stdin and stdout, on which the agent depends."""
+
+
+class Job(Record):
+    """A kernel that another machine runs: the program that holds the job, and what travels to the node.
+
+    argv, environ: that program, for as long as the job lives.  launch: the rest of the chain.
+    queue_timeout, linger: seconds; no time-out if 0.  tunnel: path of ssh, empty for none.
+    """
+
+    detached = False
+    """Whether the program may end once the agent is there."""
+
+    def __init__(
+        self, argv: Sequence[str], environ: Mapping[str, str], launch: Launch, options: Mapping[str, Any]
+    ) -> None:
+        self.argv = list(argv)
+        self.environ = dict(environ)
+        self.launch = launch.but(options={**launch.options})
+        self.queue_timeout = read_seconds(options, "queue-timeout", 0)
+        self.linger = read_seconds(options, "linger", 5)
+        self.tunnel = options.get("tunnel-program", "") if "tunnel" in options else ""
+        self.node_ports = options.get("node-ports", "")
+        self.transport = options.get("node-transport", "ipc")
+
+    def feed(self, orders: Mapping[str, Any], own: tuple[str, bytes, bytes]) -> bytes:
+        """Return what the program gets on stdin: this file, as `own_code` returns it, and the orders."""
+        import json
+
+        magic, code, source = own
+        return (
+            b"%s %d %d\n" % (magic.encode(), len(code), len(source))
+            + code
+            + source
+            + json.dumps(orders).encode()
+            + b"\n"
+        )
+
+    def read_state(self, said: str, known: str) -> tuple[str, bool]:
+        """Return the job's id and whether it waits, from what the program said on stderr."""
+        raise NotImplementedError
+
+    def pending(self, known: str, facts: Facts) -> str:
+        """Return what the job waits for, in words; empty where that can't be told."""
+        raise NotImplementedError
+
+    def forget(self, known: str, facts: Facts) -> None:
+        """Cancel the job, if it is still there."""
+        raise NotImplementedError
+
+    def explain(self, status: int, said: str, known: str) -> UserError:
+        """Return why the job ended, from the program's exit status and the end of its stderr."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Return what two launches have in common that may use the same job after each other."""
+        import hashlib
+
+        what = repr((self.argv, vars(self.launch)))
+        return hashlib.sha256(what.encode(errors="surrogatepass")).hexdigest()
+
+
+def read_seconds(options: Mapping[str, Any], name: str, default: float) -> float:
+    """Return an option's value in seconds.  Raises UserError (status 2) for what is no number."""
+    text = options.get(name)
+    try:
+        return default if text is None else max(float(text), 0)
+    except ValueError:
+        raise usage_error(f"--{name} takes seconds, not {text!r}.", f"For example: --{name}=60.") from None
+
+
+def check_node_options(options: Mapping[str, Any]) -> None:
+    """Raise UserError (status 2) for options of both cluster modes that make no sense."""
+    read_seconds(options, "queue-timeout", 0)
+    read_seconds(options, "linger", 0)
+    ports = options.get("node-ports")
+    if ports is not None:
+        first, _, last = ports.partition("-")
+        if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65536):
+            raise usage_error(
+                f"--node-ports={ports} is no range of ports.", "For example: --node-ports=50000-51000."
+            )
+
+
+def find_tunnel(options: dict[str, Any], facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options with the path of the tunnel's program.  Raises UserError where it is missing."""
+    if "tunnel" not in options:
+        return options
+    program = search_program(options["tunnel"], path_entries(environ), facts)
+    if not program:
+        raise UserError("There is no ssh on this machine.", "Install it, or leave --tunnel out.")
+    return {**options, "tunnel-program": program}
+
+
+def cluster_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what of Jupyter's environment may travel to the cluster: all but Jupyter's own secrets."""
+    return {name: value for name, value in environ.items() if not name.startswith(("JPY_", "JUPYTERHUB_"))}
+
+
+class SlurmJob(Job):
+    """A job of Slurm, held by srun."""
+
+    def read_state(self, said: str, known: str) -> tuple[str, bool]:
+        """Return the number of the job and whether it waits, from what srun said on stderr."""
+        waits = False
+        for line in said.splitlines():
+            words = line.split()
+            if line.startswith("srun: job ") and "queued and waiting" in line:
+                known, waits = words[2], True
+            elif line.startswith("srun: job ") and "allocated" in line:
+                known, waits = words[2], False
+        return known, waits
+
+    def pending(self, number: str, facts: Facts) -> str:
+        """Return what the job waits for, in words; empty where squeue does not say."""
+        said = facts.output([self.tool("squeue"), "-h", "-j", number, "-o", "%T|%r|%S"], self.environ)
+        fields = os.fsdecode(said.out).strip().split("|")
+        if said.status or len(fields) != 3 or fields[0] != "PENDING":
+            return ""
+        return pending_text(number, fields[1], fields[2])
+
+    def forget(self, number: str, facts: Facts) -> None:
+        """Cancel the job, if it is still there."""
+        try:
+            facts.output([self.tool("scancel"), "--quiet", number], self.environ)
+        except UserError:  # no scancel: srun was killed, which ends the job too
+            return
+
+    def explain(self, status: int, said: str, number: str) -> UserError:
+        """Return why the job ended."""
+        return slurm_end(status, said, number)
+
+    def tool(self, name: str) -> str:
+        """Return the path of another of Slurm's programs."""
+        return os.path.join(os.path.dirname(self.argv[0]), name)
+
+
+PENDING = {
+    "Priority": "others are before it",
+    "Resources": "no node has enough room",
+    "Dependency": "it depends on another job",
+    "PartitionDown": "the partition is down",
+    "PartitionTimeLimit": "its time limit is above the partition's",
+    "QOSMaxJobsPerUserLimit": "you have as many jobs as your QOS allows",
+    "AssocGrpCpuLimit": "your account uses all of its CPUs",
+    "ReqNodeNotAvail": "a node that it asks for is not available",
+    "JobHeldUser": "you hold it",
+    "JobHeldAdmin": "an administrator holds it",
+    "BeginTime": "its start time has not come",
+    "None": "Slurm has not looked at it yet",
+}
+"""Slurm's most common reasons, in words (squeue(1), JOB REASON CODES)."""
+
+
+def pending_text(number: str, reason: str, start: str) -> str:
+    """Return what a pending job waits for, in words."""
+    reason = reason.strip("()")
+    words = PENDING.get(reason.partition(",")[0])
+    text = f"Slurm job {number} waits: {reason}" + (f" ({words})" if words else "")
+    return text + ("." if start in ("", "N/A") else f"; expected start {start.replace('T', ' ')}.")
+
+
+SLURM_ENDS = (
+    (
+        "DUE TO TIME LIMIT",
+        "The Slurm job {} has reached its time limit.",
+        "Ask for more: --time=HOURS:00:00.",
+    ),
+    (
+        "DUE TO NODE FAILURE",
+        "The node of Slurm job {} has failed.",
+        "Start the kernel again: it gets another node.",
+    ),
+    ("Node failure", "The node of Slurm job {} has failed.", "Start the kernel again: it gets another node."),
+    ("DUE TO PREEMPTION", "The Slurm job {} had to make way for another.", "Start the kernel again."),
+    ("oom", "The Slurm job {} has used more memory than it asked for.", "Ask for more: --mem=8G."),
+    ("emory limit", "The Slurm job {} has used more memory than it asked for.", "Ask for more: --mem=8G."),
+    ("emory lim", "The Slurm job {} has used more memory than it asked for.", "Ask for more: --mem=8G."),
+    ("has been revoked", "The Slurm job {} was cancelled.", "Start the kernel again."),
+    ("was cancelled", "The Slurm job {} was cancelled.", "Start the kernel again."),
+    ("Job cancelled", "The Slurm job {} was cancelled.", "Start the kernel again."),
+    ("CANCELLED AT", "The Slurm job {} was cancelled.", "Start the kernel again."),
+    ("execve()", "The node of Slurm job {} has no such Python.", "Name one that it has: --node-python=PATH."),
+    (
+        "Unable to contact slurm controller",
+        "Slurm does not answer.",
+        "Ask whether it is down; `sinfo` has to work where Jupyter runs.",
+    ),
+)
+"""What srun says when a job ends, the message and the hint for it, the most telling first."""
+
+
+def slurm_end(status: int, said: str, number: str) -> UserError:
+    """Return why a job ended or never began, from srun's exit status and the end of its stderr."""
+    tail = "\n".join(line for line in said.splitlines() if line.startswith(("srun:", "slurmstepd:")))
+    for sign, message, hint in SLURM_ENDS:
+        if sign in tail:
+            return UserError(message.format(number).replace("  ", " "), hint, detail=tail)
+    refused = tail.rpartition("Unable to allocate resources: ")[2] if "Unable to allocate" in tail else ""
+    if refused:
+        return refused_by_slurm(refused.splitlines()[0], tail)
+    words = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return UserError(
+        f"The Slurm job {number} has ended (srun: {words}).".replace("  ", " "),
+        "What srun said is below; `sacct` may know more.",
+        detail=tail,
+    )
+
+
+def refused_by_slurm(reason: str, said: str) -> UserError:
+    """Return the error for a job that Slurm does not take."""
+    hint = "Change the options that srun is given."
+    for word, better in (
+        ("partition", "See the partitions there are: sinfo -s."),
+        ("account", "See your accounts: sacctmgr show associations user=$USER."),
+        ("not available", "See what the nodes have: sinfo -N -l."),
+    ):
+        if word in reason:
+            hint = better
+    return UserError(f"Slurm refuses the job: {reason.strip().rstrip('.')}.", hint, detail=said.strip())
+
+
+def srun_options(tokens: Sequence[str], facts: Facts) -> dict[str, bool]:
+    """Return srun's options and whether each takes a value: those known here and those its help shows."""
+    options = dict.fromkeys(SRUN_FLAGS.split(), False)
+    options.update(dict.fromkeys(SRUN_VALUES.split(), True))
+    srun = search_program("srun", path_entries(os.environ), facts)
+    if srun:
+        said = facts.output([srun, "--help"], os.environ)
+        options = {**options_in_help(os.fsdecode(said.out)), **options}
+    return {name: takes for name, takes in options.items() if name not in SRUN_OWN}
+
+
+def options_in_help(text: str) -> dict[str, bool]:
+    """Return the options that a GNU help text shows, and whether each needs a value."""
+    options: dict[str, bool] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(line) - len(line.lstrip()) > 6 or not words or not words[0].startswith("-"):
+            continue
+        flags = [word for word in words[:2] if word.startswith("-")]
+        takes = "=" in flags[-1] and "[=" not in flags[-1]
+        for flag in flags:
+            name = flag.rstrip(",").partition("=")[0].partition("[")[0]
+            options[name] = takes
+    return options
+
+
+def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Check that Slurm would take such a job.  Raises UserError where it would not, or is not there."""
+    check_node_options(step.options)
+    srun = search_program("srun", path_entries(environ), facts)
+    if not srun:
+        raise UserError(
+            "There is no srun on this machine.",
+            "Set the kernel up where jobs can be submitted, or load the module that brings Slurm first.",
+        )
+    test = facts.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
+    if test.status:
+        said = os.fsdecode(test.err).strip()
+        raise slurm_end(
+            test.status, said.replace("allocation failure:", "srun: error: Unable to allocate resources:"), ""
+        )
+    return step.but(options={**find_tunnel(step.options, facts, environ), "srun": srun})
+
+
+def plan_slurm(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+    """Plan the job: srun with the rest of the chain for a node.  Raises UserError where srun is gone."""
+    srun = step.options["srun"]
+    if not facts.is_executable(srun):
+        raise UserError(
+            f"There is no {srun} any more.", "Set the kernel up again: envkernel update NAME.", 127
+        )
+    environ = cluster_environ(plan.environ)
+    if "SLURM_JOB_ID" in environ and not any(token.startswith("--jobid") for token in step.engine):
+        # Jupyter runs in a job itself: without this srun would start a step in that one
+        inside = {name for name in environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_"))}
+        environ = {name: environ[name] for name in environ if name not in inside - {"SLURM_CONF"}}
+    argv = [srun, "--nodes=1", "--ntasks=1"]
+    if not any(token.startswith(("--job-name", "-J")) for token in step.engine):
+        argv.append("--job-name=" + rest.options.get("name", "envkernel"))
+    python = step.options.get("node-python", "python3")
+    argv += [*step.engine, python, "-I", "-S", "-c", NODE_BOOT]
+    return plan.but(
+        argv=argv,
+        environ=environ,
+        search=None,
+        where="the Slurm job",
+        install="install %s on the nodes",
+        job=SlurmJob(argv, environ, rest, step.options),
+    )
+
+
 # ---- registry -----------------------------------------------------------------------------------
 
 
@@ -2375,6 +2756,27 @@ for _mode in (
             example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro python-image",
         )
         for name, title in (("docker", "Docker"), ("podman", "Podman"))
+    ),
+    Mode(
+        "slurm",
+        "Run the rest of the chain in a job of Slurm, on a node.",
+        [
+            *NODE_OPTIONS,
+            Option(
+                "--node-python",
+                "Python >= 3.8 of the node, for envkernel itself (default: python3).",
+                metavar="PROGRAM",
+                run=True,
+            ),
+            Option("--srun", "", metavar="PATH", run=True, setup=False),
+            Option("--tunnel-program", "", metavar="PATH", run=True, setup=False),
+        ],
+        setup_slurm,
+        plan_slurm,
+        targets=(0, 0),
+        remote=True,
+        engine=srun_options,
+        example="envkernel slurm --user --name=gpu --partition=gpu --gres=gpu:1 -- conda science",
     ),
 ):
     MODES.update(dict.fromkeys((_mode.name, *_mode.aliases), _mode))
@@ -4351,6 +4753,8 @@ def process_state(text: str, facts: Facts) -> str:
 READ, WRITE = 1, 4  # POLLIN and POLLOUT, the same numbers for poll and epoll
 HANG_UP = 0x2000  # EPOLLRDHUP: the other side will send no more
 BUFFER = 1 << 18
+ANSWER = 1024
+"""As many bytes on one connection come only from a kernel that answered: greetings are shorter."""
 STREAMS = ("shell", "iopub", "stdin", "control", "hb")
 """The five sockets of a kernel, in the order of the relay's stream numbers."""
 
@@ -4439,6 +4843,22 @@ class Loop:
 
 def _ignore(*unused: object) -> None:
     pass
+
+
+def watch_jupyter(loop: Loop, parent: int, gone: Callable[[], None]) -> None:
+    """Call `gone` when Jupyter is gone, even if it was killed.  Looks once a second on Python 3.8.
+
+    parent: pid of the parent of this process when it began.  Without JPY_PARENT_PID nobody is watched.
+    """
+    named = os.environ.get("JPY_PARENT_PID")
+    if named is None:
+        return
+    if os.getppid() != parent or (parent == 1 and named != "1"):
+        gone()
+    elif hasattr(os, "pidfd_open"):
+        loop.watch(os.pidfd_open(parent), READ, lambda mask: gone())
+    else:
+        loop.after(1, lambda: watch_jupyter(loop, parent, gone))
 
 
 class Pair:
@@ -5057,8 +5477,6 @@ class Supervisor:
     """Stands beside a program from its start to its end: signals, relay, stderr, death of Jupyter."""
 
     PASSED_ON = ("INT", "QUIT", "USR1", "USR2", "TERM", "HUP")
-    ANSWER = 1024
-    """As many bytes on one connection come only from a kernel that answered: greetings are shorter."""
     GRACE = 3
     """Seconds that a kernel has for ending after it was asked to with a signal."""
 
@@ -5097,9 +5515,7 @@ class Supervisor:
         self.listener.start()
         if self.care.relay:
             self.relay = SocketRelay(self.loop, self.care.connection, self.care.relay)
-        self.parent = os.getppid()
-        if "JPY_PARENT_PID" in os.environ:
-            self.watch_parent()
+        watch_jupyter(self.loop, os.getppid(), self.give_up)
         self.collect()  # it may have ended before signals were looked at
         if not self.ended:
             self.loop.run()
@@ -5116,16 +5532,6 @@ class Supervisor:
                     text = text[os.write(2, text) :]
             except OSError:  # nobody reads it
                 pass
-
-    def watch_parent(self) -> None:
-        """End when Jupyter is gone, even if it was killed.  Looks once a second on Python 3.8."""
-        orphaned = self.parent == 1 and os.environ["JPY_PARENT_PID"] != "1"
-        if orphaned or os.getppid() != self.parent:
-            self.give_up()
-        elif hasattr(os, "pidfd_open"):
-            self.loop.watch(os.pidfd_open(self.parent), READ, lambda mask: self.give_up())
-        else:
-            self.loop.after(1, self.watch_parent)
 
     def take_signal(self, number: int) -> None:
         """Act on a signal; those that Jupyter or a user sends are passed on to the kernel."""
@@ -5177,7 +5583,7 @@ class Supervisor:
     def answered(self) -> bool:
         """Tell whether the kernel ever answered, as far as that can be told."""
         if self.relay:
-            return self.relay.most_heard() >= (self.ANSWER if self.status else 1)
+            return self.relay.most_heard() >= (ANSWER if self.status else 1)
         return bool(used_ports(self.care.connection, self.facts) - self.earlier)
 
     def finish(self) -> int:
@@ -5219,6 +5625,1280 @@ def supervise(plan: Plan, care: Care, facts: Facts) -> int:
         return supervisor.finish()
     finally:
         supervisor.close()
+
+
+# ---- node agent and keeper ----------------------------------------------------------------------
+#
+# Four processes carry a kernel on a cluster:
+#
+#   run process   Jupyter's child: listens on Jupyter's five ports, joins each client with the agent.
+#   keeper        below it in a session of its own: parent of srun (or of Skein's client), holds the
+#                 lock of the connection file.  It outlives a SIGKILL of the run process for `linger`
+#                 seconds: the next run process of the same connection file (a restart) gets the job.
+#   agent         on the node: this file, sent over srun's stdin.  Starts the kernel on unix sockets in
+#                 a private folder and listens on one port, where each connection proves that it knows
+#                 the secret that came with the file.
+#   kernel        below the agent.
+#
+# The run process connects to the agent, not the other way round: login nodes reach compute nodes (it
+# is how `ssh -L` and Skein's client do it), nothing but loopback listens on the login node, and a
+# stream costs no round trip to ask for it.
+
+HELLO = b"envkernel-agent "
+"""How the line begins on which an agent says where it listens."""
+
+PING, LOST = 5.0, 20.0
+"""Seconds between two heartbeats, and without one until the other side counts as lost."""
+
+CONTROL = len(STREAMS)
+"""Number of the stream that carries orders to the agent, beside the kernel's five."""
+
+TAIL = 4000
+"""Bytes of what a program said that are kept for an explanation."""
+
+
+def mac(secret: bytes, *parts: bytes) -> bytes:
+    """Return the HMAC-SHA256 of some parts of known length."""
+    import hmac
+
+    return hmac.new(secret, b"".join(parts), "sha256").digest()
+
+
+class Handshake:
+    """Lets two sides prove that they know the secret, then hands the socket over.
+
+    role: number of the stream for the side that connected, None for the side that listens.
+    done: called with the socket and the stream number; the socket is None where the proof failed or
+    did not come within 10 s.  Both sides send a fresh nonce, so that no proof can be used again.
+    """
+
+    MAGIC = b"envkernel2"
+
+    def __init__(
+        self, loop: Loop, sock: Any, secret: bytes, role: int | None, done: Callable[[Any, int], None]
+    ) -> None:
+        self.loop, self.sock, self.secret, self.done = loop, sock, secret, done
+        self.role = role
+        self.nonce = os.urandom(32)
+        self.got = b""
+        sock.setblocking(False)
+        self.timer = loop.after(10, self.fail)
+        if role is None:
+            self.steps = [(len(self.MAGIC) + 33, self.answer), (32, self.check)]
+            loop.watch(sock.fileno(), READ, self.event)
+        else:
+            self.hello = self.MAGIC + bytes((role,)) + self.nonce
+            self.steps = [(64, self.verify)]
+            loop.watch(sock.fileno(), WRITE, self.connected)
+
+    def connected(self, mask: int) -> None:
+        """Begin as soon as the connection stands."""
+        try:
+            no_delay(self.sock)
+            self.sock.send(self.hello)
+        except OSError:
+            self.fail()
+            return
+        self.loop.watch(self.sock.fileno(), READ, self.event)
+
+    def event(self, mask: int) -> None:
+        """Read exactly what the next step needs: what follows belongs to the stream."""
+        need, step = self.steps[0]
+        try:
+            part = self.sock.recv(need - len(self.got))
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        self.got += part
+        if not part:
+            self.fail()
+        elif len(self.got) == need:
+            got, self.got = self.got, b""
+            self.steps.pop(0)
+            try:
+                step(got)
+            except OSError:
+                self.fail()
+
+    def answer(self, hello: bytes) -> None:
+        """Listening side: prove to know the secret."""
+        self.hello = hello
+        self.role = hello[len(self.MAGIC)]
+        if not hello.startswith(self.MAGIC) or self.role > CONTROL:
+            self.fail()
+        else:
+            self.sock.send(self.nonce + mac(self.secret, b"agent", hello, self.nonce))
+
+    def verify(self, answer: bytes) -> None:
+        """Connecting side: check the agent's proof and give the own one."""
+        import hmac
+
+        if not hmac.compare_digest(answer[32:], mac(self.secret, b"agent", self.hello, answer[:32])):
+            self.fail()
+            return
+        self.sock.send(mac(self.secret, b"relay", self.hello, answer[:32]))
+        self.finish(self.sock)
+
+    def check(self, proof: bytes) -> None:
+        """Listening side: check the other's proof."""
+        import hmac
+
+        if hmac.compare_digest(proof, mac(self.secret, b"relay", self.hello, self.nonce)):
+            self.finish(self.sock)
+        else:
+            self.fail()
+
+    def fail(self) -> None:
+        """Hang up."""
+        self.finish(None)
+
+    def finish(self, sock: Any) -> None:
+        """Hand the socket over, or close it and say so."""
+        self.loop.cancel(self.timer)
+        self.loop.forget(self.sock.fileno())
+        if sock is None:
+            self.sock.close()
+        self.done(sock, self.role or 0)
+
+
+class Lines:
+    """Messages over a connected socket: a line of JSON each.
+
+    heard: called with each message.  ended: called once when the other side has hung up.
+    """
+
+    def __init__(
+        self, loop: Loop, sock: Any, heard: Callable[[dict[str, Any]], None], ended: Callable[[], None]
+    ) -> None:
+        self.loop, self.sock, self.heard, self.ended = loop, sock, heard, ended
+        self.coming = self.going = b""
+        sock.setblocking(False)
+        loop.watch(sock.fileno(), READ, self.event)
+
+    def event(self, mask: int) -> None:
+        """Read and write what can be."""
+        import json
+
+        try:
+            if mask & WRITE:
+                self.flush()
+            if mask & ~WRITE:
+                part = self.sock.recv(1 << 16)
+                self.coming += part
+                if not part or len(self.coming) > 1 << 20:
+                    raise ConnectionResetError
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            self.ended()
+            return
+        *lines, self.coming = self.coming.split(b"\n")
+        for line in lines:
+            self.heard(json.loads(line))
+
+    def tell(self, **message: Any) -> None:
+        """Send a message; one that can't be sent any more is dropped."""
+        import json
+
+        if self.sock:
+            self.going += json.dumps(message).encode() + b"\n"
+            try:
+                self.flush()
+            except OSError:  # the event that follows closes it
+                self.going = b""
+
+    def flush(self) -> None:
+        """Send what can be sent now."""
+        try:
+            sent = self.sock.send(self.going)
+        except BlockingIOError:
+            sent = 0
+        self.going = self.going[sent:]
+        self.loop.watch(self.sock.fileno(), READ | (WRITE if self.going else 0), self.event)
+
+    def close(self) -> None:
+        """Hang up; `ended` is not called."""
+        if self.sock:
+            self.loop.forget(self.sock.fileno())
+            self.sock.close()
+            self.sock = None
+
+
+# ---- the agent's side -----------------------------------------------------------------------------
+
+
+class NodeKernel:
+    """The kernel below the agent: its folder, connection file, process and the end of its stderr.
+
+    The folder (0700) holds the kernel's unix sockets, so that no other user of the node can reach
+    them, and a link to the connection file, which is in memory only (memfd): whatever kills the
+    agent, no key stays behind.
+    """
+
+    def __init__(self, orders: Mapping[str, Any], folder: str, environ: Mapping[str, str]) -> None:
+        self.orders = orders
+        self.folder = folder
+        self.environ = environ
+        self.pid = 0
+        self.file = -1
+        self.bound = False
+        self.tail = b""
+        self.problem: dict[str, Any] | None = None
+
+    def start(self, connection: Mapping[str, Any]) -> tuple[int, int]:
+        """Start the kernel; return the ends of pipes with what went wrong before it and its stderr."""
+        import json
+
+        self.bound, self.tail, self.problem = False, b"", None
+        self.connection = node_connection(connection, self.orders.get("transport", "ipc"), self.folder)
+        self.file = os.memfd_create("connection")
+        os.fchmod(self.file, 0o600)
+        os.write(self.file, json.dumps(self.connection).encode())
+        path = f"{self.folder}/{self.orders['file']}"
+        os.symlink(f"/proc/{os.getpid()}/fd/{self.file}", path)
+        problem, problem_end = os.pipe()
+        stderr, stderr_end = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            become_node_kernel(self.orders, path, self.environ, problem_end, stderr_end)
+        os.close(problem_end)
+        os.close(stderr_end)
+        return problem, stderr
+
+    def reap(self) -> int | None:
+        """Return the exit status if the kernel has ended, and remove what it leaves."""
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
+        except ChildProcessError:
+            pid, status = self.pid, 0
+        if not pid:
+            return None
+        self.signal(9)
+        self.pid = 0
+        os.close(self.file)
+        self.clean()
+        return exit_status(status)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the kernel's process group, as Jupyter would."""
+        try:
+            if self.pid:
+                os.killpg(self.pid, number)
+        except OSError:  # it is about to end
+            pass
+
+    def clean(self) -> None:
+        """Empty the folder."""
+        for name in os.listdir(self.folder):
+            remove_tree(f"{self.folder}/{name}")
+
+    def connect(self, number: int) -> Any:
+        """Return a socket to the kernel's stream, or None while it is not bound."""
+        import socket
+
+        ip, port = self.connection["ip"], self.connection[STREAMS[number] + "_port"]
+        if self.connection["transport"] != "ipc":
+            places: list[Any] = [(ip, port)]
+        else:
+            places = [f"{ip}-{port}", f"{ip}:{port}"]  # some kernels write a colon
+        for place in places:
+            sock = socket.socket(socket.AF_UNIX if isinstance(place, str) else socket.AF_INET)
+            try:
+                sock.connect(place)
+                return sock
+            except OSError:
+                sock.close()
+        return None
+
+
+def node_connection(connection: Mapping[str, Any], transport: str, folder: str) -> dict[str, Any]:
+    """Return what the node's connection file says: Jupyter's own keys, sockets of the node."""
+    own = dict(connection)
+    if transport == "ipc":
+        own.update({name + "_port": number for number, name in enumerate(STREAMS, 1)})
+        return {**own, "transport": "ipc", "ip": folder + "/kernel"}
+    import socket
+
+    socks = [socket.socket() for _ in STREAMS]
+    for name, sock in zip(STREAMS, socks):
+        sock.bind(("127.0.0.1", 0))
+        own[name + "_port"] = sock.getsockname()[1]
+    for sock in socks:
+        sock.close()
+    return {**own, "transport": "tcp", "ip": "127.0.0.1"}
+
+
+def become_node_kernel(
+    orders: Mapping[str, Any], path: str, environ: Mapping[str, str], problem: int, stderr: int
+) -> NoReturn:
+    """In the agent's child: run the rest of the chain on the node.  An error goes to `problem`."""
+    import json
+    import signal
+
+    status = 1
+    try:
+        agent = os.getppid()
+        os.setsid()
+        die_with_parent(agent)
+        signal.set_wakeup_fd(-1)
+        for number in AGENT_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(stderr, 2)
+        launch = launch_from_data(orders["launch"])
+        launch.options["connection-file"] = path
+        # ipykernel ends itself when its parent is not the one that is named here
+        environ = {**environ, **orders["environ"], "JPY_PARENT_PID": str(agent)}
+        facts = Facts()
+        status = execute(finish_plan(plan_launch(launch, facts, environ), launch, facts), launch, facts)
+    except UserError as error:
+        status = error.status
+        os.write(problem, json.dumps(vars(error)).encode())
+    except BaseException:
+        import traceback
+
+        os.write(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(status if 0 <= status < 256 else 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the system kill this process when its parent is gone, where it can (prctl(2), PR_SET_PDEATHSIG)."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+    except (ImportError, OSError, AttributeError):
+        return
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+AGENT_SIGNALS = (1, 2, 15, 17)  # HUP, INT, TERM, CHLD
+
+
+class Agent:
+    """The node's side: starts the kernel and carries its streams over authenticated connections.
+
+    orders: ``secret``, ``connection`` (Jupyter's), ``launch``, ``environ``, ``linger`` and more (see
+    `agent_orders`).  stdin: the file whose end means that srun has gone, -1 where there is none.
+    """
+
+    def __init__(self, orders: Mapping[str, Any], stdin: int, said: Callable[[dict[str, Any]], None]) -> None:
+        import socket
+
+        self.orders = orders
+        self.secret = bytes.fromhex(orders["secret"])
+        self.loop = Loop()
+        self.control: Lines | None = None
+        self.news: dict[str, Any] = {}
+        self.wanted: Mapping[str, Any] | None = None
+        self.status = 0
+        self.lost: object = self.loop.after(LOST + 10, self.end)
+        self.pairs: set[Pair] = set()
+        self.folder, self.lock = make_node_folder()
+        self.kernel = NodeKernel(orders, self.folder, dict(os.environ))
+        self.loop.signals(AGENT_SIGNALS, self.signal)
+        address = agent_address(orders, os.environ)
+        self.listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        bind_agent(self.listener, address, orders.get("node-ports", ""))
+        self.listener.listen(64)
+        self.listener.setblocking(False)
+        self.loop.watch(self.listener.fileno(), READ, self.accept)
+        if stdin >= 0:
+            self.loop.watch(stdin, READ, lambda mask: self.stdin(stdin))
+        self.start(orders["connection"])
+        said({"address": address, "port": self.listener.getsockname()[1], "node": node_name(os.environ)})
+
+    def stdin(self, file: int) -> None:
+        """Nothing comes on stdin but its end, when srun is gone."""
+        if not os.read(file, 4096):
+            self.end()
+
+    def start(self, connection: Mapping[str, Any]) -> None:
+        """Start a kernel; one that still runs is killed first."""
+        if self.kernel.pid:
+            self.wanted = connection
+            self.kernel.signal(9)
+            return
+        self.wanted = None
+        problem, stderr = self.kernel.start(connection)
+        self.tell(started=1)
+        self.loop.watch(problem, READ, lambda mask: self.problem(problem))
+        self.loop.watch(stderr, READ, lambda mask: self.stderr(stderr))
+
+    def problem(self, file: int) -> None:
+        """Hear what kept the kernel from starting (nothing, in most cases)."""
+        import json
+
+        text = os.read(file, 1 << 16)
+        self.loop.forget(file)
+        os.close(file)
+        if text:
+            self.kernel.problem = json.loads(text)
+
+    def stderr(self, file: int) -> None:
+        """Pass on what the kernel says on stderr, and keep the end of it."""
+        text = os.read(file, 1 << 16)
+        if not text:
+            self.loop.forget(file)
+            os.close(file)
+            return
+        self.kernel.tail = (self.kernel.tail + text)[-TAIL:]
+        write_all(2, text)
+
+    def accept(self, mask: int) -> None:
+        """Let a connection prove itself."""
+        try:
+            sock, _ = self.listener.accept()
+        except OSError:
+            return
+        Handshake(self.loop, sock, self.secret, None, self.proved)
+
+    def proved(self, sock: Any, number: int) -> None:
+        """Use a connection that has proved itself: orders, or one of the kernel's streams."""
+        if sock is None:
+            return
+        if number < CONTROL:
+            self.join(number, sock)
+            return
+        if self.control:
+            self.control.close()
+        self.control = Lines(self.loop, sock, self.hear, self.left)
+        self.hear({"do": "ping"})
+
+    def join(self, number: int, sock: Any, tries: int = 0) -> None:
+        """Join a connection with the kernel, as soon as that has bound its socket."""
+        if not self.kernel.pid:
+            sock.close()
+            return
+        end = self.kernel.connect(number)
+        if end is None:
+            wait = 0.01 if tries < 100 else 0.1
+            self.loop.after(wait, lambda: self.join(number, sock, tries + 1))
+            return
+        self.kernel.bound = True
+        pair = Pair(self.loop, sock, end, lambda: self.pairs.discard(pair))
+        self.pairs.add(pair)
+
+    def hear(self, message: Mapping[str, Any]) -> None:
+        """Follow an order of the run process."""
+        import signal
+
+        self.loop.cancel(self.lost)
+        self.lost = self.loop.after(LOST, self.left)
+        if message["do"] == "ping" and self.control:
+            self.control.tell(pong=1)
+        elif message["do"] == "interrupt":
+            self.kernel.signal(signal.SIGINT)
+        elif message["do"] == "greet" and "connection" not in message:
+            self.tell(**self.news)
+        elif message["do"] == "greet":
+            self.start(message["connection"])
+        elif message["do"] == "end":
+            self.end()
+
+    def left(self) -> None:
+        """The run process is gone: end the kernel, and wait a little for the next run process."""
+        self.drop_control()
+        self.kernel.signal(9)
+        self.loop.cancel(self.lost)
+        self.lost = self.loop.after(self.orders["linger"] + 1, self.end)
+
+    def drop_control(self) -> None:
+        """Forget the connection to the run process."""
+        if self.control:
+            self.control.close()
+        self.control = None
+
+    def signal(self, number: int) -> None:
+        """A child has ended, or the job is being ended."""
+        if number == 17:
+            self.reap()
+        elif number != 2:
+            self.status = 128 + number
+            self.tell(stopped=number)
+            self.kernel.signal(15)
+            self.loop.after(0.15, self.end)
+
+    def reap(self) -> None:
+        """Say how the kernel ended."""
+        status = self.kernel.reap()
+        if status is None:
+            return
+        if self.wanted is not None:
+            self.start(self.wanted)
+        elif not self.status:
+            # what is left of its stderr first
+            self.loop.after(0, lambda: self.tell(**kernel_end(self.kernel, status)))
+
+    def tell(self, **news: Any) -> None:
+        """Tell the run process, now or as soon as it is there."""
+        self.news = news
+        if self.control:
+            self.control.tell(**news)
+
+    def end(self) -> None:
+        """End the kernel and this process."""
+        self.kernel.signal(9)
+        self.loop.stop()
+
+    def run(self) -> int:
+        """Serve until the job is to end; leave nothing on the node."""
+        try:
+            self.loop.run()
+        finally:
+            self.kernel.signal(9)
+            if self.kernel.pid:
+                os.waitpid(self.kernel.pid, 0)
+                self.kernel.signal(9)
+            self.kernel.clean()
+            os.rmdir(self.folder)
+        return self.status
+
+
+def kernel_end(kernel: NodeKernel, status: int) -> dict[str, Any]:
+    """Return the news of a kernel that has ended."""
+    tail = kernel.tail.decode(errors="replace")
+    return {"ended": status, "tail": tail, "bound": kernel.bound, "problem": kernel.problem}
+
+
+def node_name(environ: Mapping[str, str]) -> str:
+    """Return what the cluster calls this node."""
+    return environ.get("SLURMD_NODENAME") or environ.get("NM_HOST") or os.uname().nodename
+
+
+def agent_address(orders: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """Return the one address of this node on which the agent listens.
+
+    Slurm: that from which this node reaches the host srun runs on, as srun's own connections do.
+    YARN: that of the NodeManager.  With ``--tunnel=ssh`` loopback, for ssh ends on this node.
+    """
+    import socket
+
+    if orders.get("tunnel"):
+        return "127.0.0.1"
+    peer = environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    try:
+        if not peer:
+            return socket.gethostbyname(node_name(environ))
+        with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((peer, 9))  # sends nothing: it asks the routing table
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.gethostbyname(socket.gethostname())
+
+
+def bind_agent(sock: Any, address: str, ports: str) -> None:
+    """Bind the agent's socket, to a port of the range ``FIRST-LAST`` where one was given."""
+    first, _, last = ports.partition("-")
+    for port in range(int(first or 0), int(last or first or 0) + 1):
+        try:
+            sock.bind((address, port))
+            return
+        except OSError as error:
+            problem = error
+    raise problem
+
+
+def make_node_folder() -> tuple[str, int]:
+    """Make the private folder of a node's kernel and lock it; remove those whose agents are gone.
+
+    An agent that was killed together with its whole job could not remove its own.
+    """
+    import fcntl
+
+    root = os.environ.get("TMPDIR", "/tmp")
+    if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
+        root = "/tmp"
+    for name in os.listdir(root):
+        path = f"{root}/{name}"
+        if not name.startswith(NODE_FOLDER) or os.lstat(path).st_uid != os.geteuid():
+            continue
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_tree(path)
+        except OSError:  # its agent lives
+            pass
+        os.close(file)
+    path = f"{root}/.{NODE_FOLDER}{os.urandom(6).hex()}"
+    os.mkdir(path, 0o700)
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(path, path.replace("/.", "/"))
+    return path.replace("/.", "/"), lock
+
+
+NODE_FOLDER = "envkernel-node-"
+
+
+def agent_main(stdin: Any) -> int:
+    """What srun runs on the node: read the orders, say where the agent listens, serve."""
+    import json
+
+    orders = json.loads(stdin.readline())
+    return Agent(orders, 0, say_hello).run()
+
+
+def say_hello(place: Mapping[str, Any]) -> None:
+    """Say on stdout where the agent listens."""
+    import json
+
+    os.write(1, HELLO + json.dumps(place).encode() + b"\n")
+
+
+# ---- the submit host's side -----------------------------------------------------------------------
+
+
+def launch_to_data(launch: Launch) -> dict[str, Any]:
+    """Return a launch as plain data, to be sent to another host."""
+    return {**vars(launch), "steps": [vars(step) for step in launch.steps]}
+
+
+def launch_from_data(data: Mapping[str, Any]) -> Launch:
+    """Return the launch that `launch_to_data` made plain data of."""
+    return Launch([Step(**step) for step in data["steps"]], data["command"], data["options"], data["legacy"])
+
+
+def agent_orders(
+    job: Job, launch: Launch, connection: Mapping[str, Any], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what the agent has to know.  It travels over srun's stdin or Skein's key-value store.
+
+    environ: the run process's own, for the variables that ``--env`` names.
+    """
+    names = launch.options.get("env", ())
+    return {
+        "secret": os.urandom(32).hex(),
+        "connection": dict(connection),
+        "file": os.path.basename(launch.options["connection-file"]),
+        "launch": launch_to_data(job.launch),
+        "environ": {name: environ[name] for name in names if name in environ},
+        "linger": job.linger,
+        "transport": job.transport,
+        "tunnel": job.tunnel,
+        "node-ports": job.node_ports,
+    }
+
+
+class Keeper:
+    """Parent of the program that holds the job; serves one run process after the other.
+
+    It says of the job what there is to say, ends it when no run process has come for `linger`
+    seconds, and tells why it ended.
+    """
+
+    def __init__(
+        self, job: Job, orders: Mapping[str, Any], folder: str, lock: int, visitor: Any, facts: Facts
+    ) -> None:
+        import signal
+        import socket
+
+        self.job, self.orders, self.folder, self.lock, self.facts = job, orders, folder, lock, facts
+        self.digest = job.digest()
+        self.loop = Loop()
+        self.place: dict[str, Any] | None = None
+        self.id = ""
+        self.state = ""
+        self.said = b""
+        self.line = b""
+        self.child = self.tunnel = 0
+        self.ending = self.waits = False
+        self.linger: object = None
+        self.visitor: Lines | None = Lines(self.loop, visitor, self.hear, self.left)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(folder + "/keeper")
+        self.listener.listen(8)
+        self.loop.watch(self.listener.fileno(), READ, self.accept)
+        self.loop.signals((signal.SIGCHLD, signal.SIGTERM), self.signal)
+
+    def run(self) -> None:
+        """Submit the job and keep it until it is over."""
+        self.start_child(self.job.argv, self.job.feed(self.orders, own_code(self.facts)))
+        if self.job.queue_timeout:
+            self.loop.after(self.job.queue_timeout, self.too_late)
+        self.loop.run()
+        if self.tunnel:
+            os.kill(self.tunnel, 15)
+        if self.id:
+            self.job.forget(self.id, self.facts)
+        remove_tree(self.folder)
+        release_lock(self.folder + ".lock", self.lock)
+
+    def start_child(self, argv: Sequence[str], feed: bytes) -> None:
+        """Start the program that holds the job and give it `feed` on stdin, which stays open."""
+        stdin, self.stdin = os.pipe()
+        out, out_end = os.pipe()
+        err, err_end = os.pipe()
+        keeper = os.getpid()
+        self.child = os.fork()
+        if not self.child:
+            execute_below(argv, self.job.environ, (stdin, out_end, err_end), keeper)
+        for file in (stdin, out_end, err_end):
+            os.close(file)
+        os.set_blocking(self.stdin, False)
+        self.feed = memoryview(feed)
+        self.loop.watch(self.stdin, WRITE, self.write)
+        self.loop.watch(out, READ, lambda mask: self.read(out, self.hear_out))
+        self.loop.watch(err, READ, lambda mask: self.read(err, self.hear_err))
+        self.files = {out, err}
+
+    def write(self, mask: int) -> None:
+        """Feed the program as it takes it."""
+        try:
+            self.feed = self.feed[os.write(self.stdin, self.feed) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.feed = memoryview(b"")
+        if not self.feed:
+            self.loop.forget(self.stdin)
+
+    def read(self, file: int, hear: Callable[[bytes], None]) -> None:
+        """Hear what the program says; when it has said all and ended, so does the job."""
+        text = os.read(file, 1 << 16)
+        if text:
+            hear(text)
+            return
+        self.loop.forget(file)
+        os.close(file)
+        self.files.discard(file)
+        if not self.files:
+            self.collect()
+
+    def hear_out(self, text: bytes) -> None:
+        """Pass stdout on, but for the line on which the agent says where it is."""
+        import json
+
+        if self.place:
+            self.tell(out=text.decode("latin-1"))
+            return
+        *lines, self.line = (self.line + text).split(b"\n")
+        for line in lines:
+            if line.startswith(HELLO) and not self.place:
+                self.found(json.loads(line[len(HELLO) :]))
+            else:
+                self.tell(out=(line + b"\n").decode("latin-1"))
+
+    def hear_err(self, text: bytes) -> None:
+        """Pass stderr on and learn from it how the job stands."""
+        self.tell(err=text.decode("latin-1"))
+        self.said = (self.said + text)[-TAIL:]
+        self.id, waits = self.job.read_state(self.said.decode(errors="replace"), self.id)
+        if waits and not self.waits:
+            self.waits = True
+            self.look(0)
+        self.waits = waits
+
+    def look(self, seconds: float) -> None:
+        """Say what the job waits for, when that has changed; ask less and less often."""
+        if self.place or self.ending or not self.waits:
+            return
+        state = self.job.pending(self.id, self.facts)
+        if state and state != self.state:
+            self.tell(say=state)
+            seconds = 0
+        self.state = state or self.state
+        wait = min(max(2 * seconds, 1.0), 30.0)
+        self.loop.after(wait, lambda: self.look(wait))
+
+    def found(self, place: dict[str, Any]) -> None:
+        """The agent is there."""
+        self.place = {**place, "secret": self.orders["secret"]}
+        self.id = str(place.get("job", self.id))
+        if self.job.tunnel:
+            self.dig(place)
+        else:
+            self.tell(agent=self.place)
+
+    def dig(self, place: Mapping[str, Any]) -> None:
+        """Lead a tunnel to the agent, and say where it begins as soon as it stands."""
+        path = self.folder + "/tunnel"
+        argv = tunnel_argv(self.job.tunnel, path, str(place["node"]), int(place["port"]))
+        null = os.open(os.devnull, os.O_RDWR)
+        err, err_end = os.pipe()
+        keeper = os.getpid()
+        self.tunnel = os.fork()
+        if not self.tunnel:
+            execute_below(argv, self.job.environ, (null, null, err_end), keeper)
+        os.close(err_end)
+        os.close(null)
+        self.loop.watch(err, READ, lambda mask: self.read(err, self.hear_err))
+
+        def look() -> None:
+            if os.path.exists(path) and self.place:
+                self.place["path"] = path
+                self.tell(agent=self.place)
+            elif self.tunnel:
+                self.loop.after(0.05, look)
+
+        look()
+
+    def tell(self, **message: Any) -> None:
+        """Tell the run process, if there is one now."""
+        if self.visitor:
+            self.visitor.tell(**message)
+
+    def accept(self, mask: int) -> None:
+        """Let a new run process in: the kernel was restarted."""
+        sock, _ = self.listener.accept()
+        if self.visitor:
+            self.visitor.close()
+        self.visitor = Lines(self.loop, sock, self.hear, self.left)
+
+    def hear(self, message: Mapping[str, Any]) -> None:
+        """Follow a run process."""
+        if message.get("do") == "end" or message.get("adopt", self.digest) != self.digest:
+            self.end()
+        elif "adopt" in message:
+            self.loop.cancel(self.linger)
+            self.tell(adopted=bool(self.place), say="" if self.place else self.state)
+            if self.place and ("path" in self.place or not self.job.tunnel):
+                self.tell(agent=self.place)
+
+    def left(self) -> None:
+        """The run process is gone: wait a little for the next one."""
+        if self.visitor:
+            self.visitor.close()
+        self.visitor = None
+        self.loop.cancel(self.linger)
+        self.linger = self.loop.after(self.orders["linger"], self.end)
+
+    def too_late(self) -> None:
+        """Give up if the job still waits."""
+        if not self.place and not self.ending:
+            limit = f"{self.job.queue_timeout:g} s, the --queue-timeout"
+            hint = "Try again later, ask for less, or for a partition or queue that has room."
+            self.gone(UserError(f"The job did not start within {limit}.", hint, detail=self.state))
+            self.end()
+
+    def gone(self, error: UserError | None) -> None:
+        """Tell the run process that the job is over, and why."""
+        self.tell(gone=vars(error) if error else {})
+
+    def end(self) -> None:
+        """End the job: first by taking its stdin away, which ends the agent, then by force."""
+        if self.ending:
+            return
+        self.ending = True
+        self.loop.forget(self.listener.fileno())
+        self.listener.close()
+        remove_tree(self.folder + "/keeper")
+        self.loop.forget(self.stdin)
+        os.close(self.stdin)
+        if not self.child:
+            self.loop.stop()
+            return
+        self.loop.after(0 if not self.place else 2, lambda: self.kill(15))
+        self.loop.after(3, lambda: self.kill(9))
+
+    def kill(self, number: int) -> None:
+        """Send a signal to the program that holds the job."""
+        if self.child:
+            os.kill(self.child, number)
+
+    def signal(self, number: int) -> None:
+        """A child has ended, or somebody wants this process to."""
+        if number == 17:
+            self.collect()
+        else:
+            self.end()
+
+    def collect(self) -> None:
+        """Reap children; when the program has ended and all it said was heard, so has the job."""
+        if self.tunnel and os.waitpid(self.tunnel, os.WNOHANG)[0]:
+            self.tunnel = 0
+            if not self.ending:
+                self.gone(tunnel_error(self.said.decode(errors="replace")))
+                self.end()
+        if self.files and not self.ending:
+            return
+        pid, status = os.waitpid(self.child, os.WNOHANG) if self.child else (0, 0)
+        if not pid:
+            return
+        self.child = 0
+        if self.ending:
+            self.loop.stop()
+        elif not self.job.detached or not self.place:
+            self.gone(self.job.explain(exit_status(status), self.said.decode(errors="replace"), self.id))
+            self.ending = True
+            self.loop.stop()
+
+
+def execute_below(
+    argv: Sequence[str], environ: Mapping[str, str], files: Sequence[int], parent: int
+) -> NoReturn:
+    """In a child: become the program `argv`, with `files` as its 0, 1 and 2; it dies with `parent`."""
+    import signal
+
+    try:
+        signal.set_wakeup_fd(-1)
+        for name in ("CHLD", "TERM", "INT", "PIPE", "HUP"):
+            signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        die_with_parent(parent)
+        os.execve(argv[0], list(argv), dict(environ))
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def tunnel_argv(program: str, path: str, node: str, port: int) -> list[str]:
+    """Return the command that leads the unix socket `path` to a port of a node's loopback."""
+    options = [
+        "BatchMode=yes",
+        "ExitOnForwardFailure=yes",
+        "StreamLocalBindMask=0177",
+        "ServerAliveInterval=5",
+    ]
+    words = [word for option in options for word in ("-o", option)]
+    return [program, "-N", "-T", *words, "-L", f"{path}:127.0.0.1:{port}", node]
+
+
+def tunnel_error(said: str) -> UserError:
+    """Return the error for a tunnel that broke, or never stood."""
+    return UserError(
+        "The ssh tunnel to the node could not be made, or broke.",
+        "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out.",
+        detail=said.strip(),
+    )
+
+
+def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
+    """Return this file for a node: magic number (hex) and bytecode, and source for another Python.
+
+    Raises UserError where it can't be read.
+    """
+    import marshal
+    from _frozen_importlib_external import MAGIC_NUMBER, SourceFileLoader
+
+    source = facts.read(__file__)
+    if source is None:
+        hint = "Install envkernel again, or set the kernel up again."
+        raise UserError(f"The file {__file__} can't be read.", hint)
+    code = SourceFileLoader("envkernel", __file__).get_code("envkernel")
+    return MAGIC_NUMBER.hex(), marshal.dumps(code), source
+
+
+def job_folder(launch: Launch, environ: Mapping[str, str]) -> str:
+    """Return the path of the keeper's private folder, which belongs to one connection file."""
+    import hashlib
+
+    root = environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isdir(root) or not os.access(root, os.W_OK) or len(root) > 60:
+        root = "/tmp"
+    name = hashlib.sha256(os.fsencode(launch.options["connection-file"])).hexdigest()[:16]
+    return f"{root}/envkernel-{os.geteuid()}/job-{name}"
+
+
+def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts) -> tuple[Any, bool]:
+    """Return a socket to the keeper of this connection file, and whether it was there before.
+
+    One that keeps the same job for a restart is used again; else waits until an older one has gone
+    and starts one, in a session of its own.
+    """
+    import socket
+
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(folder + "/keeper")
+        return sock, True
+    except OSError:
+        sock.close()
+    lock = take_lock(folder + ".lock")
+    remove_tree(folder)
+    private_folder(folder)
+    sock, visitor = socket.socketpair()
+    if os.fork():
+        os.close(lock)
+        visitor.close()
+        return sock, False
+    try:
+        os.setsid()
+        sock.close()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for file in (0, 1, 2):
+            os.dup2(null, file)
+        Keeper(job, orders, folder, lock, visitor, facts).run()
+    except Exception:
+        import json
+        import traceback
+
+        visitor.send(json.dumps({"err": traceback.format_exc()}).encode() + b"\n")
+    finally:
+        os._exit(0)
+
+
+class RemoteKernel:
+    """The run process of a kernel on a cluster: Jupyter's five ports, signals, the end."""
+
+    DRAIN = 1.0
+    """Seconds that Jupyter has for taking the last that the kernel said."""
+
+    def __init__(self, plan: Plan, job: Job, launch: Launch, facts: Facts) -> None:
+        self.plan, self.launch, self.facts, self.job = plan, launch, facts, job
+        self.connection = read_connection(launch.options["connection-file"], facts)
+        self.place: dict[str, Any] = {}
+        self.control: Lines | None = None
+        self.pairs: set[Pair] = set()
+        self.status = 0
+        self.error: UserError | None = None
+        self.answered = self.ending = self.welcome = False
+        self.tries = 0
+        self.lost: object = None
+
+    def serve(self) -> int:
+        """Serve until the kernel has ended; return its status.
+
+        Raises UserError for a kernel that ended before it ever answered.
+        """
+        import signal
+
+        sock, adopted = self.find_keeper()
+        self.loop = Loop()
+        self.loop.signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD), self.signal)
+        self.greet_keeper(sock, adopted)
+        self.relay = Relay(self.loop, self.connection, self.join)
+        watch_jupyter(self.loop, os.getppid(), self.jupyter_gone)
+        try:
+            self.loop.run()
+        finally:
+            self.relay.close()
+            signal.set_wakeup_fd(-1)
+            self.keeper.close()
+        if self.error and self.answered:
+            tell_error(self.error)
+        elif self.error:
+            raise self.error
+        return self.status if self.status >= 0 else 128 - self.status
+
+    def find_keeper(self) -> tuple[Any, bool]:
+        """Find or start the keeper of this connection file."""
+        orders = agent_orders(self.job, self.launch, self.connection, os.environ)
+        return start_keeper(self.job, orders, job_folder(self.launch, os.environ), self.facts)
+
+    def greet_keeper(self, sock: Any, adopted: bool) -> None:
+        """Begin to talk with the keeper; one that was there before is asked for its job."""
+        self.adopted = adopted
+        self.keeper = Lines(self.loop, sock, self.hear_keeper, self.keeper_gone)
+        if adopted:
+            self.keeper.tell(adopt=self.job.digest())
+
+    def hear_keeper(self, message: Mapping[str, Any]) -> None:
+        """Hear what the keeper has to say of the job."""
+        if message.get("say"):
+            self.say(message["say"])
+        for name, file in (("out", 1), ("err", 2)):
+            if name in message:
+                write_all(file, message[name].encode("latin-1"))
+        if "adopted" in message:
+            self.adopted = message["adopted"]
+            self.welcome = True
+        if "agent" in message:
+            self.place = message["agent"]
+            self.warn()
+            self.reach()
+        if "gone" in message:
+            self.fail(UserError(**message["gone"]))
+
+    def say(self, text: str) -> None:
+        """Say something on stderr and in the launch log."""
+        write_all(2, f"envkernel: {text}\n".encode(errors="replace"))
+        append_log(self.launch.options.get("log", ""), text)
+
+    def warn(self) -> None:
+        """Say once that the cluster's network sees what the kernel says, where it does."""
+        address = self.place["address"]
+        encrypted = any(name.startswith("curve") for name in self.connection)
+        if not (encrypted or address.startswith("127.") or address == "::1" or self.adopted):
+            self.say(
+                f"What this kernel says is signed, but crosses the network to {self.place['node']} readable. "
+                "Set it up with --tunnel=ssh to encrypt it."
+            )
+
+    def reach(self) -> None:
+        """Connect to the agent, for orders."""
+        sock = connect_place(self.place)
+        if sock is None:
+            self.controlled(None, CONTROL)
+        else:
+            Handshake(self.loop, sock, bytes.fromhex(self.place["secret"]), CONTROL, self.controlled)
+
+    def controlled(self, sock: Any, number: int) -> None:
+        """Greet the agent; try again for some seconds where it can't be reached."""
+        if sock is None:
+            self.tries += 1
+            if self.tries < 4:
+                self.loop.after(self.tries, self.reach)
+                return
+            self.keeper.tell(do="end")
+            self.fail(
+                UserError(
+                    "The node {node} can't be reached at {address}, port {port}.".format(**self.place),
+                    "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
+                    "this host and the nodes and give --node-ports=FIRST-LAST.",
+                )
+            )
+            return
+        self.control = Lines(self.loop, sock, self.hear_agent, self.agent_gone)
+        self.control.tell(do="greet", **({"connection": self.connection} if self.adopted else {}))
+        self.ping()
+        self.hear_agent({"pong": 1})
+
+    def ping(self) -> None:
+        """Let the agent know that this process lives."""
+        if self.control:
+            self.control.tell(do="ping")
+            self.loop.after(PING, self.ping)
+
+    def hear_agent(self, message: Mapping[str, Any]) -> None:
+        """Hear how the kernel does."""
+        self.loop.cancel(self.lost)
+        self.lost = self.loop.after(LOST, self.agent_lost)
+        if "started" in message:
+            self.relay.ready()
+        if "ended" in message:
+            self.status = message["ended"]
+            problem = message["problem"]
+            self.answered = self.answered or bool(message["bound"])
+            if problem:
+                self.error = UserError(**problem)
+            elif not self.answered:
+                where = f"{self.plan.where} on {self.place['node']}"
+                self.error = ended_error(self.status, where, message["tail"], self.plan.install)
+            self.drain()
+        if "stopped" in message:
+            self.await_reason()
+
+    def agent_gone(self) -> None:
+        """The connection to the agent broke: the keeper will know why."""
+        self.control = None
+        self.keeper.tell(do="explain")
+        self.await_reason()
+
+    def agent_lost(self) -> None:
+        """Nothing was heard of the node for a while."""
+        self.keeper.tell(do="end")
+        self.fail(
+            UserError(
+                "The node {} has not answered for {:g} s.".format(self.place["node"], LOST),
+                "Start the kernel again; it will get another node if that one is down.",
+            )
+        )
+
+    def await_reason(self) -> None:
+        """Wait for the keeper to say why the job ended."""
+        self.loop.cancel(self.lost)
+        self.lost = self.loop.after(8, self.agent_lost)
+
+    def keeper_gone(self) -> None:
+        """The keeper was killed, and the job with it; or it was about to end and had no job for us."""
+        if self.adopted and not self.welcome:
+            self.greet_keeper(*self.find_keeper())
+            return
+        self.fail(UserError("The process that keeps the job was killed.", "Start the kernel again."))
+
+    def fail(self, error: UserError) -> None:
+        """End with an error."""
+        if not self.ending:
+            self.error = error
+            self.status = error.status or 1
+            self.drain()
+
+    def join(self, number: int, client: Any) -> None:
+        """Join a client of Jupyter's with the kernel's stream on the node."""
+        sock = connect_place(self.place)
+
+        def proved(sock: Any, number: int) -> None:
+            if sock is None:
+                client.close()  # ZeroMQ tries again
+                return
+            pair = Pair(self.loop, client, sock, lambda: self.forget(pair))
+            self.pairs.add(pair)
+
+        if sock is None:
+            client.close()
+        else:
+            Handshake(self.loop, sock, bytes.fromhex(self.place["secret"]), number, proved)
+
+    def forget(self, pair: Pair) -> None:
+        """A pair has ended."""
+        self.answered = self.answered or pair.heard >= ANSWER
+        self.pairs.discard(pair)
+        if self.ending and not self.pairs:
+            self.loop.stop()
+
+    def drain(self) -> None:
+        """Let Jupyter have the last that the kernel said, then stop."""
+        self.answered = self.answered or any(pair.heard >= ANSWER for pair in self.pairs)
+        self.relay.close()
+        self.ending = True
+        self.loop.after(self.DRAIN if self.pairs else 0, self.loop.stop)
+
+    def signal(self, number: int) -> None:
+        """Jupyter interrupts, or wants this process to end."""
+        if number == 2 and self.control:
+            self.control.tell(do="interrupt")
+        elif number in (1, 15):
+            self.status = -number
+            self.loop.stop()
+
+    def jupyter_gone(self) -> None:
+        """Nobody will use this kernel any more."""
+        self.keeper.tell(do="end")
+        self.status = -15
+        self.loop.stop()
+
+
+def connect_place(place: Mapping[str, Any]) -> Any:
+    """Return a socket that is connecting to the agent, or None where that failed at once."""
+    import socket
+
+    if "path" in place:
+        sock, target = socket.socket(socket.AF_UNIX), place["path"]
+    else:
+        sock = socket.socket(socket.AF_INET6 if ":" in place["address"] else socket.AF_INET)
+        target = (place["address"], place["port"])
+    sock.setblocking(False)
+    try:
+        sock.connect(target)
+    except BlockingIOError:
+        pass
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write to stdout or stderr; nobody may be reading any more."""
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+    except OSError:
+        pass
+
+
+def read_connection(path: str, facts: Facts) -> dict[str, Any]:
+    """Return what Jupyter's connection file says.  Raises UserError where it can't be read."""
+    import json
+
+    try:
+        return dict(json.loads(facts.read(path) or b""))
+    except ValueError:
+        raise UserError(
+            f"The connection file {path} can't be read.", "Start the kernel from Jupyter, which writes it."
+        ) from None
 
 
 # ---- error kernel -------------------------------------------------------------------------------
@@ -5682,9 +7362,7 @@ def run(tokens: Sequence[str]) -> int:
         if launch.options.get("verbose"):
             facts.tell(f"envkernel: {plan.where}: {plan.argv}\n".encode(errors="surrogateescape"))
         log_launch(launch, tokens, plan, before)
-        if plan.care:
-            return supervise(plan, plan.care, facts)
-        become(plan)
+        return execute(plan, launch, facts)
     except UserError as error:
         launch = launch or salvage_launch(tokens)
         if "log" not in launch.options:
@@ -5698,6 +7376,18 @@ def log_launch(launch: Launch, tokens: Sequence[str], plan: Plan | None, environ
 
     text = log_text(tokens, plan, environ, time.time(), os.getpid())
     launch.options["log"] = start_log(launch.options.get("name", ""), text, environ)
+
+
+def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
+    """Do what a plan says: stand beside its program, or become it; return the exit status.
+
+    Raises UserError where it can't start, or ended before the kernel ever answered.
+    """
+    if plan.job:
+        return RemoteKernel(plan, plan.job, launch, facts).serve()
+    if not plan.care:
+        become(plan)
+    return supervise(plan, plan.care, facts)
 
 
 def become(plan: Plan) -> NoReturn:

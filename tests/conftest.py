@@ -8,4 +8,6 @@ pytest_plugins = [
     "support.browser",
     "support.images",
     "support.apptainer",
+    "support.slurm",
+    "support.yarn",
 ]

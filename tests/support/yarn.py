@@ -1,0 +1,216 @@
+"""A real YARN for the tests: a ResourceManager and a NodeManager of Hadoop 3.4 on 127.0.0.1.
+
+The jars come from Maven Central once (``yarn-pom.xml`` names them) into
+the tests' cache; ``fs.defaultFS`` is ``file:///`` and containers are run
+by the DefaultContainerExecutor.  A small ``yarn`` command answers ``yarn classpath --glob``, which is
+all that Skein asks of it.  Nothing runs after :meth:`Yarn.stop`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Iterator
+from xml.sax.saxutils import escape
+
+import pytest
+
+from support import cache_dir, missing
+from support.slurm import free_ports, wait_for
+
+PROGRAMS = ("java", "mvn")
+HADOOP = "3.4.1"
+RM = "org.apache.hadoop.yarn.server.resourcemanager"
+POM = Path(__file__).with_name("yarn-pom.xml")
+# Guice and cglib reach into java.lang; Hadoop's own scripts pass the same to Java 17.
+JAVA = [
+    "java",
+    "-Xmx256m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:-UsePerfData",
+    "--add-opens=java.base/java.lang=ALL-UNNAMED",
+]
+YARN = """\
+#!/bin/sh
+[ "$*" = "classpath --glob" ] || exit 2
+printf %s "{conf}"
+printf ":%s" "{jars}"/*.jar
+echo
+"""
+LOG4J = """\
+log4j.rootLogger=INFO,stderr
+log4j.appender.stderr=org.apache.log4j.ConsoleAppender
+log4j.appender.stderr.target=System.err
+log4j.appender.stderr.layout=org.apache.log4j.PatternLayout
+log4j.appender.stderr.layout.ConversionPattern=%d %p %c{1}: %m%n
+"""
+
+
+def jars() -> Path:
+    """The directory of Hadoop's jars, fetched with maven the first time."""
+    done = cache_dir() / f"hadoop-{HADOOP}"
+    if not done.is_dir():
+        with tempfile.TemporaryDirectory(dir=done.parent) as work:
+            shutil.copy(POM, Path(work) / "pom.xml")
+            subprocess.run(
+                [
+                    "mvn",
+                    "-B",
+                    "-q",
+                    f"-Dhadoop={HADOOP}",
+                    "dependency:copy-dependencies",
+                    "-DincludeScope=runtime",
+                    "-DoutputDirectory=jars",
+                ],
+                cwd=work,
+                check=True,
+                timeout=900,
+                stdin=subprocess.DEVNULL,
+            )
+            os.rename(Path(work) / "jars", done)
+    return done
+
+
+class Yarn:
+    """The running cluster.  ``environ`` is what a client of it needs (``HADOOP_CONF_DIR``, ``PATH``)."""
+
+    def __init__(self) -> None:
+        self.jars = jars()
+        self.dir = Path(tempfile.mkdtemp(prefix="envkernel-yarn-"))
+        self.conf = self.dir / "conf"
+        self.environ = {
+            "HADOOP_CONF_DIR": str(self.conf),
+            "PATH": f"{self.dir}/bin:{os.environ['PATH']}",
+            "SKEIN_CONFIG": str(self.dir / "skein"),
+            "JAVA_HOME": str(Path(shutil.which("java") or "java").resolve().parents[1]),
+        }
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """Start both daemons and wait until the node is registered."""
+        self._write_conf()
+        self.spawn("resourcemanager", f"{RM}.ResourceManager")
+        self.spawn("nodemanager", "org.apache.hadoop.yarn.server.nodemanager.NodeManager")
+        wait_for(self._registered, "the NodeManager", 60)
+
+    def _registered(self) -> bool:
+        for name, daemon in self.daemons.items():
+            if daemon.poll() is not None:
+                raise RuntimeError(f"the {name} ended:\n{self.log(name)[-4000:]}")
+        return "NodeManager from node" in self.log("resourcemanager")
+
+    def stop(self) -> None:
+        """End daemons and containers, remove the directory."""
+        for daemon in reversed(list(self.daemons.values())):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in self.daemons.values():
+            try:
+                daemon.wait(15)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def spawn(self, name: str, main: str) -> None:
+        """Start the daemon `name`, the Java class `main`."""
+        classpath = f"{self.conf}:{self.jars}/*"
+        with (self.dir / f"{name}.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                [*JAVA, f"-Dhadoop.log.dir={self.dir}", "-cp", classpath, main],
+                env={**os.environ, **self.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.dir,
+            )
+
+    def log(self, name: str) -> str:
+        """What a daemon has logged."""
+        return (self.dir / f"{name}.log").read_text(errors="replace")
+
+    def _write_conf(self) -> None:
+        for folder in (self.conf, self.dir / "bin", self.dir / "skein"):
+            folder.mkdir()
+        rm = free_ports(8)
+        addresses = (
+            "address",
+            "scheduler.address",
+            "resource-tracker.address",
+            "admin.address",
+            "webapp.address",
+        )
+        yarn = {f"yarn.resourcemanager.{name}": f"127.0.0.1:{port}" for name, port in zip(addresses, rm)}
+        yarn |= {
+            "yarn.resourcemanager.hostname": "127.0.0.1",
+            "yarn.nodemanager.hostname": "127.0.0.1",
+            "yarn.nodemanager.address": f"127.0.0.1:{rm[5]}",
+            "yarn.nodemanager.localizer.address": f"127.0.0.1:{rm[6]}",
+            "yarn.nodemanager.webapp.address": f"127.0.0.1:{rm[7]}",
+            "yarn.nodemanager.local-dirs": f"{self.dir}/local",
+            "yarn.nodemanager.log-dirs": f"{self.dir}/logs",
+            "yarn.nodemanager.resource.memory-mb": "8192",
+            "yarn.nodemanager.resource.cpu-vcores": "8",
+            "yarn.nodemanager.vmem-check-enabled": "false",
+            "yarn.nodemanager.disk-health-checker.enable": "false",
+            "yarn.nodemanager.delete.debug-delay-sec": "0",
+            "yarn.nodemanager.env-whitelist": "JAVA_HOME,HADOOP_CONF_DIR",
+            "yarn.scheduler.minimum-allocation-mb": "128",
+            "yarn.resourcemanager.am.max-attempts": "1",
+            "yarn.resourcemanager.nodemanagers.heartbeat-interval-ms": "100",
+            "yarn.application.classpath": f"{self.conf},{self.jars}/*",
+            "yarn.resourcemanager.scheduler.class": f"{RM}.scheduler.capacity.CapacityScheduler",
+        }
+        write_site(self.conf / "yarn-site.xml", yarn)
+        # Skein compares the hosts of source and destination and fails on file:///, which has none
+        # ("Cannot invoke String.equals(Object) because srcHost is null"): a view gives it a name.
+        write_site(
+            self.conf / "core-site.xml",
+            {
+                "fs.defaultFS": "viewfs://local/",
+                "fs.viewfs.mounttable.local.linkMergeSlash": "file:///",
+                "fs.viewfs.mounttable.local.homedir": f"{self.dir}/home",
+                "hadoop.tmp.dir": f"{self.dir}/tmp",
+            },
+        )
+        write_site(
+            self.conf / "capacity-scheduler.xml",
+            {
+                "yarn.scheduler.capacity.root.queues": "default,small",
+                "yarn.scheduler.capacity.root.default.capacity": "90",
+                "yarn.scheduler.capacity.root.small.capacity": "10",
+                "yarn.scheduler.capacity.maximum-am-resource-percent": "0.9",
+            },
+        )
+        (self.conf / "log4j.properties").write_text(LOG4J)
+        command = self.dir / "bin" / "yarn"
+        command.write_text(YARN.format(conf=self.conf, jars=self.jars))
+        command.chmod(0o755)
+
+
+def write_site(path: Path, settings: dict[str, str]) -> None:
+    """Write one of Hadoop's configuration files."""
+    rows = "".join(
+        f"<property><name>{escape(name)}</name><value>{escape(value)}</value></property>\n"
+        for name, value in settings.items()
+    )
+    path.write_text(f"<configuration>\n{rows}</configuration>\n")
+
+
+@pytest.fixture(scope="session")
+def yarn() -> Iterator[Yarn]:
+    """A running YARN with the queues default and small."""
+    lacking = [program for program in PROGRAMS if not shutil.which(program)]
+    if lacking:
+        missing(f"programs for YARN: {', '.join(lacking)}")
+    cluster = Yarn()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

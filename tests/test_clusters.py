@@ -1,0 +1,272 @@
+"""Cluster modes: what is planned, what Slurm's words mean, and the proof between relay and agent."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+import envkernel
+from envkernel import Launch, Output, Plan, Step
+from support.facts import FakeFacts
+
+SRUN = "/opt/slurm/bin/srun"
+COMMAND = ["python3", "-m", "ipykernel_launcher", "-f", envkernel.CONNECTION_FILE]
+
+
+def facts(**given: Any) -> FakeFacts:
+    return FakeFacts(programs={SRUN, "/usr/bin/ssh"}, **given)
+
+
+def plan(options: dict[str, Any], engine: list[str], environ: dict[str, str]) -> Plan:
+    rest = Launch([Step("virtualenv", {}, ["/env"])], COMMAND, {"name": "x"})
+    step = Step("slurm", {"srun": SRUN, **options}, [], engine)
+    return envkernel.plan_slurm(step, Plan(COMMAND, environ), facts(), rest)
+
+
+def test_slurm_plan() -> None:
+    environ = {"PATH": "/bin", "JPY_PARENT_PID": "7", "JUPYTERHUB_API_TOKEN": "secret", "SLURM_CONF": "/c"}
+    argv = [SRUN, "--nodes=1", "--ntasks=1", "--job-name=x", "--partition=gpu", "--gres", "gpu:1"]
+    argv += ["python3", "-I", "-S", "-c", envkernel.NODE_BOOT]
+    kept = {"PATH": "/bin", "SLURM_CONF": "/c"}
+    rest = Launch([Step("virtualenv", {}, ["/env"])], COMMAND, {"name": "x"})
+    assert plan({}, ["--partition=gpu", "--gres", "gpu:1"], environ) == Plan(
+        argv,
+        kept,
+        where="the Slurm job",
+        install="install %s on the nodes",
+        job=envkernel.SlurmJob(argv, kept, rest, {}),
+    )
+
+
+def test_slurm_plan_takes_the_name_and_python_that_were_given() -> None:
+    argv = plan({"node-python": "/opt/py/bin/python"}, ["-J", "mine"], {}).argv
+    assert argv[3:7] == ["-J", "mine", "/opt/py/bin/python", "-I"]
+
+
+def test_job_inside_a_job_is_a_new_one() -> None:
+    inside = {"SLURM_JOB_ID": "5", "SLURM_CPUS_ON_NODE": "1", "SLURM_CONF": "/c", "HOME": "/h"}
+    assert plan({}, [], inside).environ == {"SLURM_CONF": "/c", "HOME": "/h"}
+    assert plan({}, ["--jobid=5"], inside).environ == inside
+
+
+def test_options_of_the_job() -> None:
+    options = {"queue-timeout": "60", "linger": "0.5", "tunnel": "ssh", "tunnel-program": "/usr/bin/ssh"}
+    job = plan({**options, "node-ports": "5000-5009", "node-transport": "tcp"}, [], {}).job
+    assert job is not None
+    assert (job.queue_timeout, job.linger, job.tunnel) == (60, 0.5, "/usr/bin/ssh")
+    assert (job.node_ports, job.transport) == ("5000-5009", "tcp")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"queue-timeout": "soon"}, "--queue-timeout takes seconds, not 'soon'"),
+        ({"linger": "x"}, "--linger takes seconds"),
+        ({"node-ports": "70-60"}, "no range of ports"),
+        ({"node-ports": "ssh"}, "no range of ports"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, str], message: str) -> None:
+    with pytest.raises(envkernel.UserError, match=message) as caught:
+        envkernel.setup_slurm(Step("slurm", options), facts(), {"PATH": "/opt/slurm/bin"}, {})
+    assert caught.value.status == 2
+
+
+def setup(status: int, said: bytes, engine: list[str]) -> Step:
+    argv = (SRUN, "--test-only", "--nodes=1", "--ntasks=1", *engine, "true")
+    world = facts(answers={argv: Output(status, b"", said)})
+    return envkernel.setup_slurm(Step("slurm", {}, [], engine), world, {"PATH": "/bin:/opt/slurm/bin"}, {})
+
+
+def test_setup_records_srun() -> None:
+    assert setup(0, b"srun: Job 3 to start at ...", ["--mem=1G"]) == Step(
+        "slurm", {"srun": SRUN}, [], ["--mem=1G"]
+    )
+
+
+def test_setup_asks_slurm_whether_it_would_take_the_job() -> None:
+    said = (
+        b"srun: error: invalid partition specified: x\nallocation failure: Invalid partition name specified"
+    )
+    with pytest.raises(envkernel.UserError) as caught:
+        setup(1, said, ["--partition=x"])
+    assert caught.value.message == "Slurm refuses the job: Invalid partition name specified."
+    assert "sinfo" in caught.value.hint
+    assert caught.value.status == 1
+
+
+def test_setup_without_slurm() -> None:
+    with pytest.raises(envkernel.UserError, match="no srun on this machine"):
+        envkernel.setup_slurm(Step("slurm"), facts(), {"PATH": "/bin"}, {})
+
+
+def test_setup_finds_ssh_for_the_tunnel() -> None:
+    options = {"tunnel": "ssh"}
+    found = envkernel.find_tunnel(options, facts(), {"PATH": "/usr/bin"})
+    assert found == {"tunnel": "ssh", "tunnel-program": "/usr/bin/ssh"}
+    with pytest.raises(envkernel.UserError, match="no ssh"):
+        envkernel.find_tunnel(options, facts(), {"PATH": "/bin"})
+
+
+def test_srun_options_come_from_its_help_too() -> None:
+    text = (
+        "  -A, --account=name          charge job\n      --new-thing=x   does it\n"
+        "      --exclusive[=user]      for all\n                              --mem >= --mem-per-cpu\n"
+        "  -B  --extra-node-info=S[:C[:T]]  combine\n      --usage                 display\n"
+    )
+    assert envkernel.options_in_help(text) == {
+        "-A": True,
+        "--account": True,
+        "--new-thing": True,
+        "--exclusive": False,
+        "-B": True,
+        "--extra-node-info": True,
+        "--usage": False,
+    }
+
+
+def test_srun_state() -> None:
+    job = plan({}, [], {}).job
+    assert job is not None
+    said = "hello\nsrun: job 12 queued and waiting for resources\n"
+    assert job.read_state("", "") == ("", False)
+    assert job.read_state(said, "") == ("12", True)
+    assert job.read_state(said + "srun: job 12 has been allocated resources\n", "") == ("12", False)
+
+
+def test_pending_in_words() -> None:
+    assert envkernel.pending_text("7", "Priority", "2026-11-21T10:00:00") == (
+        "Slurm job 7 waits: Priority (others are before it); expected start 2026-11-21 10:00:00."
+    )
+    assert envkernel.pending_text("7", "QOSGrpMem", "N/A") == "Slurm job 7 waits: QOSGrpMem."
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            "slurmstepd: error: *** STEP 4.0 ON far CANCELLED AT 2026-11-21T03:00:00 DUE TO TIME LIMIT ***",
+            "The Slurm job 4 has reached its time limit.",
+        ),
+        (
+            "slurmstepd: error: *** STEP 4.0 ON far CANCELLED AT 2026-11-21T03:00:00 ***",
+            "The Slurm job 4 was cancelled.",
+        ),
+        ("srun: Job allocation 4 has been revoked", "The Slurm job 4 was cancelled."),
+        (
+            "slurmstepd: error: Detected 1 oom_kill event in StepId=4.0.",
+            "The Slurm job 4 has used more memory than it asked for.",
+        ),
+        ("srun: error: Node failure on far", "The node of Slurm job 4 has failed."),
+        (
+            "slurmstepd: error: execve(): python9: No such file or directory",
+            "The node of Slurm job 4 has no such Python.",
+        ),
+        (
+            "srun: error: Unable to allocate resources: Unable to contact slurm controller (connect failure)",
+            "Slurm does not answer.",
+        ),
+        (
+            "srun: error: Unable to allocate resources: Requested node configuration is not available",
+            "Slurm refuses the job: Requested node configuration is not available.",
+        ),
+        ("srun: something else", "The Slurm job 4 has ended (srun: exit status 1)."),
+    ],
+)
+def test_why_a_job_ended(said: str, message: str) -> None:
+    assert envkernel.slurm_end(1, said + "\na line of the kernel", "4").message == message
+
+
+def test_launch_travels_unchanged() -> None:
+    launch = Launch(
+        [Step("lmod", {"purge": True, "use": ["/a b"]}, ["gcc/12"], ["--x"])], ["a", "\udcff"], {"env": ["A"]}
+    )
+    import json
+
+    data = json.loads(json.dumps(envkernel.launch_to_data(launch)))
+    assert envkernel.launch_from_data(data) == launch
+
+
+def test_node_connection() -> None:
+    jupyter = {"ip": "127.0.0.1", "transport": "tcp", "key": "k", "curve_secretkey": "c"}
+    jupyter.update({name + "_port": 5000 for name in envkernel.STREAMS})  # type: ignore[misc]
+    own = envkernel.node_connection(jupyter, "ipc", "/tmp/f")
+    assert own == {
+        "ip": "/tmp/f/kernel",
+        "transport": "ipc",
+        "key": "k",
+        "curve_secretkey": "c",
+        "shell_port": 1,
+        "iopub_port": 2,
+        "stdin_port": 3,
+        "control_port": 4,
+        "hb_port": 5,
+    }
+    ports = envkernel.node_connection({**jupyter, "ip": "*"}, "tcp", "/tmp/f")
+    assert ports["ip"] == "127.0.0.1"
+    assert len({ports[name + "_port"] for name in envkernel.STREAMS}) == 5
+
+
+def test_tunnel_command() -> None:
+    argv = envkernel.tunnel_argv("/usr/bin/ssh", "/run/x", "n1", 5)
+    assert argv[:3] == ["/usr/bin/ssh", "-N", "-T"]
+    assert argv[-3:] == ["-L", "/run/x:127.0.0.1:5", "n1"]
+
+
+def shake(ours: bytes, theirs: bytes) -> tuple[list[Any], list[Any]]:
+    """Let two sides prove their secrets to each other; return what each was handed."""
+    loop = envkernel.Loop()
+    left, right = socket.socketpair()
+    results: tuple[list[Any], list[Any]] = ([], [])
+
+    def done(mine: list[Any]) -> Any:
+        def handed(sock: Any, number: int) -> None:
+            mine.extend((sock, number))
+            if all(results):
+                loop.stop()
+
+        return handed
+
+    envkernel.Handshake(loop, left, ours, 3, done(results[0]))
+    envkernel.Handshake(loop, right, theirs, None, done(results[1]))
+    loop.after(5, loop.stop)
+    loop.run()
+    return results
+
+
+def test_sides_with_the_same_secret_find_each_other() -> None:
+    ours, theirs = shake(b"s" * 32, b"s" * 32)
+    assert ours[0] is not None
+    assert theirs[0] is not None
+    assert theirs[1] == 3
+    ours[0].send(b"x")
+    assert theirs[0].recv(9) == b"x"  # nothing of the proof is left in the stream
+    ours[0].close()
+    theirs[0].close()
+
+
+def test_wrong_secret_gets_nothing() -> None:
+    ours, theirs = shake(b"s" * 32, b"t" * 32)
+    assert ours[0] is None
+    assert theirs[0] is None
+
+
+def test_stranger_learns_nothing_and_is_dropped() -> None:
+    loop = envkernel.Loop()
+    left, right = socket.socketpair()
+    handed: list[Any] = []
+
+    def done(sock: Any, number: int) -> None:
+        handed.append(sock)
+        loop.stop()
+
+    envkernel.Handshake(loop, right, b"s" * 32, None, done)
+    left.send(b"GET / HTTP/1.1\r\nHost: node\r\nUser-Agent: a stranger\r\n\r\n")
+    loop.after(5, loop.stop)
+    loop.run()
+    assert handed == [None]
+    with pytest.raises(ConnectionResetError):  # nothing was said before
+        left.recv(100)
+    left.close()
