@@ -6589,15 +6589,12 @@ def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
     return MAGIC_NUMBER.hex(), marshal.dumps(code), source
 
 
-def job_folder(launch: Launch, environ: Mapping[str, str]) -> str:
+def job_folder(launch: Launch, facts: Facts) -> str:
     """Return the path of the keeper's private folder, which belongs to one connection file."""
-    import hashlib
-
-    root = environ.get("XDG_RUNTIME_DIR", "")
-    if not os.path.isdir(root) or not os.access(root, os.W_OK) or len(root) > 60:
-        root = "/tmp"
-    name = hashlib.sha256(os.fsencode(launch.options["connection-file"])).hexdigest()[:16]
-    return f"{root}/envkernel-{os.geteuid()}/job-{name}"
+    base = private_base(os.environ, "", facts)
+    if len(base) > 60:  # the path of a unix socket has 107 bytes
+        base = f"/tmp/envkernel-{facts.ids()[0]}"
+    return f"{base}/job-{kernel_key(launch.options['connection-file'])}"
 
 
 def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts) -> tuple[Any, bool]:
@@ -6647,7 +6644,7 @@ class RemoteKernel:
 
     def __init__(self, plan: Plan, job: Job, launch: Launch, facts: Facts) -> None:
         self.plan, self.launch, self.facts, self.job = plan, launch, facts, job
-        self.connection = read_connection(launch.options["connection-file"], facts)
+        self.connection = read_connection(launch, facts)[2]
         self.place: dict[str, Any] = {}
         self.control: Lines | None = None
         self.pairs: set[Pair] = set()
@@ -6685,7 +6682,7 @@ class RemoteKernel:
     def find_keeper(self) -> tuple[Any, bool]:
         """Find or start the keeper of this connection file."""
         orders = agent_orders(self.job, self.launch, self.connection, os.environ)
-        return start_keeper(self.job, orders, job_folder(self.launch, os.environ), self.facts)
+        return start_keeper(self.job, orders, job_folder(self.launch, self.facts), self.facts)
 
     def greet_keeper(self, sock: Any, adopted: bool) -> None:
         """Begin to talk with the keeper; one that was there before is asked for its job."""
@@ -6887,18 +6884,6 @@ def write_all(file: int, data: bytes) -> None:
             data = data[os.write(file, data) :]
     except OSError:
         pass
-
-
-def read_connection(path: str, facts: Facts) -> dict[str, Any]:
-    """Return what Jupyter's connection file says.  Raises UserError where it can't be read."""
-    import json
-
-    try:
-        return dict(json.loads(facts.read(path) or b""))
-    except ValueError:
-        raise UserError(
-            f"The connection file {path} can't be read.", "Start the kernel from Jupyter, which writes it."
-        ) from None
 
 
 # ---- error kernel -------------------------------------------------------------------------------
