@@ -77,19 +77,21 @@ def test_conda_activating_what_is_active_keeps_name_and_level():
 def test_conda_state_sets_variables_and_keeps_what_they_replace():
     facts = FakeFacts(
         {
-            "/e/conda-meta/state": b'{"env_vars": {"b": 2, "gone": "***unset***", "PATH": "x", "n": null}}',
+            "/e/conda-meta/state": b'{"env_vars": {"B": 2, "low": 1, "c": "***unset***", "PATH": "x", "n": null}}',
             "/e/etc/conda/env_vars.d/1.json": b'{"A": "a$HOME", "B": "1"}',
         }
     )
-    made = plan(
-        Step("conda", {}, ["/e"]), facts, {**START, "B": "old", "CONDA_SHLVL": "0", "CONDA_PREFIX": "/z"}
-    )
-    assert {name: made.environ.get(name) for name in ("A", "B", "N", "GONE", "__CONDA_SHLVL_0_B")} == {
+    start = {**START, "B": "old", "LOW": "0", "CONDA_SHLVL": "0", "CONDA_PREFIX": "/z"}
+    made = plan(Step("conda", {}, ["/e"]), facts, start)
+    names = ("A", "B", "LOW", "N", "C", "__CONDA_SHLVL_0_B", "__CONDA_SHLVL_0_LOW")
+    assert {name: made.environ.get(name) for name in names} == {
         "A": "a$HOME",
         "B": "2",
+        "LOW": "1",
         "N": "",
-        "GONE": None,
+        "C": None,
         "__CONDA_SHLVL_0_B": "old",
+        "__CONDA_SHLVL_0_LOW": None,
     }
     assert made.environ["PATH"] == "/e/bin:/usr/bin:/bin"
 

@@ -17,6 +17,7 @@ def world(tmp_path, monkeypatch):
     """A home and Jupyter folders of this test's own; with a virtualenv that has no ipykernel."""
     for name in ("HOME", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    (tmp_path / "home").mkdir()
     for name in ("JUPYTER_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_EXE", "LMOD_CMD", "MODULES_CMD"):
         monkeypatch.delenv(name, raising=False)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
