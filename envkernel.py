@@ -388,6 +388,7 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
             cut = own.index("--")
             own, rest = own[:cut], own[cut + 1 :]
         steps.append(_read_step(mode, own, common))
+        check_targets(mode, steps[-1])
     known = [
         (placeholder, common[name])
         for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
@@ -575,6 +576,8 @@ def check_targets(mode: Mode, step: Step) -> None:
     """Raise UserError (status 2) unless `step` has as many targets as `mode` takes."""
     least, most = mode.targets
     usage = "Usage: " + usage_line(mode)
+    if "" in step.targets:
+        raise usage_error(f"{mode.name} was given an empty {mode.target}.", usage)
     if len(step.targets) < least:
         raise usage_error(f"{mode.name} needs {mode.target}.", usage)
     if len(step.targets) > most:
@@ -959,14 +962,19 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     path = step.targets[0]
     script = path + "/bin/activate"
     text = facts.read(script)
-    if text is None and not facts.exists(path + "/bin/python"):
+    if text is None:
         raise UserError(
             f"There is no virtualenv at {path}.",
             f"Create it (python3 -m venv {path}, or envkernel virtualenv --create ...), or give its path.",
         )
-    environ = None if text is None else venv_environ(text, plan.environ, facts)
+    environ = venv_environ(text, path, plan.environ, facts)
     if environ is None:
         environ = facts.source([("source", script, "")], plan.environ)
+    if not environ.get("VIRTUAL_ENV"):
+        raise UserError(
+            f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV.",
+            "Mend what you have edited in it, or make the virtualenv anew.",
+        )
     return plan.but(
         environ=environ,
         search=[path + "/bin"],
@@ -1128,15 +1136,42 @@ _ACTIVATE_MEETS = frozenset(["SCRIPT_PATH", *(f"BASH_FUNC_{name}%%" for name in 
 """Variables that an untouched script would meet: exported functions that it calls, and uv's own."""
 
 
-def venv_environ(script: bytes, environ: Mapping[str, str], facts: Facts) -> dict[str, str] | None:
+def with_plain_names(script: bytes, path: bytes) -> bytes:
+    """Return a ``bin/activate`` without its path, where a shell would read more than a name in it.
+
+    Older creators wrote path and name into the script unescaped: in bash a folder called ``$(date)``
+    would be run, and one with a quote in it breaks the script.  See `with_real_names`.
+    """
+    if not path.translate(None, _SHELL_SAFE + b" "):
+        return script
+    quoted = path.replace(b"'", b"'\"'\"'")
+    for form in (quoted, path):
+        script = script.replace(form, _PATH_MARK)
+    return script.replace(os.path.basename(path), _NAME_MARK)
+
+
+def with_real_names(literal: bytes, path: bytes) -> str:
+    """Return a literal with the names back in place that `with_plain_names` blanked."""
+    return os.fsdecode(literal.replace(_PATH_MARK, path).replace(_NAME_MARK, os.path.basename(path)))
+
+
+_PATH_MARK, _NAME_MARK = b"@path@", b"@name@"
+
+
+def venv_environ(
+    script: bytes, target: str, environ: Mapping[str, str], facts: Facts
+) -> dict[str, str] | None:
     """Return what an untouched ``bin/activate`` makes of an environment (ACTIVATION.md, *venv*).
 
-    None where the script is not known to be untouched, or meets leftovers of another activation: then
-    bash has to source it.
+    target: the folder it was found in.  None where the script is not known to be untouched, or meets
+    leftovers of another activation: then bash has to source it.
     """
-    text, literals = read_activate(script)
+    text, literals = read_activate(with_plain_names(script, os.fsencode(target)))
     rules = ACTIVATE_SCRIPTS.get(fingerprint(text), "")
-    path = os.fsdecode(literals.get(b"VIRTUAL_ENV", b""))
+    path, prompt, tcl, tk = (
+        with_real_names(literals.get(name, b""), os.fsencode(target))
+        for name in (b"VIRTUAL_ENV", b"VIRTUAL_ENV_PROMPT", b"TCL_LIBRARY", b"TK_LIBRARY")
+    )
     leftovers = any(name.startswith("_OLD_") or name in _ACTIVATE_MEETS for name in environ)
     if (
         not rules
@@ -1149,7 +1184,6 @@ def venv_environ(script: bytes, environ: Mapping[str, str], facts: Facts) -> dic
     result = {**environ, "VIRTUAL_ENV": path, "PATH": f"{path}/bin:{environ['PATH']}"}
     if "s" in rules or result.get("PYTHONHOME"):
         result.pop("PYTHONHOME", None)
-    prompt = os.fsdecode(literals.get(b"VIRTUAL_ENV_PROMPT", b""))
     if ("L" in rules and not environ.get("VIRTUAL_ENV_DISABLE_PROMPT")) or "A" in rules:
         result["VIRTUAL_ENV_PROMPT"] = prompt
     elif "L" in rules:
@@ -1161,9 +1195,9 @@ def venv_environ(script: bytes, environ: Mapping[str, str], facts: Facts) -> dic
     if "k" in rules:
         old = environ.get("PKG_CONFIG_PATH", "")
         result["PKG_CONFIG_PATH"] = f"{path}/lib/pkgconfig" + (f":{old}" if old else "")
-    for name in ("TCL_LIBRARY", "TK_LIBRARY") if "t" in rules else ():
-        if literals.get(name.encode()):
-            result[name] = os.fsdecode(literals[name.encode()])
+    for name, value in (("TCL_LIBRARY", tcl), ("TK_LIBRARY", tk)):
+        if "t" in rules and value:
+            result[name] = value
     return result
 
 
@@ -4001,6 +4035,7 @@ def print_json(value: Any) -> None:
 
 def list_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel list``: all kernels of ours and whether they could start."""
+    facts.quiet = True
     if options.get("names"):
         print(*(kernel.name for kernel in our_kernels(facts)), sep="\n")
         return 0
@@ -4464,12 +4499,16 @@ class Facts:
         """Return the environment of a login shell, empty where there is no bash."""
         return self._bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&9"], environ) or {}
 
+    quiet = False
+    """What scripts and programs say on stderr is dropped (for `list`)."""
+
     def _bash_environ(self, words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str] | None:
         """Return the environment that bash writes to descriptor 9; None where it wrote none."""
         file = _scratch_file()
         actions = [
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
             (os.POSIX_SPAWN_DUP2, file, 9),
+            (os.POSIX_SPAWN_DUP2, 0 if self.quiet else 2, 2),
             (os.POSIX_SPAWN_DUP2, 2, 1),
         ]
         try:
@@ -4518,7 +4557,7 @@ class Facts:
 
     def tell(self, text: bytes) -> None:
         """Pass on to stderr what a program said there."""
-        if text:
+        if text and not self.quiet:
             os.write(2, text)
 
 

@@ -1,5 +1,8 @@
 """The environment modes: whole plans, from options, facts and environment."""
 
+import subprocess
+import sys
+
 import pytest
 
 import envkernel
@@ -77,7 +80,8 @@ def test_conda_activating_what_is_active_keeps_name_and_level():
 def test_conda_state_sets_variables_and_keeps_what_they_replace():
     facts = FakeFacts(
         {
-            "/e/conda-meta/state": b'{"env_vars": {"B": 2, "low": 1, "c": "***unset***", "PATH": "x", "n": null}}',
+            "/e/conda-meta/state": b'{"env_vars": {"B": 2, "low": 1, "c": "***unset***", '
+            b'"Path": 3, "n": null}}',
             "/e/etc/conda/env_vars.d/1.json": b'{"A": "a$HOME", "B": "1"}',
         }
     )
@@ -172,6 +176,22 @@ def test_an_edited_activate_script_is_sourced():
         "/v/bin/python -m pip install %s",
     )
     assert facts.asked == [[("source", "/v/bin/activate", "")]]
+
+
+def test_an_activate_script_that_does_not_activate():
+    with pytest.raises(UserError, match="/v/bin/activate does not activate"):
+        plan(Step("virtualenv", {}, ["/v"]), FakeFacts({"/v/bin/activate": b"syntax error ("}))
+
+
+@pytest.mark.parametrize("name", ["$(touch pwned)", "it's", 'q"', "back`tick`", "new\nline", "a\\b", "50%"])
+def test_no_name_of_a_folder_is_run_by_a_shell(tmp_path, name):
+    path = str(tmp_path / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", path], check=True)
+    facts = envkernel.Facts()
+    facts.source = None  # no shell is needed
+    made = plan(Step("virtualenv", {}, [path]), facts)
+    assert made.environ["VIRTUAL_ENV"] == path
+    assert made.environ["PATH"] == f"{path}/bin:{START['PATH']}"
 
 
 def test_a_virtualenv_that_is_gone():

@@ -51,9 +51,9 @@ def steps(draw):
     own = [option for option in mode.options if option.run and option.setup]
     chosen = draw(st.lists(st.sampled_from(own), unique_by=lambda option: option.name)) if own else []
     options = {option.name: draw(values_of(option)) for option in chosen}
-    return Step(
-        mode.name, options, draw(st.lists(anything, max_size=3)), draw(st.lists(anything, max_size=3))
-    )
+    least, most = mode.targets
+    targets = draw(st.lists(anything.filter(bool), min_size=least, max_size=min(most, 3)))
+    return Step(mode.name, options, targets, draw(st.lists(anything, max_size=3)))
 
 
 @st.composite
