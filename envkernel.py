@@ -1551,6 +1551,16 @@ CONTAINER_OPTIONS = [
         "--shared", "Run all kernels of this kernelspec in one container, which ends with the last.", run=True
     ),
     Option("--keep", "With --shared: leave the container running after the last kernel.", run=True),
+    Option("--build-option", "One more token for the engine's build.", metavar="TOKEN", many=True),
+    Option(
+        "--mount",
+        "A mount of the engine's; with `,copy` the folder is copied first.",
+        metavar="SPEC",
+        many=True,
+        run=True,
+    ),
+    Option("--program", "The engine's program.", metavar="PATH", run=True, setup=False),
+    Option("--place", "Where private folders go.", metavar="WHERE", run=True, setup=False),
 ]
 """Options of all container modes."""
 
@@ -1747,14 +1757,6 @@ BUILD_FLAGS = (
 
 
 ENGINE_OPTIONS = [
-    Option("--build-option", "One more token for the engine's build.", metavar="TOKEN", many=True),
-    Option(
-        "--mount",
-        "A mount of the engine's; with `,copy` the folder is copied first.",
-        metavar="SPEC",
-        many=True,
-        run=True,
-    ),
     Option(
         "--transport",
         "How Jupyter reaches a kernel that is not on the host's network: ipc (unix sockets, default) or tcp.",
@@ -1762,8 +1764,6 @@ ENGINE_OPTIONS = [
         choices=("ipc", "tcp"),
         run=True,
     ),
-    Option("--program", "The engine's program.", metavar="PATH", run=True, setup=False),
-    Option("--place", "Where private folders go.", metavar="WHERE", run=True, setup=False),
     Option("--identity", "Who the kernel is inside.", metavar="WHO", run=True, setup=False),
     Option("--gpu-kind", "Kind of GPU.", metavar="KIND", run=True, setup=False),
     Option("--no-host-network", "The engine does not share the host's network.", run=True, setup=False),
@@ -1811,8 +1811,11 @@ def private_base(environ: Mapping[str, str], place: str, facts: Facts) -> str:
 
     In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
     where the engine can't see either.  A home may be on a network, which a rootful daemon can't read.
+    ``tmp``: in /tmp in any case.
     """
     runtime = environ.get("XDG_RUNTIME_DIR", "")
+    if place == "tmp":
+        return f"/tmp/envkernel-{facts.ids()[0]}"
     if place == "home":
         return os.path.expanduser("~") + "/.cache/envkernel"
     if runtime and facts.isdir(runtime):
@@ -1867,15 +1870,25 @@ def connection_inside(box: Box, shares_network: bool, transport: str) -> bytes |
     return json.dumps(own).encode()
 
 
-def container_box(step: Step, plan: Plan, facts: Facts, rest: Launch, *, shares_network: bool = True) -> Box:
+def container_box(
+    step: Step,
+    plan: Plan,
+    facts: Facts,
+    rest: Launch,
+    *,
+    shares_network: bool = True,
+    inside: str = INSIDE,
+) -> Box:
     """Return what every engine has to be told: the private folder, binds, working directory, variables.
 
+    inside: where the private folder appears, empty for its path on the host.
     Raises UserError where that can't be had.
     """
     path, text, connection = read_connection(rest, facts)
     base = private_base(plan.environ, step.options.get("place", ""), facts)
     folder = f"{base}/{kernel_key(path if connection else facts.random())}"
     box = Box(folder, Care(folder, connection=connection))
+    box.inside = inside or folder
     own = connection_inside(box, shares_network, step.options.get("transport", "ipc"))
     if connection:
         box.care.files.append((box.path("connection.json"), own or text))
@@ -2348,6 +2361,347 @@ def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan,
     return plan.but(argv=list(command), search=world.search), world
 
 
+# -- singularity and apptainer --
+
+APPTAINER_PROGRAMS = {"apptainer": ("apptainer", "singularity"), "singularity": ("singularity", "apptainer")}
+"""Which programs run a mode's containers: its own, or else the other one of the same family."""
+
+APPTAINER_FLAGS = (
+    "add-caps= allow-setuid app= apply-cgroups= authfile= B,bind= blkio-weight= blkio-weight-device= "
+    "cdi-dirs= e,cleanenv compat compat32 c,contain C,containall cpu-shares= cpus= cpuset-cpus= "
+    "cpuset-mems= cwd= device= disable-cache dns= docker-host= docker-login drop-caps= env= env-file= "
+    "f,fakeroot fusemount= h,help H,home= hostname= i,ipc keep-privs memory= memory-reservation= "
+    "memory-swap= mount= n,net netns-path= network= network-args= no-compat no-eval no-home no-https "
+    "no-init no-mount= no-oci no-pid no-privs no-tmp-sandbox no-umask !nohttps nv nvccli oci "
+    "oom-kill-disable o,overlay= passphrase pem-path= p,pid pids-limit= !pwd= rocm S,scratch= security= "
+    "sharens sif-fuse tmp-sandbox unsquash u,userns uts !vm !vm-cpu= !vm-err !vm-ip= !vm-ram= W,workdir= "
+    "w,writable writable-tmpfs"
+)
+"""Options of ``exec`` of Apptainer 1 and of SingularityCE 3 and 4."""
+
+APPTAINER_BUILD_FLAGS = (
+    "arch= arch-variant= authfile= B,bind= build-arg= build-arg-file= !builder= !detached disable-cache "
+    "docker-host= docker-login e,encrypt f,fakeroot fix-perms F,force h,help json library= "
+    "mksquashfs-args= mount= no-cleanup no-https T,notest nv nvccli passphrase pem-path= !r,remote rocm "
+    "s,sandbox section= u,update userns warn-unused-build-args writable-tmpfs"
+)
+"""Options of their ``build``."""
+
+_APPTAINER_PATHS = ("overlay", "env-file", "workdir", "apply-cgroups", "pem-path", "authfile", "home")
+"""Options of ``exec`` whose value is a path on the host, up to a colon."""
+
+APPTAINER_OPTIONS = [
+    Option(
+        "--uri",
+        "Where IMAGE is fetched from, if it is missing and at each `envkernel update`.",
+        metavar="URI",
+        example="--uri=docker://python:3.12 ~/python.sif",
+    ),
+    Option("--runscript", "Run what the image runs by itself.", run=True, setup=False),
+]
+"""Options of singularity and apptainer beside `CONTAINER_OPTIONS`."""
+
+_LEAKS = ("PYTHON", "JPY_", "JUPYTER", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_", "R_HOME", "R_LIBS")
+"""How variables begin that would change a kernel in an image, or tell it what is Jupyter's own."""
+
+
+def apptainer_options(mode: str, tokens: Sequence[str], facts: Facts) -> dict[str, bool]:
+    """Return which options of the engine may stand on a command line: of exec, with --build of both."""
+    names = APPTAINER_PROGRAMS[mode]
+    table = engine_options(names, ["exec"], APPTAINER_FLAGS, tokens, facts)
+    if any(token.partition("=")[0] == "--build" for token in tokens):
+        table = {**engine_options(names, ["build"], APPTAINER_BUILD_FLAGS, tokens, facts), **table}
+    return table
+
+
+def apptainer_step(step: Step, legacy: bool = False) -> Step:
+    """Return a step with what a user typed in one form: binds apart, engine options long and joined.
+
+    legacy: the step is of envkernel 1.x, which handed all but --pwd to the engine: --workdir is where
+    the engine keeps a contained /tmp and home.  Now that is -W, as in all container modes --workdir is
+    the folder to work in.
+    """
+    takes = {**option_table(APPTAINER_BUILD_FLAGS), **option_table(APPTAINER_FLAGS)}
+    engine = canonical_engine(step.engine, APPTAINER_FLAGS, takes)
+    options = dict(step.options)
+    if legacy and "workdir" in options:
+        engine.append("--workdir=" + options.pop("workdir"))
+    binds = [*options.pop("bind", []), *engine_values(engine, "--bind")]
+    if binds:
+        options["bind"] = [str(bind) for bind in read_binds(binds, commas=True)]
+    engine = [token for token in engine if not token.startswith("--bind=") and token != "--network=host"]
+    return step.but(options=options, engine=engine)
+
+
+def apptainer_program(step: Step, environ: Mapping[str, str], facts: Facts) -> str:
+    """Return the program that runs the containers of a step.  Raises UserError (status 127)."""
+    names = APPTAINER_PROGRAMS[step.mode]
+    wanted = [step.options["engine"]] if "engine" in step.options else names
+    program = step.options.get("program") or find_program(wanted, environ, facts)
+    if not program:
+        raise UserError(
+            "There is no {} on this machine.".format(" and no ".join(wanted)),
+            "Load its module first (envkernel lmod ... -- apptainer ...), or say where it is: --engine=PATH.",
+            127,
+        )
+    return program
+
+
+def is_uri(image: str) -> bool:
+    """Tell whether an image is named by where it comes from (``docker://python:3.12``)."""
+    return "://" in image
+
+
+def bind_token(bind: Bind) -> str:
+    """Return the engine's option for a bind: the old one where a path has no character that it splits at."""
+    if any(c in bind.source + bind.target for c in '\\:,"\n'):
+        return "--mount=" + mount_token(bind)
+    return "--bind=" + ":".join([bind.source, bind.target, *([bind.options] if bind.options else [])])
+
+
+def shares_network(engine: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Tell whether a container of Apptainer's is on the host's network."""
+    names = [f"{family}_{name}" for family in ("APPTAINER", "SINGULARITY") for name in ("NET", "NETWORK")]
+    return not (
+        engine_values(engine, "--net", "--network", "--netns-path") or any(environ.get(n) for n in names)
+    )
+
+
+def apptainer_place(step: Step) -> dict[str, str]:
+    """Return where the private folder is and appears, for `container_box`.
+
+    Usually mount points are made as needed.  A writable image has its own only (option ``place``):
+    there /tmp serves, which is the host's, or with --contain a new one.
+    """
+    if step.options.get("place") != "tmp":
+        return {}
+    contained = engine_values(step.engine, "--contain", "--containall", "--compat")
+    return {"inside": "/tmp/envkernel" if contained else ""}
+
+
+def apptainer_environ(box: Box, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment to start the engine in: what it hands on, and what it sets inside.
+
+    Values go as ``APPTAINERENV_NAME``, so they are in no argv; the engine must not let a shell evaluate
+    them, as it does unless told otherwise (APPTAINER_NO_EVAL).
+    """
+    result = {name: value for name, value in environ.items() if not name.startswith(_LEAKS)}
+    for family in ("APPTAINER", "SINGULARITY"):
+        result.setdefault(f"{family}_NO_EVAL", "1")
+        for name, value in {"PYTHONNOUSERSITE": "1", **box.environ, **box.secret}.items():
+            result[f"{family}ENV_{name}"] = value
+    return result
+
+
+def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+    """Plan a kernel in a container of Apptainer or Singularity.  Raises UserError for what is missing."""
+    program = apptainer_program(step, plan.environ, facts)
+    if "program" not in step.options:
+        step = apptainer_step(step, rest.legacy)
+    image = step.targets[0]
+    if not is_uri(image) and not facts.exists(image):
+        raise UserError(
+            f"There is no image {image}.",
+            "Bring it back; if it was fetched or built at setup: envkernel update NAME.",
+        )
+    network = shares_network(step.engine, plan.environ)
+    box = container_box(step, plan, facts, rest, shares_network=network, **apptainer_place(step))
+    gpu = "--rocm" if facts.exists("/dev/kfd") and not facts.exists("/dev/nvidiactl") else "--nv"
+    head = [gpu] if step.options.get("gpu") else []
+    head += step.engine
+    binds = [Bind(box.folder, box.inside), *box.binds]
+    mounts = [*map(bind_token, binds), *mount_options(step, box, plan, facts)]
+    mounts += ["--pwd=" + box.workdir] if box.workdir else []
+    box.care.leader = False  # it passes signals on to the kernel, which has them already
+    box.care.explain = ApptainerEnd(image)
+    verb = "run" if step.options.get("runscript") else "exec"
+    return plan.but(
+        argv=[program, verb, *head, *mounts, image, *box.command],
+        environ=apptainer_environ(box, plan.environ),
+        search=None,
+        where=f"the image {image}",
+        install="pip install %s (a line for %%post of its definition file)",
+        care=box.care,
+        inside=[program, "exec", *head, *map(bind_token, box.binds), image],
+    )
+
+
+class ApptainerEnd(Record):
+    """Says why a container ended: called with exit status, stderr's end and facts."""
+
+    REASONS = (
+        (
+            "executable file not found",
+            "The image {image} has no such program.",
+            "Add it in %post of the image's definition file, for example: pip install ipykernel",
+        ),
+        ("mount source", "A folder to bind is not there.", "Create it, or set the kernel up without it."),
+        (
+            "failed to set working directory",
+            "The folder to work in is not in the container.",
+            "Bind it (--bind, --pwd), or name another one with --workdir.",
+        ),
+        (
+            "image format not recognized",
+            "{image} is no image.",
+            "Build or fetch it again: envkernel update NAME.",
+        ),
+        (
+            "namespace",
+            "The engine may not make the namespaces of a container here.",
+            "Have an administrator allow user namespaces, or install the engine with setuid.",
+        ),
+    )
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+
+    def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
+        """Return the reason, None where the exit status says all."""
+        lines = [line for line in said.splitlines() if line.startswith(("FATAL:", "\x1b[31mFATAL"))]
+        if status != 255 or not lines:
+            return None
+        for words, message, hint in self.REASONS:
+            if any(words in line for line in lines):
+                return UserError(message.format(image=self.image), hint, 1, said.strip())
+        return UserError(
+            f"The container of {self.image} can't be started.", "Mend what the engine says.", 1, said
+        )
+
+
+def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Check the engine, the image and the binds; fetch or build the image where that was asked for.
+
+    Raises UserError for whatever is missing.
+    """
+    step = apptainer_step(step)
+    program = apptainer_program(step, environ, facts)
+    table = option_table(APPTAINER_FLAGS)
+    for_build = [token for token in step.engine if token.partition("=")[0] not in table]
+    options = dict(step.options, program=program)
+    if "engine" in options:
+        options["engine"] = program
+    if common.get("kernel") == OWN_COMMAND:
+        options["runscript"] = True
+    if for_build:
+        options["build-option"] = [*options.get("build-option", []), *for_build]
+    if "bind" in options:
+        options["bind"] = setup_binds(options["bind"], facts)
+    engine = [absolute_value(token, facts) for token in step.engine if token not in for_build]
+    check_values(common, [program, "exec", "--help"], facts, environ)
+    step = step.but(options=options, engine=engine)
+    return probe_apptainer(need_sif(step, facts, environ, common), facts, environ)
+
+
+def absolute_value(token: str, facts: Facts) -> str:
+    """Return an engine's option with the path in it absolute."""
+    flag, equals, value = token.partition("=")
+    if not equals or flag[2:] not in _APPTAINER_PATHS:
+        return token
+    path, colon, rest = value.partition(":")
+    return f"{flag}={facts.absolute(path)}{colon}{rest}"
+
+
+def check_values(
+    common: Mapping[str, Any], question: Sequence[str], facts: Facts, environ: Mapping[str, str]
+) -> None:
+    """Raise UserError for a value that an engine too old for --no-eval would let a shell evaluate."""
+    odd = [entry for entry in common.get("env", []) if any(c in entry for c in '$`\\"')]
+    if odd and "--no-eval" not in parse_engine_help(os.fsdecode(facts.output(question, environ).out)):
+        raise UserError(
+            "This {} is too old to set {} as it is.".format(question[0], odd[0].partition("=")[0]),
+            "Take $, `, \\ and quotes out of the value, or use a newer engine.",
+        )
+
+
+def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Return the step with its image's absolute path, once that is here.  Raises UserError."""
+    options = dict(step.options)
+    target = step.targets[0] if step.targets else ""
+    if is_uri(target) and not target.startswith("instance://"):
+        options["uri"], target = target, ""
+    source = options.get("build") or options.get("uri", "")
+    if not target and not source:
+        raise usage_error(f"{step.mode} needs IMAGE.", "Give an image file, a URI, or --build FILE.def.")
+    if not is_uri(target):
+        target = facts.absolute(target or image_folder(common, environ) + "/" + image_name(source))
+    step = step.but(options=options, targets=[target])
+    if "build" in options:
+        build_sif(step, facts, environ, common)
+    elif "uri" in options:
+        pull_sif(step, facts, environ, common)
+    elif not is_uri(target) and not facts.exists(target):
+        raise UserError(
+            f"There is no image {target}.", "Correct its path, or fetch it: give a URI (docker://...)."
+        )
+    return step
+
+
+def image_folder(common: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """Return where images go that setup fetches or builds: with the user's data, or below a prefix."""
+    base = common.get("prefix") or (sys.prefix if common.get("sys-prefix") else "")
+    home = environ.get("XDG_DATA_HOME") or environ.get("HOME", "") + "/.local/share"
+    return (base + "/share" if base else home) + "/envkernel/images"
+
+
+def image_name(source: str) -> str:
+    """Return the file name of an image out of its definition file or URI, as ``apptainer pull`` has it."""
+    name = source.rpartition("/")[2]
+    name = name[:-4] if name.endswith(".def") else name.replace(":", "_").replace("@", "_")
+    return name if name.endswith(".sif") else name + ".sif"
+
+
+def build_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
+    """Build the image of ``--build FILE.def``, with the engine's progress.  Raises UserError."""
+    source, image = facts.absolute(step.options["build"]), step.targets[0]
+    if facts.isdir(source) or not facts.exists(source):
+        raise UserError(f"There is no definition file {source}.", "Give one: --build FILE.def.")
+    if common.get("dry-run"):
+        raise usage_error("--dry-run does not build.", "Leave --build or --dry-run out.")
+    words = [step.options["program"], "build", *step.options.get("build-option", []), image, source]
+    if facts.produce(words, image, environ, os.path.dirname(source)):
+        raise UserError(f"The image of {source} can't be built.", "See above.")
+    step.options["build"] = source
+
+
+def pull_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
+    """Fetch the image of a URI unless it is here, with the engine's progress.  Raises UserError."""
+    uri, image, when = step.options["uri"], step.targets[0], step.options.get("pull", "missing")
+    again = common.get("update") or when == "always"
+    if facts.exists(image) and (when == "never" or not again):
+        return
+    if when == "never" or common.get("dry-run"):
+        raise UserError(f"There is no image {image}.", f"Fetch it: {step.mode} pull {image} {uri}")
+    print(f"Fetching {uri} to {image}", flush=True)
+    words = [step.options["program"], "pull", *step.options.get("build-option", []), image, uri]
+    if facts.produce(words, image, environ):
+        raise UserError(f"The image {uri} can't be fetched.", "See above; mend its name.")
+
+
+def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
+    """Start the image once with a program that is not there; return the step with what that told.
+
+    Tells whether the engine takes the options, the image, the binds and the private folder.
+    Raises UserError for what is wrong.
+    """
+    said = ""
+    for extra in ({}, {"place": "tmp"}):
+        tried = step.but(options={**step.options, **extra})
+        launch = Launch([], [], {"name": "probe"})
+        output = facts.try_plan(plan_apptainer(tried, Plan(["/no/such/program"], environ), facts, launch))
+        said = os.fsdecode(output.err)
+        if not output.status or "/no/such/program" in said:
+            return tried
+        if "exist in container" not in said:
+            break
+    raise ApptainerEnd(step.targets[0])(255, said, facts) or UserError(
+        f"{step.options['program']} can't run the image {step.targets[0]}.",
+        "Mend what it says.",
+        1,
+        said.strip(),
+    )
+
+
 # ---- cluster modes ------------------------------------------------------------------------------
 
 NODE_BOOT = (
@@ -2791,6 +3145,21 @@ for _mode in (
         )
         for name, title in (("docker", "Docker"), ("podman", "Podman"))
     ),
+    *(
+        Mode(
+            name,
+            f"Run the kernel in a container of {title}; options of `{name} exec` may be given as they are.",
+            [*CONTAINER_OPTIONS, *APPTAINER_OPTIONS],
+            setup_apptainer,
+            plan_apptainer,
+            target="IMAGE",
+            targets=(0, 1),
+            container=True,
+            engine=lambda tokens, facts, name=name: apptainer_options(name, tokens, facts),
+            example=f"envkernel {name} --user --name=course --contain --bind /data:/coursedata:ro image.sif",
+        )
+        for name, title in (("singularity", "Singularity"), ("apptainer", "Apptainer"))
+    ),
     Mode(
         "slurm",
         "Run the rest of the chain in a job of Slurm, on a node.",
@@ -3137,6 +3506,8 @@ def setup(tokens: Sequence[str], facts: Facts, folder: str = "") -> int:
         common[name] = facts.absolute(common[name])
     environ = launch_environ(facts)
     destination = folder or kernelspec_folder(common)
+    if folder:
+        common["update"] = True
     if os.path.exists(destination) and not common.get("replace") and not folder:
         raise UserError(
             f"There is a kernel named {common['name']} already, in {destination}.",
@@ -3156,7 +3527,7 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
     Raises UserError for what is missing.
     """
     common = request.common
-    steps = [MODES[step.mode].setup(step, facts, environ, common) for step in request.steps]
+    steps = setup_steps(request, facts, environ)
     kernel, launch = prepare_kernel(request, steps, facts, environ)
     script = os.path.abspath(__file__)
     files = logo_files(kernel, steps[0].mode, common.get("logo", ""), facts)
@@ -3173,6 +3544,21 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
     install_kernelspec(destination, spec, files, readable="user" not in common, folder=kernel.folder)
     compile_script(script)
     say_installed(common["name"], destination)
+
+
+def setup_steps(request: Request, facts: Facts, environ: Mapping[str, str]) -> list[Step]:
+    """Let each mode check and normalise its step, in the environment that the modes before it make.
+
+    So the program of a container engine can be one that a module brings.  Raises UserError.
+    """
+    steps: list[Step] = []
+    for step in request.steps:
+        mode = MODES[step.mode]
+        steps.append(mode.setup(step, facts, environ, request.common))
+        if mode.remote or mode.container:
+            continue
+        environ = mode.plan(steps[-1], Plan([], environ), facts, Launch([], [])).environ
+    return steps
 
 
 def logo_files(kernel: Kernel, mode: str, own: str, facts: Facts) -> dict[str, bytes]:
@@ -4395,14 +4781,36 @@ class Facts:
         """Return eight hexadecimal digits that nobody can guess."""
         return os.urandom(4).hex()
 
-    def show(self, argv: Sequence[str], environ: Mapping[str, str]) -> int:
-        """Run a program with its output on the terminal; return its exit status."""
+    def show(self, argv: Sequence[str], environ: Mapping[str, str], folder: str | None = None) -> int:
+        """Run a program (in a folder) with its output on the terminal; return its exit status."""
         import subprocess
 
         try:
-            return subprocess.run(argv, env=environ, stdin=subprocess.DEVNULL, check=False).returncode
+            done = subprocess.run(argv, env=environ, cwd=folder, stdin=subprocess.DEVNULL, check=False)
         except OSError as error:
             raise cannot_start(argv[0], error) from None
+        return done.returncode
+
+    def produce(
+        self, argv: Sequence[str], path: str, environ: Mapping[str, str], folder: str | None = None
+    ) -> int:
+        """Run a program that makes a file, named by one of its words; return its exit status.
+
+        The file is made beside its place and put there when it is complete.
+        """
+        part = f"{path}.{self.random()}.part"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            status = self.show([part if word == path else word for word in argv], environ, folder)
+            if not status:
+                os.replace(part, path)
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be written: {os.strerror(error.errno or 0)}.", "Give another path."
+            ) from None
+        finally:
+            remove_tree(part)
+        return status
 
     def try_plan(self, plan: Plan) -> Output:
         """Run a plan's program to its end with its private folder there; nothing is left of either."""

@@ -1,0 +1,342 @@
+"""Singularity and Apptainer: whole plans, and what setup makes of a command line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import envkernel
+from envkernel import Care, Output, Plan, Step, UserError
+from support.facts import FakeFacts
+
+PORTS = {f"{name}_port": 50001 + number for number, name in enumerate(envkernel.STREAMS)}
+CONNECTION = json.dumps({"transport": "tcp", "ip": "127.0.0.1", "key": "secret", **PORTS}).encode()
+FILE = "/run/user/1000/kernel-1.json"
+FOLDER = "/tmp/envkernel-1000/" + envkernel.kernel_key(FILE)
+ENGINE = "/opt/bin/apptainer"
+COMMAND = ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+INNER = "/run/envkernel/connection.json"
+KERNEL = ["python", "-m", "ipykernel_launcher", "-f", INNER]
+
+
+def set_inside(**more: str) -> dict[str, str]:
+    """Return the variables by which the engine is told what to set inside."""
+    inside = {"PYTHONNOUSERSITE": "1", "ENVKERNEL_CONNECTION_FILE": INNER, **more}
+    both = {
+        f"{family}ENV_{name}": value
+        for family in ("APPTAINER", "SINGULARITY")
+        for name, value in inside.items()
+    }
+    return {**both, "APPTAINER_NO_EVAL": "1", "SINGULARITY_NO_EVAL": "1"}
+
+
+@pytest.fixture
+def facts() -> FakeFacts:
+    files = {"/images/a.sif": b"", FILE: CONNECTION, "/data/x": b"", "/cwd/b/x": b""}
+    return FakeFacts(files=files, programs=[ENGINE])
+
+
+def plan(facts: FakeFacts, *tokens: str, environ: dict[str, str] | None = None) -> Plan:
+    """Return the plan of a kernelspec's tokens."""
+    launch = envkernel.launch_from_argv(tokens)
+    return envkernel.plan_launch(launch, facts, {"PATH": "/opt/bin", **(environ or {})})
+
+
+def run(*options: str, mode: str = "apptainer", image: str = "/images/a.sif") -> list[str]:
+    """Return the tokens of a kernelspec as setup writes them."""
+    head = [mode, "run", "--format=2", "--connection-file", FILE, "--name=x", f"--program={ENGINE}"]
+    return [*head, *options, image, "--", *COMMAND]
+
+
+def test_whole_plan(facts: FakeFacts) -> None:
+    care = Care(FOLDER, leader=False, connection=json.loads(CONNECTION))
+    care.files = [(FOLDER + "/connection.json", CONNECTION)]
+    care.explain = envkernel.ApptainerEnd("/images/a.sif")
+    options = ["--bind=/data:/coursedata:ro", "--pass=--contain"]
+    leaks = {"PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "JPY_PARENT_PID": "1", "JUPYTERHUB_API_TOKEN": "t"}
+    assert plan(facts, *run(*options), environ={**leaks, "LANG": "C"}) == Plan(
+        [ENGINE, "exec", "--contain", f"--bind={FOLDER}:/run/envkernel", "--bind=/data:/coursedata:ro"]
+        + ["/images/a.sif", *KERNEL],
+        {"PATH": "/opt/bin", "LANG": "C", **set_inside()},
+        where="the image /images/a.sif",
+        install="pip install %s (a line for %%post of its definition file)",
+        care=care,
+        inside=[ENGINE, "exec", "--contain", "--bind=/data:/coursedata:ro", "/images/a.sif"],
+    )
+
+
+def test_no_network_of_the_host_means_unix_sockets_and_a_relay(facts: FakeFacts) -> None:
+    for tokens in (["--pass=--network=none"], ["--pass=--net"]):
+        care = plan(facts, *run(*tokens)).care
+        assert care is not None
+        own = json.loads(care.files[0][1])
+        assert own == {
+            **json.loads(CONNECTION),
+            **{f"{name}_port": number for number, name in enumerate(envkernel.STREAMS, 1)},
+            "transport": "ipc",
+            "ip": "/run/envkernel/s",
+        }
+        assert care.relay == FOLDER + "/s"
+
+
+def test_network_by_the_engines_own_variables(facts: FakeFacts) -> None:
+    care = plan(facts, *run(), environ={"APPTAINER_NETWORK": "none"}).care
+    assert care is not None
+    assert care.relay
+
+
+def test_values_of_env_are_in_no_argv_and_do_not_change_the_engine(facts: FakeFacts) -> None:
+    made = plan(
+        facts,
+        *run("--env=PATH", "--env=PYTHONPATH"),
+        environ={"PATH": "/$(x)", "PYTHONPATH": "/mine", "HOME": "/h"},
+    )
+    assert "/mine" not in " ".join(made.argv)
+    assert made.environ == {
+        "PATH": envkernel.os.defpath,
+        "HOME": "/h",
+        **set_inside(PATH="/$(x)", PYTHONPATH="/mine"),
+    }
+
+
+def test_working_in_the_notebooks_folder(facts: FakeFacts) -> None:
+    argv = plan(facts, *run("--pwd")).argv
+    assert argv[2:6] == [f"--bind={FOLDER}:/run/envkernel", "--bind=/cwd:/cwd", "--pwd=/cwd", "/images/a.sif"]
+    argv = plan(facts, *run("--pwd", "--workdir=/srv")).argv
+    assert argv[3:5] == ["--bind=/cwd:/cwd", "--pwd=/srv"]
+
+
+def test_copies_go_with_the_kernel(facts: FakeFacts) -> None:
+    made = plan(facts, *run("--copy-workdir", "--mount=type=bind,src=/data,dst=/d,readonly,copy"))
+    assert made.care is not None
+    assert made.care.copies == [("/cwd", FOLDER + ".0"), ("/data", FOLDER + ".1")]
+    assert made.argv[3:6] == [
+        f"--bind={FOLDER}.0:/cwd",
+        f"--mount=type=bind,src={FOLDER}.1,dst=/d,readonly",
+        "--pwd=/cwd",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bind", "token"),
+    [
+        (r"/a b:/c", "--bind=/a b:/c"),
+        (r"/a\:b:/c:ro", "--mount=type=bind,src=/a:b,dst=/c,readonly"),
+        (r"/a\,b", '--mount=type=bind,"src=/a,b","dst=/a,b"'),
+        ('/a"b:/c', '--mount=type=bind,"src=/a""b",dst=/c'),
+        ("/$(x);{y}'", "--bind=/$(x);{y}':/$(x);{y}'"),
+    ],
+)
+def test_names_with_odd_characters(facts: FakeFacts, bind: str, token: str) -> None:
+    launch = envkernel.Launch(
+        [Step("apptainer", {"bind": [bind], "program": ENGINE}, ["/images/a.sif"])], COMMAND
+    )
+    assert plan(facts, *envkernel.launch_to_argv(launch)).argv[3] == token
+
+
+@pytest.mark.parametrize(
+    ("devices", "flag"), [([], "--nv"), (["/dev/kfd"], "--rocm"), (["/dev/kfd", "/dev/nvidiactl"], "--nv")]
+)
+def test_gpu(facts: FakeFacts, devices: list[str], flag: str) -> None:
+    facts.files.update(dict.fromkeys(devices, b""))
+    assert plan(facts, *run("--gpu")).argv[2] == flag
+
+
+@pytest.mark.parametrize(("extra", "inside"), [([], ""), (["--pass=--contain"], "/tmp/envkernel")])
+def test_a_writable_image_gets_no_mount_point(facts: FakeFacts, extra: list[str], inside: str) -> None:
+    argv = plan(
+        facts, *run("--place=tmp", "--pass=--writable", *extra), environ={"XDG_RUNTIME_DIR": "/cwd"}
+    ).argv
+    assert f"--bind={FOLDER}:{inside or FOLDER}" in argv
+    assert argv[-1] == (inside or FOLDER) + "/connection.json"
+
+
+def test_an_image_that_is_gone(facts: FakeFacts) -> None:
+    with pytest.raises(UserError, match="There is no image /images/b"):
+        plan(facts, *run(image="/images/b.sif"))
+
+
+# ---- kernelspecs of envkernel 1.x -------------------------------------------------------------------
+
+
+def legacy(*tokens: str, image: str = "/l/simg/0.5.9.simg") -> list[str]:
+    return ["singularity", "run", "--connection-file", FILE, *tokens, image, "--", *COMMAND[:-1], FILE]
+
+
+def test_the_documented_kernelspec_of_1x(facts: FakeFacts) -> None:
+    facts.files["/l/simg/0.5.9.simg"] = b""
+    made = plan(facts, *legacy("--contain", "--bind", "/m/jh/coursedata/:/coursedata"))
+    assert made.argv == [
+        *(
+            ENGINE,
+            "exec",
+            "--contain",
+            f"--bind={FOLDER}:/run/envkernel",
+            "--bind=/m/jh/coursedata/:/coursedata",
+        ),
+        *("/l/simg/0.5.9.simg", *KERNEL),
+    ]
+
+
+def test_options_of_1x(facts: FakeFacts) -> None:
+    facts.files["/l/simg/0.5.9.simg"] = b""
+    facts.programs.add("/opt/bin/singularity")
+    argv = plan(facts, *legacy("--pwd", "--workdir", "/scratch", "-ec", "-B/a,/b:/c:ro", "--net")).argv
+    assert argv == [
+        *("/opt/bin/singularity", "exec", "--cleanenv", "--contain", "--net", "--workdir=/scratch"),
+        *(
+            f"--bind={FOLDER}:/run/envkernel",
+            "--bind=/a:/a",
+            "--bind=/b:/c:ro",
+            "--bind=/cwd:/cwd",
+            "--pwd=/cwd",
+        ),
+        *("/l/simg/0.5.9.simg", *KERNEL),
+    ]
+
+
+# ---- setup -------------------------------------------------------------------------------------------
+
+
+def setup(facts: FakeFacts, mode: str, *tokens: str, common: dict[str, Any] | None = None) -> Step:
+    """Return what setup makes of the tokens of one mode."""
+    row = envkernel.MODES[mode]
+    step, _ = envkernel.parse_step(row, tokens, facts, {})
+    return row.setup(step, facts, {"PATH": "/usr/bin:/opt/bin", "HOME": "/home/me"}, common or {})
+
+
+HELP = b"""
+  -B, --bind strings     a bind
+  -c, --contain          less of the host
+      --no-eval          no shell
+  -W, --workdir string   for /tmp
+"""
+
+
+class Engine(FakeFacts):
+    """A world where the engine starts what it is given, except for one thing it says."""
+
+    fails = "FATAL:   stat /no/such/program: no such file or directory"
+
+    def output(self, argv: list[str], environ: dict[str, str]) -> Output:
+        self.asked.append(list(argv))
+        if argv[1:] == ["exec", "--help"]:
+            return Output(0, HELP)
+        return Output(255, b"", self.fails.encode())
+
+
+@pytest.fixture
+def engine(facts: FakeFacts) -> Engine:
+    return Engine(files=facts.files, programs=facts.programs)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_options_may_stand_anywhere(engine: Engine, order: int) -> None:
+    options = [["--contain", "--bind", "b:/c"], ["-c", "-Bb:/c"], ["--bind=b:/c", "-c"]][order]
+    for tokens in ([*options, "/images/a.sif"], ["/images/a.sif", *options]):
+        assert setup(engine, "apptainer", *tokens) == Step(
+            "apptainer", {"bind": ["/cwd/b:/c"], "program": ENGINE}, ["/images/a.sif"], ["--contain"]
+        )
+
+
+def test_singularity_falls_back_on_apptainer(engine: Engine) -> None:
+    assert setup(engine, "singularity", "/images/a.sif").options["program"] == ENGINE
+    engine.programs = {"/usr/bin/singularity"}
+    assert setup(engine, "apptainer", "/images/a.sif").options["program"] == "/usr/bin/singularity"
+    engine.programs = set()
+    with pytest.raises(UserError, match="no apptainer and no singularity") as caught:
+        setup(engine, "apptainer", "/images/a.sif")
+    assert caught.value.status == 127
+
+
+def test_the_two_meanings_of_workdir(engine: Engine) -> None:
+    step = setup(engine, "apptainer", "--workdir=/srv", "-W", "scratch", "/images/a.sif")
+    assert step.options["workdir"] == "/srv"
+    assert step.engine == ["--workdir=/cwd/scratch"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["/images/no.sif"], "There is no image /images/no.sif"),
+        (["--bind=/no", "/images/a.sif"], "there is no /no"),
+        ([], "needs IMAGE"),
+        (["--build=no.def"], "no definition file /cwd/no.def"),
+        (["--pull=never", "docker://x"], "There is no image /home/me/.local/share/envkernel/images/x.sif"),
+    ],
+)
+def test_what_is_missing(engine: Engine, tokens: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        setup(engine, "apptainer", *tokens)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("FATAL:   mount /a->/b error: mount source /a doesn't exist", "A folder to bind is not there."),
+        ("FATAL:   could not open image: image format not recognized", "/images/a.sif is no image."),
+        ("FATAL:   anything else", "The container of /images/a.sif can't be started."),
+    ],
+)
+def test_what_the_engine_refuses_at_setup(engine: Engine, said: str, message: str) -> None:
+    engine.fails = said
+    with pytest.raises(UserError, match=message) as caught:
+        setup(engine, "apptainer", "/images/a.sif")
+    assert said in caught.value.detail
+
+
+def test_where_mount_points_can_not_be_made(engine: Engine) -> None:
+    first = "FATAL:   container creation failed: destination /run/envkernel doesn't exist in container"
+
+    def output(argv: list[str], environ: dict[str, str]) -> Output:
+        return Output(255, b"", first.encode() if ":/run/envkernel" in str(argv) else Engine.fails.encode())
+
+    engine.output = output  # type: ignore[method-assign]
+    assert setup(engine, "apptainer", "/images/a.sif").options["place"] == "tmp"
+
+
+def test_an_image_is_fetched_once_and_again_at_update(engine: Engine) -> None:
+    image = "/home/me/.local/share/envkernel/images/tune_0.13.sif"
+    pull = (ENGINE, "pull", image, "docker://gjaffe/tune:0.13")
+    engine.answers[pull] = Output(0)
+    step = setup(engine, "apptainer", "docker://gjaffe/tune:0.13")
+    assert step.targets == [image]
+    assert step.options["uri"] == "docker://gjaffe/tune:0.13"
+    assert engine.asked.count(list(pull)) == 1
+    setup(engine, "apptainer", "docker://gjaffe/tune:0.13")
+    assert engine.asked.count(list(pull)) == 1
+    again = ["--uri=docker://gjaffe/tune:0.13", image]
+    assert setup(engine, "apptainer", *again, common={"update": True}) == step
+    assert engine.asked.count(list(pull)) == 2
+
+
+def test_an_image_is_built_from_its_definition(engine: Engine) -> None:
+    engine.files["/cwd/kernel.def"] = b""
+    build = (ENGINE, "build", "--build-arg=A=B", "/cwd/my.sif", "/cwd/kernel.def")
+    engine.answers[build] = Output(0)
+    step = setup(engine, "apptainer", "--build=kernel.def", "--build-option=--build-arg=A=B", "my.sif")
+    assert step.targets == ["/cwd/my.sif"]
+    assert step.options["build"] == "/cwd/kernel.def"
+    with pytest.raises(UserError, match="--dry-run does not build"):
+        setup(engine, "apptainer", "--build=kernel.def", common={"dry-run": True})
+
+
+def test_values_that_an_old_engine_would_evaluate(engine: Engine) -> None:
+    setup(engine, "apptainer", "/images/a.sif", common={"env": ["A=$(x)"]})
+    engine.output = lambda argv, environ: Output(255, b"", Engine.fails.encode())  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="too old to set A as it is"):
+        setup(engine, "apptainer", "/images/a.sif", common={"env": ["A=$(x)"]})
+
+
+def test_the_images_own_command(engine: Engine) -> None:
+    step = setup(engine, "apptainer", "/images/a.sif", common={"kernel": "image"})
+    launch = envkernel.Launch([step], [])
+    assert plan(engine, *envkernel.launch_to_argv(launch)).argv[1] == "run"
+
+
+def test_unknown_options_are_refused_with_a_suggestion(engine: Engine) -> None:
+    with pytest.raises(UserError, match="knows the option --contian") as caught:
+        setup(engine, "apptainer", "--contian", "/images/a.sif")
+    assert "--contain" in caught.value.hint
