@@ -42,15 +42,62 @@ CONNECTION_FILE = "{connection_file}"
 RESOURCE_DIR = "{resource_dir}"
 """Jupyter's placeholder for the folder of the kernelspec."""
 
-BOOT = (
-    "import sys;from _frozen_importlib_external import SourceFileLoader as L;p=sys.argv[1];"
-    "m=type(sys)('envkernel');m.__file__=p;sys.modules['envkernel']=m;"
-    "L('envkernel',p).exec_module(m);sys.exit(m.main(sys.argv[2:]))"
-)
-"""What the kernelspec gives to ``python -c``: load this file through its cached bytecode.
+BOOT = """\
+import sys, marshal
+from _frozen_importlib_external import SourceFileLoader, cache_from_source
+path = sys.argv[1]
+loader = SourceFileLoader('envkernel', path)
+module = type(sys)('envkernel')
+module.__file__ = path
+sys.modules['envkernel'] = module
+try:
+    stamp, code, rest = marshal.loads(loader.get_data(cache_from_source(path, optimization='launch')))
+    if stamp != sorted(loader.path_stats(path).items()):
+        raise ValueError
+    module.REST = rest
+except Exception:
+    code = loader.get_code('envkernel')
+exec(code, module.__dict__)
+sys.exit(module.main(sys.argv[2:]))
+"""
+"""What the kernelspec gives to ``python -c``: load this file through cached bytecode.
 
-A script is compiled anew at each start (10 ms for 1,600 lines), an imported file is not.  The loader
-is named outright because ``import`` wants a name that ends in ``.py`` and a search path."""
+A script is compiled anew at each start (10 ms for 1,600 lines), an imported file is not.  Where setup
+could write it, there is a cache of our own: the code of `LAUNCH_SECTIONS`, and the rest as bytes that
+`load_rest` makes code of where it is needed.  Else Python's own cache serves; the loader is named
+outright because ``import`` wants a name that ends in ``.py`` and a search path."""
+
+LAUNCH_SECTIONS = frozenset(
+    (
+        "constants",
+        "errors",
+        "records",
+        "kernelspec tokens",
+        "options",
+        "environment modes",
+        "effects",
+        "launch log",
+        "main",
+    )
+)
+"""The sections of this file that start a kernel in an environment: all that such a launch loads."""
+
+OTHER_MODES = frozenset(("docker", "podman", "singularity", "apptainer", "slurm", "yarn"))
+"""The modes that need the rest of this file."""
+
+
+def split_sections(source: str) -> tuple[str, str]:
+    """Return the source of `LAUNCH_SECTIONS` and that of the rest; lines keep their numbers."""
+    launch: list[str] = []
+    rest: list[str] = []
+    in_launch = True
+    for line in source.split("\n"):
+        if line.startswith("# ---- "):
+            in_launch = line.strip("# -") in LAUNCH_SECTIONS
+        launch.append(line if in_launch else "")
+        rest.append("" if in_launch else line)
+    return "\n".join(launch), "\n".join(rest)
+
 
 # ---- errors -------------------------------------------------------------------------------------
 
@@ -266,6 +313,16 @@ class Mode(Record):
         self.example = example
 
 
+MODES: dict[str, Mode] = {}
+"""The registry: each mode by its name and its aliases."""
+
+
+def register(*modes: Mode) -> None:
+    """Add modes to the registry; each family of modes does so at the end of its section."""
+    for mode in modes:
+        MODES.update(dict.fromkeys((mode.name, *mode.aliases), mode))
+
+
 # ---- kernelspec tokens --------------------------------------------------------------------------
 
 _ESCAPE = "%:"
@@ -376,7 +433,7 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
             f"This kernelspec was written by another version of envkernel ({tokens[2]}).",
             "Make it again with this one: envkernel update NAME.",
         )
-    mode = find_mode(tokens[0])
+    mode = MODES.get(tokens[0]) or find_mode(tokens[0])
     common: dict[str, Any] = {}
     steps: list[Step] = []
     rest = [mode.name, *tokens[2:]]
@@ -387,8 +444,11 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
         if "--" in own:
             cut = own.index("--")
             own, rest = own[:cut], own[cut + 1 :]
-        steps.append(_read_step(mode, own, common))
-        check_targets(mode, steps[-1])
+        step = _read_step(mode, own, common)
+        if not mode.targets[0] <= len(step.targets) <= mode.targets[1] or "" in step.targets:
+            load_rest()
+            check_targets(mode, step)
+        steps.append(step)
     known = [
         (placeholder, common[name])
         for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
@@ -429,7 +489,7 @@ def _read_step(mode: Mode, tokens: Sequence[str], common: dict[str, Any]) -> Ste
     return step
 
 
-# ---- command line -------------------------------------------------------------------------------
+# ---- options ------------------------------------------------------------------------------------
 
 COMMON_OPTIONS = [
     Option("--format", "Form of this command line.", metavar="N", run=True, setup=False),
@@ -513,6 +573,8 @@ COMMON_OPTIONS = [
     Option("--dry-run", "Print the kernel.json and write nothing."),
 ]
 """Options of every mode; they stand before the first ``--``."""
+
+# ---- command line -------------------------------------------------------------------------------
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -1496,6 +1558,51 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
             f"Try: {plan.install % PACKAGES.get(module, module)}.",
             detail=os.fsdecode(said.err).strip(),
         )
+
+
+register(
+    Mode(
+        "conda",
+        "Activate a conda environment: PATH, variables and activate.d scripts, as `conda activate` does.",
+        [Option("--root", "Root prefix of conda.", metavar="DIR", kind="path", run=True, setup=False)],
+        setup_conda,
+        plan_conda,
+        target="PREFIX-OR-NAME",
+        example="envkernel conda --user --name=science /opt/conda/envs/science",
+    ),
+    Mode(
+        "virtualenv",
+        "Activate a virtualenv, as `source PATH/bin/activate` does.",
+        [
+            Option(
+                "--create",
+                "Make the virtualenv (with --python, where given) and install ipykernel into it.",
+                example="envkernel virtualenv --user --name=new --create ~/new",
+            )
+        ],
+        setup_virtualenv,
+        plan_virtualenv,
+        aliases=("venv",),
+        target="PATH",
+        example="envkernel virtualenv --user --name=my-env ~/my-env",
+    ),
+    Mode(
+        "lmod",
+        "Load modules of Lmod or Environment Modules, as `module load` does; -MODULE unloads one.",
+        [
+            Option("--purge", "Unload all modules first.", run=True),
+            Option("--use", "Add a folder of modulefiles.", metavar="DIR", many=True, run=True),
+            Option("--restore", "Restore a saved collection.", metavar="COLLECTION", run=True),
+            Option("--recorded", "", metavar="NAME=VALUE", many=True, run=True, setup=False),
+        ],
+        setup_lmod,
+        plan_lmod,
+        target="MODULE...",
+        targets=(0, 999),
+        minus=True,
+        example="envkernel lmod --user --name=anaconda3 --purge anaconda3",
+    ),
+)
 
 
 # ---- container modes ----------------------------------------------------------------------------
@@ -2702,6 +2809,40 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
     )
 
 
+register(
+    *(
+        Mode(
+            name,
+            f"Run the kernel in a container of {title}; options of `{name} run` may be given as they are.",
+            [*CONTAINER_OPTIONS, *ENGINE_OPTIONS],
+            setup_engine,
+            plan_engine,
+            target="IMAGE",
+            targets=(0, 1),
+            container=True,
+            engine=lambda tokens, facts, name=name: typed_engine_options(name, tokens, facts),
+            example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro python-image",
+        )
+        for name, title in (("docker", "Docker"), ("podman", "Podman"))
+    ),
+    *(
+        Mode(
+            name,
+            f"Run the kernel in a container of {title}; options of `{name} exec` may be given as they are.",
+            [*CONTAINER_OPTIONS, *APPTAINER_OPTIONS],
+            setup_apptainer,
+            plan_apptainer,
+            target="IMAGE",
+            targets=(0, 1),
+            container=True,
+            engine=lambda tokens, facts, name=name: apptainer_options(name, tokens, facts),
+            example=f"envkernel {name} --user --name=course --contain --bind /data:/coursedata:ro image.sif",
+        )
+        for name, title in (("singularity", "Singularity"), ("apptainer", "Apptainer"))
+    ),
+)
+
+
 # ---- cluster modes ------------------------------------------------------------------------------
 
 NODE_BOOT = (
@@ -3082,84 +3223,7 @@ def plan_slurm(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     )
 
 
-# ---- registry -----------------------------------------------------------------------------------
-
-
-MODES: dict[str, Mode] = {}
-"""Each mode by its name and its aliases."""
-
-for _mode in (
-    Mode(
-        "conda",
-        "Activate a conda environment: PATH, variables and activate.d scripts, as `conda activate` does.",
-        [Option("--root", "Root prefix of conda.", metavar="DIR", kind="path", run=True, setup=False)],
-        setup_conda,
-        plan_conda,
-        target="PREFIX-OR-NAME",
-        example="envkernel conda --user --name=science /opt/conda/envs/science",
-    ),
-    Mode(
-        "virtualenv",
-        "Activate a virtualenv, as `source PATH/bin/activate` does.",
-        [
-            Option(
-                "--create",
-                "Make the virtualenv (with --python, where given) and install ipykernel into it.",
-                example="envkernel virtualenv --user --name=new --create ~/new",
-            )
-        ],
-        setup_virtualenv,
-        plan_virtualenv,
-        aliases=("venv",),
-        target="PATH",
-        example="envkernel virtualenv --user --name=my-env ~/my-env",
-    ),
-    Mode(
-        "lmod",
-        "Load modules of Lmod or Environment Modules, as `module load` does; -MODULE unloads one.",
-        [
-            Option("--purge", "Unload all modules first.", run=True),
-            Option("--use", "Add a folder of modulefiles.", metavar="DIR", many=True, run=True),
-            Option("--restore", "Restore a saved collection.", metavar="COLLECTION", run=True),
-            Option("--recorded", "", metavar="NAME=VALUE", many=True, run=True, setup=False),
-        ],
-        setup_lmod,
-        plan_lmod,
-        target="MODULE...",
-        targets=(0, 999),
-        minus=True,
-        example="envkernel lmod --user --name=anaconda3 --purge anaconda3",
-    ),
-    *(
-        Mode(
-            name,
-            f"Run the kernel in a container of {title}; options of `{name} run` may be given as they are.",
-            [*CONTAINER_OPTIONS, *ENGINE_OPTIONS],
-            setup_engine,
-            plan_engine,
-            target="IMAGE",
-            targets=(0, 1),
-            container=True,
-            engine=lambda tokens, facts, name=name: typed_engine_options(name, tokens, facts),
-            example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro python-image",
-        )
-        for name, title in (("docker", "Docker"), ("podman", "Podman"))
-    ),
-    *(
-        Mode(
-            name,
-            f"Run the kernel in a container of {title}; options of `{name} exec` may be given as they are.",
-            [*CONTAINER_OPTIONS, *APPTAINER_OPTIONS],
-            setup_apptainer,
-            plan_apptainer,
-            target="IMAGE",
-            targets=(0, 1),
-            container=True,
-            engine=lambda tokens, facts, name=name: apptainer_options(name, tokens, facts),
-            example=f"envkernel {name} --user --name=course --contain --bind /data:/coursedata:ro image.sif",
-        )
-        for name, title in (("singularity", "Singularity"), ("apptainer", "Apptainer"))
-    ),
+register(
     Mode(
         "slurm",
         "Run the rest of the chain in a job of Slurm, on a node.",
@@ -3181,8 +3245,7 @@ for _mode in (
         engine=srun_options,
         example="envkernel slurm --user --name=gpu --partition=gpu --gres=gpu:1 -- conda science",
     ),
-):
-    MODES.update(dict.fromkeys((_mode.name, *_mode.aliases), _mode))
+)
 
 
 # ---- kernelspec ---------------------------------------------------------------------------------
@@ -3632,13 +3695,37 @@ def image_kernel(request: Request, plan: Plan) -> Kernel:
 
 
 def compile_script(script: str) -> None:
-    """Write the cached bytecode of envkernel.py where it can be written, so that no start compiles it."""
+    """Write the bytecode of envkernel.py where it can be written, so that no start compiles it."""
+    import __future__
+
     import contextlib
     import importlib.util
+    import marshal
     import py_compile
+    import tempfile
+    from importlib.machinery import SourceFileLoader
 
-    with contextlib.suppress(OSError):
+    prefix, sys.pycache_prefix = sys.pycache_prefix, None  # as in the run phase, which ignores PYTHON*
+    loader = SourceFileLoader("envkernel", script)
+    try:
         py_compile.compile(script, importlib.util.cache_from_source(script), doraise=True)
+        stamp = sorted(loader.path_stats(script).items())
+        launch, rest = split_sections(importlib.util.decode_source(loader.get_data(script)))
+        annotations = __future__.annotations.compiler_flag
+        rest_code = compile(rest, script, "exec", annotations, dont_inherit=True)
+        content = marshal.dumps(
+            (stamp, compile(launch, script, "exec", dont_inherit=True), marshal.dumps(rest_code))
+        )
+        cache = importlib.util.cache_from_source(script, optimization="launch")
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(cache), delete=False) as file:
+            file.write(content)
+        os.chmod(file.name, os.stat(script).st_mode & 0o666)
+        os.replace(file.name, cache)
+    except OSError:
+        with contextlib.suppress(OSError, NameError):
+            os.unlink(file.name)
+    finally:
+        sys.pycache_prefix = prefix
 
 
 def kernelspec_folder(common: Mapping[str, Any]) -> str:
@@ -7798,6 +7885,7 @@ def run(tokens: Sequence[str]) -> int:
         log_launch(launch, tokens, plan, before)
         return execute(plan, launch, facts)
     except UserError as error:
+        load_rest()
         launch = launch or salvage_launch(tokens)
         if "log" not in launch.options:
             log_launch(launch, tokens, plan, before)
@@ -7859,8 +7947,25 @@ def setup_or_manage(argv: Sequence[str]) -> int:
         raise
 
 
+def load_rest() -> None:
+    """Make code of what `BOOT` has left out; nothing is to be done where the whole file was loaded."""
+    rest = globals().pop("REST", None)
+    if rest:
+        import marshal
+
+        exec(marshal.loads(rest), globals())
+
+
+def is_light(argv: Sequence[str]) -> bool:
+    """Tell whether a command line starts a kernel in an environment, which `LAUNCH_SECTIONS` suffice for."""
+    parts = [*argv[:1], *(after for before, after in zip(argv, argv[1:]) if before == "--")]
+    return argv[1:3] == ["run", "--format=" + FORMAT] and OTHER_MODES.isdisjoint(parts)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command line `argv` (without the program's name); return the exit status."""
+    if not is_light(argv):
+        load_rest()
     try:
         if len(argv) > 1 and argv[1] == "run" and argv[0] in MODES:
             return run(argv)
