@@ -12,6 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "envkernel.py"
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "envkernel-tests"
+CACHE = Path(os.environ.get("ENVKERNEL_TEST_CACHE") or CACHE)
+
+
+def cache_dir() -> Path:
+    """Return the private folder for what is made once and kept between runs, whatever HOME a test has."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE
 
 
 def missing(what: str) -> NoReturn:
@@ -19,14 +27,6 @@ def missing(what: str) -> NoReturn:
     if IN_CI:
         pytest.fail(f"missing in CI: {what}", pytrace=False)
     pytest.skip(f"missing: {what}")
-
-
-def cache_dir() -> Path:
-    """Return the private folder for what is made or fetched once and kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(os.environ.get("ENVKERNEL_TEST_CACHE") or Path(home) / "envkernel-tests")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def done(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
