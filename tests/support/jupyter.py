@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 import time
+import unittest
 import uuid
 from pathlib import Path
 from typing import Any, Iterator
 
+import jupyter_kernel_test
 import pytest
 from jupyter_client import BlockingKernelClient, KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
@@ -206,10 +208,13 @@ class Jupyter:
             time.sleep(0.05)
 
     @contextlib.contextmanager
-    def kernel(self, name: str, environ: dict[str, str] | None = None, **options: Any) -> Iterator[Kernel]:
+    def kernel(
+        self, name: str, environ: dict[str, str] | None = None, alone: bool = True, **options: Any
+    ) -> Iterator[Kernel]:
         """Start a kernel by name, as Jupyter does; afterwards it is shut down and nothing may be left.
 
-        environ: added to the environment.  options: for `KernelManager.start_kernel`.
+        environ: added to the environment.  alone: no other kernel runs when it ends.
+        options: for `KernelManager.start_kernel`.
         """
         manager = KernelManager(
             kernel_name=name,
@@ -227,8 +232,41 @@ class Jupyter:
             if manager.has_kernel:
                 manager.shutdown_kernel(now=True)
             manager.cleanup_resources()
-        left = self.leftovers()
+        left = self.leftovers() if alone else ""
         assert not left, f"left behind by the kernel {name}:\n{left}"
+
+
+class ProtocolTests(jupyter_kernel_test.KernelTests):
+    """What jupyter_kernel_test asks of a Python kernel."""
+
+    language_name = "python"
+    file_extension = ".py"
+    code_hello_world = "print('hello, world')"
+    code_stderr = "import sys; print('test', file=sys.stderr)"
+    completion_samples = ({"text": "zi", "matches": {"zip"}},)
+    complete_code_samples = ("1", "print('hello, world')", "def f(x):\n  return x*2\n\n\n")
+    incomplete_code_samples = ("print('''hello", "def f(x):\n  x*2")
+    invalid_code_samples = ("import = 7q",)
+    code_page_something = "zip?"
+    code_generate_error = "raise"
+    code_execute_result = ({"code": "1+2+3", "result": "6"},)
+    code_display_data = (
+        {"code": "from IPython.display import HTML, display; display(HTML('<b>x</b>'))", "mime": "text/html"},
+    )
+    code_inspect_sample = "zip"
+    code_clear_output = "from IPython.display import clear_output; clear_output()"
+    support_history = True
+
+
+def run_protocol_tests(name: str) -> None:
+    """Run jupyter_kernel_test on an installed Python kernel."""
+    case = type("Case", (ProtocolTests,), {"kernel_name": name})
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
+    wrong = [text for _, text in [*result.failures, *result.errors]]
+    assert not wrong, "\n".join(wrong)
+    assert result.testsRun >= 12
+    assert not result.skipped
 
 
 @pytest.fixture
@@ -239,7 +277,7 @@ def jupyter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jupyter
             monkeypatch.delenv(name)
     private = Jupyter(tmp_path / "jupyter")
     for name, value in private.environ.items():
-        if name.startswith("JUPYTER_") or name in ("HOME", "IPYTHONDIR"):
+        if name.startswith("JUPYTER_") or name in ("HOME", "IPYTHONDIR", MARK):
             monkeypatch.setenv(name, value)
     yield private
     left = private.leftovers(patience=3)
