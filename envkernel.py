@@ -5163,6 +5163,9 @@ def cannot_start(program: str, error: OSError) -> UserError:
 LOGS_KEPT = 10
 """How many launches of one kernel are remembered."""
 
+LOGGED_STDERR = 4096
+"""How many bytes of stderr's beginning a log holds, in the modes where a process stays beside the kernel."""
+
 _SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 
 
@@ -5253,6 +5256,16 @@ def append_log(path: str, text: str) -> None:
         os.close(file)
     except OSError:
         return
+
+
+def end_text(status: int, said: bytes, key: str) -> str:
+    """Return what the log of a launch says at its end.
+
+    status: as in `Output`.  said: the beginning of what the program said on stderr.  key: never shown.
+    """
+    lines = printable(said.decode("utf-8", "replace"), key).splitlines()
+    words = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return "\n".join(["stderr:", *("  " + line for line in lines), "ended: " + words])
 
 
 def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
@@ -6019,6 +6032,7 @@ class Supervisor:
         self.care = care
         self.facts = facts
         self.said = b""
+        self.began = b""
         self.status = 0
         self.ended = False
         self.wanted = False  # somebody wanted it to end
@@ -6058,8 +6072,9 @@ class Supervisor:
         self.listener.join(1)
 
     def listen_to_stderr(self) -> None:
-        """Keep the end of what the program says on stderr, and pass it on."""
+        """Keep beginning and end of what the program says on stderr, and pass it on."""
         for text in iter(lambda: os.read(self.stderr, 1 << 13), b""):
+            self.began += text[: LOGGED_STDERR - len(self.began)]
             self.said = (self.said + text)[-1 << 13 :]
             try:
                 while text:
@@ -6147,9 +6162,10 @@ class Supervisor:
         os.close(self.leash)
 
 
-def supervise(plan: Plan, care: Care, facts: Facts) -> int:
+def supervise(plan: Plan, care: Care, facts: Facts, log: str = "") -> int:
     """Run a plan's program with this process beside it; return the exit status for Jupyter.
 
+    log: path of the launch log, which gets to know how it began and ended.
     Raises UserError where the program can't be started, or ended before the kernel ever answered.
     """
     supervisor = Supervisor(plan, care, facts)
@@ -6158,6 +6174,7 @@ def supervise(plan: Plan, care: Care, facts: Facts) -> int:
         supervisor.stand_by()
         return supervisor.finish()
     finally:
+        append_log(log, end_text(supervisor.status, supervisor.began, care.connection.get("key", "")))
         supervisor.close()
 
 
@@ -7909,7 +7926,7 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
         return RemoteKernel(plan, plan.job, launch, facts).serve()
     if not plan.care:
         become(plan)
-    return supervise(plan, plan.care, facts)
+    return supervise(plan, plan.care, facts, launch.options.get("log", ""))
 
 
 def become(plan: Plan) -> NoReturn:

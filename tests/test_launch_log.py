@@ -118,3 +118,11 @@ def test_the_state_of_the_process():
     assert envkernel.process_state(HEAD, Files({})).startswith("running: no")
     assert envkernel.process_state(HEAD + "ended: exit status 1\n", running) == ""
     assert envkernel.process_state(HEAD + "not started: no image\n", running) == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(0, "exit status 0"), (137, "exit status 137"), (-9, "signal 9")]
+)
+def test_the_end_tells_status_and_stderr_without_the_key(status, words):
+    text = envkernel.end_text(status, b"\x1b[31mred\x1b[0m abc\xff\nkey: 12-34", "12-34")
+    assert text == f"stderr:\n  red abc\ufffd\n  key: ***\nended: {words}"
