@@ -4580,6 +4580,33 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     return setup(command, facts, kernel.folder)
 
 
+def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
+    """Return what the newest log of a kernel says, and where it is.
+
+    Raises UserError where there is none.
+    """
+    folder, prefix = log_place(name, environ)
+    names = sorted(file for file in facts.listdir(folder) if file.startswith(prefix))
+    text = facts.read(f"{folder}/{names[-1]}") if names else None
+    if text is None:
+        raise UserError(
+            f"The kernel {name} has no launch log in {folder}.",
+            "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
+        )
+    return f"{folder}/{names[-1]}\n{os.fsdecode(text)}{process_state(os.fsdecode(text), facts)}"
+
+
+def process_state(text: str, facts: Facts) -> str:
+    """Return a line on what became of a launch whose log has no end: the process may be the kernel now."""
+    lines = dict(line.partition(": ")[::2] for line in text.splitlines())
+    if "ended" in lines or "not started" in lines:
+        return ""
+    words = os.fsdecode(facts.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
+    if any(word.endswith(".json") and word in text for word in words):
+        return "running: yes\n"
+    return "running: no (what it said and its exit status are in the log of Jupyter)\n"
+
+
 def log_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel log NAME``: print the newest launch log of a kernel."""
     sys.stdout.write(newest_log(options["NAME"], os.environ, facts))
@@ -5163,9 +5190,6 @@ def cannot_start(program: str, error: OSError) -> UserError:
 LOGS_KEPT = 10
 """How many launches of one kernel are remembered."""
 
-LOGGED_STDERR = 4096
-"""How many bytes of stderr's beginning a log holds, in the modes where a process stays beside the kernel."""
-
 _SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 
 
@@ -5256,43 +5280,6 @@ def append_log(path: str, text: str) -> None:
         os.close(file)
     except OSError:
         return
-
-
-def end_text(status: int, said: bytes, key: str) -> str:
-    """Return what the log of a launch says at its end.
-
-    status: as in `Output`.  said: the beginning of what the program said on stderr.  key: never shown.
-    """
-    lines = printable(said.decode("utf-8", "replace"), key).splitlines()
-    words = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return "\n".join(["stderr:", *("  " + line for line in lines), "ended: " + words])
-
-
-def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
-    """Return what the newest log of a kernel says, and where it is.
-
-    Raises UserError where there is none.
-    """
-    folder, prefix = log_place(name, environ)
-    names = sorted(file for file in facts.listdir(folder) if file.startswith(prefix))
-    text = facts.read(f"{folder}/{names[-1]}") if names else None
-    if text is None:
-        raise UserError(
-            f"The kernel {name} has no launch log in {folder}.",
-            "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
-        )
-    return f"{folder}/{names[-1]}\n{os.fsdecode(text)}{process_state(os.fsdecode(text), facts)}"
-
-
-def process_state(text: str, facts: Facts) -> str:
-    """Return a line on what became of a launch whose log has no end: the process may be the kernel now."""
-    lines = dict(line.partition(": ")[::2] for line in text.splitlines())
-    if "ended" in lines or "not started" in lines:
-        return ""
-    words = os.fsdecode(facts.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
-    if any(word.endswith(".json") and word in text for word in words):
-        return "running: yes\n"
-    return "running: no (what it said and its exit status are in the log of Jupyter)\n"
 
 
 # ---- relay --------------------------------------------------------------------------------------
@@ -6018,6 +6005,10 @@ class SocketRelay:
         if self.folder >= 0:
             os.close(self.folder)
             self.folder = -1
+
+
+LOGGED_STDERR = 4096
+"""How many bytes of stderr's beginning a log holds, in the modes where a process stays beside the kernel."""
 
 
 class Supervisor:
@@ -7481,6 +7472,16 @@ def printable(text: str, secret: str = "") -> str:
     text = re.sub(r"[^\n]*\r(?=[^\n])", "", text)  # a progress bar: the last state of its line
     text = "".join(c for c in text if c in "\n\t" or c.isprintable())
     return text.replace(secret, "***") if secret else text
+
+
+def end_text(status: int, said: bytes, key: str) -> str:
+    """Return what the log of a launch says at its end.
+
+    status: as in `Output`.  said: the beginning of what the program said on stderr.  key: never shown.
+    """
+    lines = printable(said.decode("utf-8", "replace"), key).splitlines()
+    words = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return "\n".join(["stderr:", *("  " + line for line in lines), "ended: " + words])
 
 
 def failure_lines(failure: Failure) -> list[str]:

@@ -1,0 +1,114 @@
+"""Kernels of other languages, found by --kernel in the environment itself."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import done, missing
+from support.venvs import BASE_PYTHON, ENVIRON, UV, install
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture(scope="session")
+def polyglot(tmp_path_factory):
+    """A virtualenv with the kernels of bash and of xeus-python, each installed as it tells users to."""
+    path = tmp_path_factory.mktemp("polyglot") / "venv"
+    done(UV, "venv", "-q", "--python", BASE_PYTHON, path, env=ENVIRON)
+    install(path, "bash_kernel", "xeus-python")
+    done(path / "bin" / "python", "-m", "bash_kernel.install", "--sys-prefix", env=ENVIRON)
+    return path
+
+
+@pytest.fixture(scope="session")
+def r_environment(tmp_path_factory):
+    """A conda environment with R, as conda lays it out; R and IRkernel are Debian's."""
+    program = shutil.which("R", path="/usr/bin")
+    if not program or not os.path.isdir("/usr/lib/R/site-library/IRkernel"):
+        missing("Debian's r-cran-irkernel")
+    prefix = tmp_path_factory.mktemp("r") / "envs" / "statistics"
+    (prefix / "conda-meta").mkdir(parents=True)
+    (prefix / "bin").mkdir()
+    (prefix / "bin" / "R").symlink_to(program)
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    code = f"IRkernel::installspec(user = FALSE, prefix = '{prefix}')"
+    done("/usr/bin/Rscript", "-e", code, env=environ)
+    return prefix
+
+
+CASES = {
+    "bash": ("bash", "echo $((6 * 7))", "42\n", "sleep 60", ""),
+    "xpython": ("python", "print(6 * 7)", "42\n", "import time; time.sleep(60)", "KeyboardInterrupt"),
+    "ir": ("R", "cat(6 * 7)", "42", "Sys.sleep(60)", ""),
+}
+"""By kernel: language, code, what it prints, code that an interrupt ends, and the error's name."""
+
+
+def check_files(jupyter, name, folder, mode):
+    """Compare the logos and metadata with those that the environment's own kernelspec has."""
+    own = json.loads((folder / "kernel.json").read_text())
+    spec = jupyter.spec(name)
+    assert spec["language"] == own["language"]
+    metadata = {key: value for key, value in spec["metadata"].items() if key != "envkernel"}
+    assert metadata == own.get("metadata", {})
+    assert spec.get("interrupt_mode") == own.get("interrupt_mode")
+    assert spec["metadata"]["envkernel"]["mode"] == mode
+    installed = {path.name: path.read_bytes() for path in (jupyter.kernels / name).iterdir()}
+    for path in folder.iterdir():
+        if path.name != "kernel.json":
+            assert (installed[path.name] == path.read_bytes()) == (not path.name.startswith("logo-"))
+    assert {"logo-32x32.png", "logo-64x64.png", "logo-svg.svg"} <= installed.keys()
+    assert b"<circle" in installed["logo-svg.svg"]
+
+
+def check_kernel(jupyter, name, case):
+    """Run code in a kernel, interrupt it, and go on."""
+    language, code, printed, sleep, error = CASES[case]
+    assert jupyter.spec(name)["language"] == language
+    with jupyter.kernel(name) as kernel:
+        assert kernel.execute(code) == (printed, None)
+        message = kernel.client.execute(sleep)
+        while kernel.client.get_iopub_msg(timeout=20)["msg_type"] != "execute_input":
+            pass
+        kernel.client.get_iopub_msg  # noqa: B018
+        import time
+
+        time.sleep(0.5)
+        start = time.monotonic()
+        kernel.manager.interrupt_kernel()
+        while True:
+            reply = kernel.client.get_shell_msg(timeout=20)
+            if reply["parent_header"]["msg_id"] == message:
+                break
+        assert time.monotonic() - start < 10
+        assert reply["content"]["status"] in ("error", "abort", "aborted")
+        assert error in reply["content"].get("ename", "")
+        assert kernel.execute(code) == (printed, None)
+
+
+@pytest.mark.parametrize("name", ["bash", "xpython"])
+def test_a_kernel_of_the_virtualenv(name, jupyter, polyglot):
+    jupyter.setup("virtualenv", f"my-{name}", f"--kernel={name}", polyglot)
+    check_files(jupyter, f"my-{name}", polyglot / "share/jupyter/kernels" / name, "virtualenv")
+    check_kernel(jupyter, f"my-{name}", name)
+
+
+def test_r_of_a_conda_environment(jupyter, r_environment):
+    jupyter.setup("conda", "statistics", "--kernel=ir", r_environment)
+    check_files(jupyter, "statistics", r_environment / "share/jupyter/kernels/ir", "conda")
+    check_kernel(jupyter, "statistics", "ir")
+
+
+def test_r_by_its_name_alone(jupyter, r_environment):
+    """Where no kernelspec is installed beside R, --kernel=ir knows the command."""
+    kernels = r_environment / "share"
+    hidden = kernels.rename(r_environment / "hidden")
+    try:
+        jupyter.setup("conda", "plain-r", "--kernel=ir", r_environment)
+    finally:
+        hidden.rename(kernels)
+    check_kernel(jupyter, "plain-r", "ir")
