@@ -346,14 +346,25 @@ def encode_token(text: str, force: bool = False, unsafe: str = "{") -> str:
 
 
 def decode_token(token: str) -> str:
-    """Return the text that `encode_token` made `token` of."""
+    """Return the text that `encode_token` made `token` of.  Raises UserError where it made no such token."""
     if not token.startswith(_ESCAPE):
         return token
     first, *parts = token[len(_ESCAPE) :].split("%")
     raw = [os.fsencode(first)]
-    for part in parts:
-        raw.append(bytes((int(part[:2], 16),)) + os.fsencode(part[2:]))
+    try:
+        for part in parts:
+            raw.append(bytes((int(part[:2], 16),)) + os.fsencode(part[2:]))
+    except ValueError:
+        raise broken_kernelspec(f"it has {token!r}") from None
     return os.fsdecode(b"".join(raw))
+
+
+def broken_kernelspec(reason: str) -> UserError:
+    """Return the error for a kernelspec that envkernel did not write like that."""
+    return UserError(
+        f"The kernelspec is broken: {reason}.",
+        "Somebody has edited it; make it again: envkernel update NAME.",
+    )
 
 
 def encode_command_token(text: str, force: bool = False) -> str:
@@ -426,6 +437,8 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
 
     Raises UserError for tokens that envkernel did not write, or a newer one did.
     """
+    if not tokens:
+        raise broken_kernelspec("its argv is not envkernel's")
     if not any(token.startswith("--format=") for token in tokens[2:3]):
         return legacy_launch(tokens)
     if tokens[2] != "--format=" + FORMAT:
@@ -454,6 +467,8 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
         for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
         if name in common
     ]
+    if not rest:
+        raise broken_kernelspec("the kernel command is missing")
     return Launch(steps, [decode_command_token(token, known) for token in rest], common)
 
 
@@ -579,12 +594,15 @@ COMMON_OPTIONS = [
 
 def suggestion(word: str, known: Sequence[str]) -> str:
     """Return a hint that names the known words nearest to `word`, or lists them all."""
+    return near_words(word, known) or f"Known are: {', '.join(known)}."
+
+
+def near_words(word: str, known: Sequence[str]) -> str:
+    """Return a question that names the known words nearest to `word`, empty where none is near."""
     import difflib
 
     near = difflib.get_close_matches(word, known, 3, 0.6)
-    if near:
-        return "Did you mean {}?".format(" or ".join(near))
-    return "Known are: {}.".format(", ".join(known))
+    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 def find_mode(name: str) -> Mode:
@@ -736,9 +754,11 @@ def read_value(option: Option, token: str, queue: list[str]) -> Any:
             )
         text = queue.pop(0)
     if option.kind == "env" and "=" not in text:
-        if not queue or queue[0] == "--":
+        if not queue or queue[0].startswith("-"):
             raise usage_error(f"--env {text} has no value.", f"Write it as --env {text}=VALUE.")
         text += "=" + queue.pop(0)
+    if not text and option.kind != "env":
+        raise usage_error(f"--{option.name} was given an empty value.", "Leave it out, or give it one.")
     if option.choices and text not in option.choices:
         raise usage_error(f"--{option.name} does not know {text!r}.", suggestion(text, option.choices))
     return text
@@ -1045,20 +1065,20 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     )
 
 
-def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
     """Make the path absolute; with ``--create`` make the environment and install ipykernel into it.
 
     Raises UserError where that fails; then nothing is left of the environment.
     """
     path = facts.absolute(step.targets[0])
     options = {name: value for name, value in step.options.items() if name != "create"}
-    if step.options.get("create") and not facts.exists(path + "/bin/python"):
+    if step.options.get("create"):
         if common.get("dry-run"):
             raise usage_error(
                 "--create makes the virtualenv and --dry-run writes nothing.", "Leave one of them out."
             )
-        python = common.get("python", "SELF")
-        facts.create_virtualenv(path, sys.executable if python == "SELF" else python, ["ipykernel"])
+        python = common.pop("python", "SELF")  # it makes the environment; the kernel's is the one inside
+        facts.create_virtualenv(path, sys.executable if python == "SELF" else python)
     return step.but(targets=[path], options=options)
 
 
@@ -1519,18 +1539,29 @@ def resolve_program(plan: Plan, facts: Facts) -> Plan:
         )
     found = search_program(program, plan.search, facts)
     if not found:
-        package = PACKAGES.get(program, program)
-        raise UserError(f"There is no {program} in {plan.where}.", f"Try: {plan.install % package}.", 127)
+        raise UserError(f"There is no {program} in {plan.where}.", missing_hint(program, plan, facts), 127)
     return plan.but(argv=[found, *plan.argv[1:]])
 
 
-PACKAGES = {
-    "R": "r-irkernel",
-    "python": "ipykernel",
-    "python3": "ipykernel",
-    "ipykernel_launcher": "ipykernel",
-}
+def missing_hint(program: str, plan: Plan, facts: Facts) -> str:
+    """Return what to do about a kernel program that an environment does not have."""
+    pythons = [name for folder in plan.search or () for name in facts.listdir(folder) if is_python(name)]
+    if is_python(program) and pythons:
+        return f"It has {', '.join(sorted(pythons))}: choose one of them with --python."
+    if is_python(program):
+        return f"Try: {plan.install % 'ipykernel'}."
+    if program in PACKAGES and plan.install.startswith("conda "):
+        return f"Try: {plan.install % PACKAGES[program]}."
+    return f"Install {program} there, or give its absolute path as the kernel command, after --."
+
+
+PACKAGES = {"R": "r-irkernel", "ipykernel_launcher": "ipykernel"}
 """What to install for a program or module that is missing."""
+
+
+def is_python(program: str) -> bool:
+    """Tell whether a program's name is that of a Python interpreter."""
+    return os.path.basename(program).rstrip("0123456789.") in ("python", "pypy")
 
 
 def check_kernel_module(plan: Plan, facts: Facts) -> None:
@@ -1539,7 +1570,7 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
     A look into site-packages answers in microseconds where the module is in its usual place; only
     elsewhere the Python itself is asked, at the price of starting it.
     """
-    if "-m" not in plan.argv[1:-1] or not os.path.basename(plan.argv[0]).startswith(("python", "pypy")):
+    if "-m" not in plan.argv[1:-1] or not is_python(plan.argv[0]):
         return
     cut = plan.argv.index("-m", 1)
     module = plan.argv[cut + 1]
@@ -3315,12 +3346,6 @@ def kernel_from_spec(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Ker
     )
 
 
-def is_python(program: str) -> bool:
-    """Tell whether a program's name is that of a Python interpreter."""
-    name = os.path.basename(program)
-    return name.rstrip("0123456789.") in ("python", "pypy")
-
-
 def kernels_inside(plan: Plan, facts: Facts) -> dict[str, str]:
     """Return the kernelspecs that an environment itself holds: their folders by name."""
     found: dict[str, str] = {}
@@ -3429,7 +3454,8 @@ def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
     if not any(CONNECTION_FILE in token for token in command):
         raise usage_error(
             "The kernel command has no {connection_file}, so Jupyter could not talk to the kernel.",
-            "Put {connection_file} where the kernel expects the path of its connection file.",
+            near_words(command[0], sorted(MODES))
+            or "Put {connection_file} where the kernel expects the path of its connection file.",
         )
     if common.get("kernel-make-path-relative"):
         command = [os.path.basename(command[0]), *command[1:]]
@@ -3511,7 +3537,7 @@ def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequ
     metadata["envkernel"] = {
         "version": __version__,
         "mode": modes,
-        "command": setup_command(request, launch.steps),
+        "command": [encode_token(word, unsafe="") for word in setup_command(request, launch.steps)],
     }
     spec: dict[str, Any] = {
         "argv": list(argv),
@@ -3544,9 +3570,10 @@ def check_request(request: Request) -> None:
     if not common.get("name"):
         raise usage_error("The kernel has no name.", "Add --name=NAME.")
     name = common["name"]
-    if not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name in (".", ".."):
+    if not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name[0] in ".-":
         raise usage_error(
-            f"{name!r} can't be the name of a kernel.", "Use ASCII letters, digits, '.', '_' and '-' only."
+            f"{name!r} can't be the name of a kernel.",
+            "Use ASCII letters, digits, '.', '_' and '-' only, and begin with a letter, a digit or '_'.",
         )
     places = [option for option in ("user", "sys-prefix", "prefix") if option in common]
     if len(places) > 1:
@@ -3707,8 +3734,10 @@ def compile_script(script: str) -> None:
 
     prefix, sys.pycache_prefix = sys.pycache_prefix, None  # as in the run phase, which ignores PYTHON*
     loader = SourceFileLoader("envkernel", script)
+    plain = importlib.util.cache_from_source(script)
+    is_new = not os.path.exists(os.path.dirname(plain))
     try:
-        py_compile.compile(script, importlib.util.cache_from_source(script), doraise=True)
+        py_compile.compile(script, plain, doraise=True)
         stamp = sorted(loader.path_stats(script).items())
         launch, rest = split_sections(importlib.util.decode_source(loader.get_data(script)))
         annotations = __future__.annotations.compiler_flag
@@ -3719,8 +3748,12 @@ def compile_script(script: str) -> None:
         cache = importlib.util.cache_from_source(script, optimization="launch")
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(cache), delete=False) as file:
             file.write(content)
-        os.chmod(file.name, os.stat(script).st_mode & 0o666)
         os.replace(file.name, cache)
+        readable = os.stat(script).st_mode & 0o666  # whoever may read the script may read its caches
+        for file_name in (plain, cache):
+            os.chmod(file_name, readable)
+        if is_new:
+            os.chmod(os.path.dirname(plain), 0o700 | readable | (readable & 0o044) >> 2)
     except OSError:
         with contextlib.suppress(OSError, NameError):
             os.unlink(file.name)
@@ -3789,15 +3822,7 @@ def install_kernelspec(
                 file.write(content)
         name = os.path.basename(destination)
         new = manager.install_kernel_spec(source, name, prefix=os.path.join(stage, "prefix"))
-        old = os.path.join(stage, "old")
-        if os.path.lexists(destination):
-            os.rename(destination, old)
-        try:
-            os.rename(new, destination)
-        except OSError:
-            if os.path.lexists(old):
-                os.rename(old, destination)
-            raise
+        swap_folder(new, destination, os.path.join(stage, "old"))
         if readable:
             make_readable(destination, made)
     except OSError as error:
@@ -3810,6 +3835,21 @@ def install_kernelspec(
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def swap_folder(new: str, place: str, aside: str) -> None:
+    """Put the folder `new` in its place; one that stands there goes `aside`.
+
+    It is put back where that fails or is interrupted.  All are on one file system.  Raises OSError.
+    """
+    try:
+        if os.path.lexists(place):
+            os.rename(place, aside)
+        os.rename(new, place)
+    except BaseException:
+        if os.path.lexists(aside) and not os.path.lexists(place):
+            os.rename(aside, place)
+        raise
 
 
 def first_missing(folder: str) -> str:
@@ -4421,13 +4461,25 @@ def completion_command(options: Mapping[str, Any], facts: Facts) -> int:
 
 
 class Installed(Record):
-    """An installed kernelspec of ours.  tokens: what its run phase reads."""
+    """An installed kernelspec of ours.
+
+    tokens: what its run phase reads.  command: what made it, empty where that is not known (1.x).
+    """
 
     def __init__(self, name: str, folder: str, spec: Mapping[str, Any], tokens: Sequence[str]) -> None:
         self.name = name
         self.folder = folder
         self.spec = dict(spec)
         self.tokens = list(tokens)
+        words = own_metadata(spec).get("command")
+        self.command = [decode_token(word) for word in words] if isinstance(words, list) else []
+
+
+def own_metadata(spec: Any) -> dict[str, Any]:
+    """Return ``metadata.envkernel`` of a kernel.json, whatever stands there."""
+    for key in ("metadata", "envkernel"):
+        spec = spec.get(key) if isinstance(spec, dict) else None
+    return spec if isinstance(spec, dict) else {}
 
 
 def our_kernels(facts: Facts) -> list[Installed]:
@@ -4439,10 +4491,10 @@ def our_kernels(facts: Facts) -> list[Installed]:
         try:
             spec = json.loads(facts.read(folder + "/kernel.json") or b"")
             tokens = run_tokens(spec["argv"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if tokens or "envkernel" in spec.get("metadata", {}):
-            found.append(Installed(name, folder, spec, tokens))
+            if tokens or own_metadata(spec):
+                found.append(Installed(name, folder, spec, tokens))
+        except (ValueError, KeyError, TypeError, RecursionError, UserError):
+            continue  # not ours, or so broken that nothing can be said of it
     return found
 
 
@@ -4485,8 +4537,10 @@ def state_of(kernel: Installed, facts: Facts) -> str:
 
 def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
     """Return what `list` says of a kernel."""
+    import contextlib
+
     mode, target = "?", ""
-    if kernel.tokens:
+    with contextlib.suppress(UserError):  # the state says what is wrong
         steps = launch_from_argv(kernel.tokens).steps
         mode = "+".join(step.mode for step in steps)
         target = " -- ".join(" ".join(step.targets) for step in steps)
@@ -4532,7 +4586,6 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
     import shlex
 
     kernel = our_kernel(options["NAME"], facts)
-    command = kernel.spec.get("metadata", {}).get("envkernel", {}).get("command", [])
     try:
         plan: Plan | None = plan_of(kernel, facts)
         state = "ok"
@@ -4547,7 +4600,7 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
         "name": kernel.name,
         "display_name": kernel.spec.get("display_name", ""),
         "folder": kernel.folder,
-        "command": ["envkernel", *command] if command else [],
+        "command": ["envkernel", *kernel.command] if kernel.command else [],
         "state": state,
         "argv": plan.argv if plan else [],
         "environment": dict(sorted(changes.items())),
@@ -4569,7 +4622,7 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
 def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel update NAME``: write a kernel again from the command that made it."""
     kernel = our_kernel(options["NAME"], facts)
-    command = kernel.spec.get("metadata", {}).get("envkernel", {}).get("command")
+    command = kernel.command
     if not command:
         launch = launch_from_argv(kernel.tokens)
         names = {"name": kernel.name, "display-name": kernel.spec.get("display_name", kernel.name)}
@@ -4577,7 +4630,10 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
         request.common.pop("connection-file", None)
         request.common["language"] = kernel.spec.get("language", "python")
         command = setup_command(request, launch.steps)
-    return setup(command, facts, kernel.folder)
+    own = command.index("--") if "--" in command else len(command)
+    name = f"--name={kernel.name}"  # the folder may have been copied to another name
+    head = [name if word.startswith("--name=") else word for word in command[:own]]
+    return setup(head + command[own:], facts, kernel.folder)
 
 
 def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
@@ -4619,7 +4675,10 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
 
     kernel = our_kernel(options["NAME"], facts)
     try:
-        shutil.rmtree(kernel.folder)
+        if os.path.islink(kernel.folder):
+            os.unlink(kernel.folder)
+        else:
+            shutil.rmtree(kernel.folder)
     except OSError as error:
         raise UserError(
             f"The kernelspec {kernel.folder} can't be removed: {os.strerror(error.errno or 0)}.",
@@ -5019,17 +5078,17 @@ class Facts:
 
     def login_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of a login shell, empty where there is no bash."""
-        return self._bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&9"], environ) or {}
+        return self._bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&237"], environ) or {}
 
     quiet = False
     """What scripts and programs say on stderr is dropped (for `list`)."""
 
     def _bash_environ(self, words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str] | None:
-        """Return the environment that bash writes to descriptor 9; None where it wrote none."""
+        """Return the environment that bash writes to descriptor 237; None where it wrote none."""
         file = _scratch_file()
         actions = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
-            (os.POSIX_SPAWN_DUP2, file, 9),
+            (os.POSIX_SPAWN_DUP2, file, 237),
             (os.POSIX_SPAWN_DUP2, 0 if self.quiet else 2, 2),
             (os.POSIX_SPAWN_DUP2, 2, 1),
         ]
@@ -5053,19 +5112,26 @@ class Facts:
         for path in self.made:
             shutil.rmtree(path, ignore_errors=True)
 
-    def create_virtualenv(self, path: str, python: str, packages: Sequence[str]) -> None:
-        """Make a virtualenv and install packages into it, with the tools' own output on the terminal.
+    def create_virtualenv(self, path: str, python: str) -> None:
+        """Make a virtualenv with ipykernel, with the tools' own output on the terminal.
 
+        Where there is one already, only ipykernel is installed, if it is missing.
         Raises UserError where that fails.
         """
         import subprocess
 
-        if os.path.isdir(path) and os.listdir(path):
-            raise UserError(
-                f"{path} is not empty.", "Give a folder that does not exist yet, or leave --create out."
-            )
-        self.made = (first_missing(path) or path,)
-        commands = [[python, "-m", "venv", path], [path + "/bin/python", "-m", "pip", "install", *packages]]
+        inside = path + "/bin/python"
+        commands = [[inside, "-m", "pip", "install", "ipykernel"]]
+        if not os.path.exists(inside):
+            if os.path.lexists(path):
+                raise UserError(
+                    f"{path} is there already and no virtualenv.",
+                    "Give a folder that does not exist yet, or leave --create out.",
+                )
+            self.made = (first_missing(path),)
+            commands.insert(0, [python, "-m", "venv", path])
+        elif not self.output([inside, "-c", "import ipykernel_launcher"], os.environ).status:
+            return
         for command in commands:
             try:
                 done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
@@ -5148,7 +5214,7 @@ for ((__envkernel_at = 0; __envkernel_at < ${#__envkernel[@]}; __envkernel_at +=
     esac
     set +eu
 done
-exec /usr/bin/env -0 >&9
+exec /usr/bin/env -0 >&237
 """
 """The one shell program here: it is given scripts, names and values as words, never as code."""
 
@@ -7938,8 +8004,21 @@ def become(plan: Plan) -> NoReturn:
         raise cannot_start(plan.argv[0], error) from None
 
 
+def prepare_terminal() -> None:
+    """Make a terminal show any text, and its end, like a kill, interrupt what is half done."""
+    import io
+    import signal
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+
+
 def setup_or_manage(argv: Sequence[str]) -> int:
     """What a user types: help, a management command or a setup."""
+    prepare_terminal()
     facts = Facts()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())

@@ -124,6 +124,9 @@ def test_an_option_that_neither_knows_is_refused_with_a_suggestion():
             "before the first --",
         ),
         (["conda", "--name=x", "--env", "A"], "--env A has no value.", "--env A=VALUE"),
+        (["conda", "--name=x", "--env", "A", "--env=B=1", "/e"], "--env A has no value.", "--env A=VALUE"),
+        (["conda", "--name=x", "--prefix=", "/e"], "--prefix was given an empty value.", "Leave it out"),
+        (["conda", "--name=x", ""], "conda was given an empty PREFIX-OR-NAME.", "Usage"),
     ],
 )
 def test_what_cannot_be_understood_gets_a_sentence_and_a_hint(words, message, hint):
@@ -138,6 +141,7 @@ def test_what_cannot_be_understood_gets_a_sentence_and_a_hint(words, message, hi
         ({}, "The kernel has no name."),
         ({"name": "a b"}, "'a b' can't be the name of a kernel."),
         ({"name": "../x"}, "'../x' can't be the name of a kernel."),
+        ({"name": "-x"}, "'-x' can't be the name of a kernel."),
         ({"name": "x", "user": True, "prefix": "/p"}, "--user and --prefix exclude each other."),
         ({"name": "x", "env": ["=1"]}, "--env =1 names no variable."),
     ],

@@ -84,7 +84,7 @@ def test_kernel_commands(common, typed, command):
     [
         ({"kernel-cmd": "R"}, "The kernel command has no {connection_file}"),
         ({"kernel-cmd": "R 'open"}, "The kernel command has an open quote"),
-        ({"kernel-cmd": ""}, "The kernel command is empty."),
+        ({"kernel-cmd": " "}, "The kernel command is empty."),
     ],
 )
 def test_a_kernel_command_that_cannot_work_is_refused(common, message):
@@ -92,6 +92,12 @@ def test_a_kernel_command_that_cannot_work_is_refused(common, message):
         choose(common)
     assert message in caught.value.message
     assert caught.value.status == 2
+
+
+def test_a_mistyped_mode_after_the_dashes_gets_a_suggestion():
+    with pytest.raises(UserError) as caught:
+        choose(command=["cnda", "x"])
+    assert caught.value.hint == "Did you mean conda?"
 
 
 def test_kernel_json():

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import signal
+import stat
 import subprocess
 import sys
 
@@ -57,10 +60,14 @@ TRUE = ("--", "/bin/true", "{connection_file}")
         (
             ["virtualenv", "bare", "--kernel=ir"],
             "There is no R in the virtualenv {world}/bare.",
-            "r-irkernel",
+            "Install R there, or give its absolute path",
         ),
         (["virtualenv", "bare", "--kernel=irr"], "There is no kernel named irr in", "Did you mean ir?"),
-        (["virtualenv", "bare", "--python=python2.1"], "There is no python2.1 in the virtualenv", "Try: "),
+        (
+            ["virtualenv", "bare", "--python=python2.1"],
+            "There is no python2.1 in the virtualenv",
+            "choose one of them with --python",
+        ),
         (
             ["virtualenv", "bare", "--", "/gone/k", "{connection_file}"],
             "There is no program /gone/k.",
@@ -228,13 +235,137 @@ def test_a_create_that_fails_leaves_no_virtualenv(call, world, extra):
     assert kernels(world) == []
 
 
-def test_create_does_not_touch_a_folder_that_holds_something(call, world):
+def test_create_does_not_touch_what_is_there(call, world):
     (world / "mine").mkdir()
-    (world / "mine" / "file").write_text("")
     status, _, err = call("virtualenv", "--name=x", "--user", "--create", "mine")
     assert status == 1
-    assert f"{world}/mine is not empty." in err
-    assert (world / "mine" / "file").exists()
+    assert f"{world}/mine is there already and no virtualenv." in err
+    assert (world / "mine").exists()
+
+
+def test_create_installs_ipykernel_into_a_virtualenv_that_misses_it(call, world):
+    subprocess.run([sys.executable, "-m", "venv", world / "half"], check=True)
+    status, _, err = call(
+        "virtualenv", "--name=x", "--user", "--create", f"--python={sys.executable}", "half"
+    )
+    assert status == 0, err
+    assert json.loads(call("show", "x", "--json")[1])["argv"][0] == str(world / "half" / "bin" / "python")
+
+
+ODD = {
+    "null": {"argv": ["x"], "metadata": None},
+    "list": {"argv": ["x"], "metadata": {"envkernel": []}},
+    "text": {"argv": "x", "metadata": {}},
+    "none": {},
+}
+BROKEN = {
+    "target": ["virtualenv", "run", "--format=2", "--", "/bin/true"],
+    "command": ["virtualenv", "run", "--format=2", "/x"],
+    "token": ["virtualenv", "run", "--format=2", "%:%zz", "--", "/bin/true"],
+    "short": ["virtualenv"],
+    "future": ["virtualenv", "run", "--format=7", "/x", "--", "/bin/true"],
+    "option": ["virtualenv", "run", "--format=2", "--what", "/x", "--", "/bin/true"],
+}
+
+
+def test_no_odd_kernelspec_breaks_the_list(call, world):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    folder = world / "jupyter_data_dir" / "kernels"
+    specs = dict(ODD)
+    for name, tokens in BROKEN.items():
+        argv = [sys.executable, "-I", "-S", "-c", envkernel.BOOT, SCRIPT, *tokens]
+        specs[name] = {"argv": argv, "metadata": {"envkernel": {"mode": "?"}}}
+    for name, spec in specs.items():
+        (folder / name).mkdir()
+        (folder / name / "kernel.json").write_text(json.dumps(spec))
+    (folder / "deep").mkdir()
+    (folder / "deep" / "kernel.json").write_text("[" * 100000)
+    status, out, err = call("list", "--json")
+    assert (status, err) == (0, "")
+    states = {row["name"]: row["state"] for row in json.loads(out)}
+    assert states.pop("x") == "ok"
+    assert states.keys() == BROKEN.keys()
+    assert "ok" not in states.values()
+    for name in BROKEN:
+        assert call("show", name)[0] == 0
+        status, _, err = call("check", name)
+        assert status in (1, 2)
+        assert "Traceback" not in err
+        assert call("remove", name)[0] == 0
+    assert call("list")[0] == 0
+
+
+def test_a_copied_kernelspec_is_updated_under_its_own_name(call, world):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    folder = world / "jupyter_data_dir" / "kernels"
+    shutil.copytree(folder / "x", folder / "y")
+    assert call("update", "y")[0] == 0
+    assert "--name=y" in json.loads((folder / "y" / "kernel.json").read_text())["argv"]
+
+
+def test_a_linked_kernelspec_is_unlinked(call, world):
+    call("virtualenv", "--name=x", f"--prefix={world}/p", "bare", *TRUE)
+    folder = world / "jupyter_data_dir" / "kernels"
+    folder.mkdir(parents=True)
+    (folder / "x").symlink_to(world / "p" / "share" / "jupyter" / "kernels" / "x")
+    assert call("remove", "x")[0] == 0
+    assert kernels(world) == []
+    assert (world / "p" / "share" / "jupyter" / "kernels" / "x" / "kernel.json").exists()
+
+
+def test_the_caches_of_a_self_contained_kernel_are_as_readable_as_the_kernel(call, world):
+    old = os.umask(0o077)
+    try:
+        call("virtualenv", "--name=x", f"--prefix={world}/p", "--self-contained", "bare", *TRUE)
+    finally:
+        os.umask(old)
+    cache = world / "p" / "share" / "jupyter" / "kernels" / "x" / "__pycache__"
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(file.stat().st_mode) for file in cache.iterdir()} == {0o644}
+
+
+def test_what_a_terminal_cannot_show_is_escaped(call, world):
+    name = os.fsdecode(b"h\xff\xc3\xa9")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", world / "bare2"], check=True)
+    (world / "bare2").rename(world / name)
+    call("virtualenv", "--name=x", "--user", "--env=Z=\udcff", str(world / name), *TRUE)
+    for locale in ("C", "C.UTF-8"):
+        environ = {**os.environ, "LC_ALL": locale, "PYTHONIOENCODING": "ascii:strict"}
+        for words in (["list"], ["show", "x"], ["update", "x"]):
+            done = subprocess.run(
+                [sys.executable, SCRIPT, *words], env=environ, capture_output=True, check=False
+            )
+            assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(call("show", "x", "--json")[1])["environment"]["Z"] == "\udcff"
+
+
+def test_a_setup_that_is_killed_while_it_replaces_leaves_the_old_kernel(call, world, monkeypatch):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    spec = world / "jupyter_data_dir" / "kernels" / "x" / "kernel.json"
+    before = spec.read_text()
+    rename = os.rename
+
+    def interrupted(source, target):
+        if "prefix" in source:
+            os.kill(os.getpid(), signal.SIGTERM)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    status, _, err = call(
+        "virtualenv", "--name=x", "--user", "--replace", "--display-name=new", "bare", *TRUE
+    )
+    assert (status, err) == (130, "")
+    assert spec.read_text() == before
+    assert sorted(path.name for path in (world / "jupyter_data_dir").iterdir()) == ["kernels"]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """envkernel.main takes over signals, as it is the program."""
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
 
 
 def test_a_template_brings_its_files_and_its_command(call, world):
