@@ -467,7 +467,7 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
         for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
         if name in common
     ]
-    if not rest:
+    if not rest and not MODES[steps[-1].mode].container:  # an image may have a command of its own
         raise broken_kernelspec("the kernel command is missing")
     return Launch(steps, [decode_command_token(token, known) for token in rest], common)
 
