@@ -3143,6 +3143,7 @@ SLURM_ENDS = (
     ("was cancelled", "The Slurm job {} was cancelled.", "Start the kernel again."),
     ("Job cancelled", "The Slurm job {} was cancelled.", "Start the kernel again."),
     ("CANCELLED AT", "The Slurm job {} was cancelled.", "Start the kernel again."),
+    ("step aborted", "The Slurm job {} was cancelled.", "Start the kernel again."),
     ("execve()", "The node of Slurm job {} has no such Python.", "Name one that it has: --node-python=PATH."),
     (
         "Unable to contact slurm controller",
@@ -3155,7 +3156,7 @@ SLURM_ENDS = (
 
 def slurm_end(status: int, said: str, number: str) -> UserError:
     """Return why a job ended or never began, from srun's exit status and the end of its stderr."""
-    tail = "\n".join(line for line in said.splitlines() if line.startswith(("srun:", "slurmstepd:")))
+    tail = "\n".join(line for line in said.splitlines() if line.startswith(("srun:", "slurmstepd")))
     for sign, message, hint in SLURM_ENDS:
         if sign in tail:
             return UserError(message.format(number).replace("  ", " "), hint, detail=tail)
@@ -5640,7 +5641,7 @@ class Relay:
             self.loop.forget(sock.fileno())
             sock.close()
         for path in self.paths:
-            os.unlink(path)
+            remove_tree(path)
         self.listeners, self.paths = [], []
 
 
@@ -6438,19 +6439,21 @@ class Lines:
 
 
 class NodeKernel:
-    """The kernel below the agent: its folder, connection file, process and the end of its stderr.
+    """The kernel below the agent: its connection file, sockets, process and the end of its stderr.
 
-    The folder (0700) holds the kernel's unix sockets, so that no other user of the node can reach
-    them, and a link to the connection file, which is in memory only (memfd): whatever kills the
-    agent, no key stays behind.
+    Its unix sockets are bound in a private folder (0700), which no other user of the node can enter.
+    As soon as all five are there, the agent opens their inodes and removes the folder; from then on
+    they are reached through /proc/self/fd (unix(7) looks up the inode, not the name).  The
+    connection file is in memory only.  So whatever kills the agent, nothing stays on the node.
     """
 
-    def __init__(self, orders: Mapping[str, Any], folder: str, environ: Mapping[str, str]) -> None:
+    def __init__(self, orders: Mapping[str, Any], environ: Mapping[str, str]) -> None:
         self.orders = orders
-        self.folder = folder
         self.environ = environ
+        self.folder = ""
         self.pid = 0
         self.file = -1
+        self.sockets: list[int] = []
         self.bound = False
         self.tail = b""
         self.problem: dict[str, Any] | None = None
@@ -6460,14 +6463,15 @@ class NodeKernel:
         import json
 
         self.bound, self.tail, self.problem = False, b"", None
-        self.connection = node_connection(connection, self.orders.get("transport", "ipc"), self.folder)
+        transport = self.orders.get("transport", "ipc")
+        self.folder = make_node_folder() if transport == "ipc" else ""
+        self.connection = node_connection(connection, transport, self.folder)
         self.file = os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
         os.write(self.file, json.dumps(self.connection).encode())
-        path = f"{self.folder}/{self.orders['file']}"
-        os.symlink(f"/proc/{os.getpid()}/fd/{self.file}", path)
         problem, problem_end = os.pipe()
         stderr, stderr_end = os.pipe()
+        path = f"/proc/{os.getpid()}/fd/{self.file}"
         self.pid = os.fork()
         if not self.pid:
             become_node_kernel(self.orders, path, self.environ, problem_end, stderr_end)
@@ -6485,7 +6489,6 @@ class NodeKernel:
             return None
         self.signal(9)
         self.pid = 0
-        os.close(self.file)
         self.clean()
         return exit_status(status)
 
@@ -6498,27 +6501,43 @@ class NodeKernel:
             pass
 
     def clean(self) -> None:
-        """Empty the folder."""
-        for name in os.listdir(self.folder):
-            remove_tree(f"{self.folder}/{name}")
+        """Remove the folder, and forget the connection file and the sockets."""
+        if self.folder:
+            remove_tree(self.folder)
+        for file in (self.file, *self.sockets):
+            if file >= 0:
+                os.close(file)
+        self.folder, self.file, self.sockets = "", -1, []
+
+    def capture(self) -> bool:
+        """Open the kernel's sockets and remove their folder, if all are bound; tell whether all is done."""
+        if not self.folder or not self.pid:
+            return True
+        names = [name for name in os.listdir(self.folder) if name[-1] in "12345"]
+        if len(names) < len(STREAMS):
+            return False
+        names.sort(key=lambda name: name[-1])
+        self.sockets = [os.open(f"{self.folder}/{name}", os.O_PATH) for name in names]
+        remove_tree(self.folder)
+        self.folder = ""
+        return True
 
     def connect(self, number: int) -> Any:
-        """Return a socket to the kernel's stream, or None while it is not bound."""
+        """Return a socket to the kernel's stream, or None while it does not listen."""
         import socket
 
-        ip, port = self.connection["ip"], self.connection[STREAMS[number] + "_port"]
-        if self.connection["transport"] != "ipc":
-            places: list[Any] = [(ip, port)]
-        else:
-            places = [f"{ip}-{port}", f"{ip}:{port}"]  # some kernels write a colon
-        for place in places:
-            sock = socket.socket(socket.AF_UNIX if isinstance(place, str) else socket.AF_INET)
-            try:
-                sock.connect(place)
-                return sock
-            except OSError:
-                sock.close()
-        return None
+        place: Any = ("127.0.0.1", self.connection[STREAMS[number] + "_port"])
+        if self.connection["transport"] == "ipc":
+            if not self.sockets:
+                return None
+            place = f"/proc/self/fd/{self.sockets[number]}"
+        sock = socket.socket(socket.AF_UNIX if isinstance(place, str) else socket.AF_INET)
+        try:
+            sock.connect(place)
+        except OSError:
+            sock.close()
+            return None
+        return sock
 
 
 def node_connection(connection: Mapping[str, Any], transport: str, folder: str) -> dict[str, Any]:
@@ -6607,8 +6626,7 @@ class Agent:
         self.status = 0
         self.lost: object = self.loop.after(LOST + 10, self.end)
         self.pairs: set[Pair] = set()
-        self.folder, self.lock = make_node_folder()
-        self.kernel = NodeKernel(orders, self.folder, dict(os.environ))
+        self.kernel = NodeKernel(orders, dict(os.environ))
         self.loop.signals(AGENT_SIGNALS, self.signal)
         address = agent_address(orders, os.environ)
         self.listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -6619,7 +6637,8 @@ class Agent:
         if stdin >= 0:
             self.loop.watch(stdin, READ, lambda mask: self.stdin(stdin))
         self.start(orders["connection"])
-        said({"address": address, "port": self.listener.getsockname()[1], "node": node_name(os.environ)})
+        place = {"address": address, "port": self.listener.getsockname()[1], "node": node_name(os.environ)}
+        said({**place, "job": os.environ.get("SLURM_JOB_ID", "")})
 
     def stdin(self, file: int) -> None:
         """Nothing comes on stdin but its end, when srun is gone."""
@@ -6637,6 +6656,12 @@ class Agent:
         self.tell(started=1)
         self.loop.watch(problem, READ, lambda mask: self.problem(problem))
         self.loop.watch(stderr, READ, lambda mask: self.stderr(stderr))
+        self.capture()
+
+    def capture(self, tries: int = 0) -> None:
+        """Look for the kernel's sockets until they are there."""
+        if not self.kernel.capture():
+            self.loop.after(0.01 if tries < 200 else 0.1, lambda: self.capture(tries + 1))
 
     def problem(self, file: int) -> None:
         """Hear what kept the kernel from starting (nothing, in most cases)."""
@@ -6764,7 +6789,6 @@ class Agent:
                 os.waitpid(self.kernel.pid, 0)
                 self.kernel.signal(9)
             self.kernel.clean()
-            os.rmdir(self.folder)
         return self.status
 
 
@@ -6812,39 +6836,14 @@ def bind_agent(sock: Any, address: str, ports: str) -> None:
     raise problem
 
 
-def make_node_folder() -> tuple[str, int]:
-    """Make the private folder of a node's kernel and lock it; remove those whose agents are gone.
-
-    An agent that was killed together with its whole job could not remove its own.
-    """
-    import fcntl
+def make_node_folder() -> str:
+    """Make the private folder in which a node's kernel binds its sockets; it is gone when it has."""
+    import tempfile
 
     root = os.environ.get("TMPDIR", "/tmp")
     if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
         root = "/tmp"
-    for name in os.listdir(root):
-        path = f"{root}/{name}"
-        if not name.startswith(NODE_FOLDER) or os.lstat(path).st_uid != os.geteuid():
-            continue
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_tree(path)
-        except OSError:  # its agent lives
-            pass
-        os.close(file)
-    path = f"{root}/.{NODE_FOLDER}{os.urandom(6).hex()}"
-    os.mkdir(path, 0o700)
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    os.rename(path, path.replace("/.", "/"))
-    return path.replace("/.", "/"), lock
-
-
-NODE_FOLDER = "envkernel-node-"
+    return tempfile.mkdtemp(prefix="envkernel-node-", dir=root)
 
 
 def agent_main(stdin: Any) -> int:
@@ -6886,7 +6885,6 @@ def agent_orders(
     return {
         "secret": os.urandom(32).hex(),
         "connection": dict(connection),
-        "file": os.path.basename(launch.options["connection-file"]),
         "launch": launch_to_data(job.launch),
         "environ": {name: environ[name] for name in names if name in environ},
         "linger": job.linger,
@@ -7020,7 +7018,7 @@ class Keeper:
     def found(self, place: dict[str, Any]) -> None:
         """The agent is there."""
         self.place = {**place, "secret": self.orders["secret"]}
-        self.id = str(place.get("job", self.id))
+        self.id = self.id or place["job"]
         if self.job.tunnel:
             self.dig(place)
         else:
@@ -7256,6 +7254,7 @@ class RemoteKernel:
         self.place: dict[str, Any] = {}
         self.control: Lines | None = None
         self.pairs: set[Pair] = set()
+        self.joining: set[Any] = set()
         self.status = 0
         self.error: UserError | None = None
         self.answered = self.ending = self.welcome = False
@@ -7281,6 +7280,7 @@ class RemoteKernel:
             self.relay.close()
             signal.set_wakeup_fd(-1)
             self.keeper.close()
+            self.hang_up()
         if self.error and self.answered:
             tell_error(self.error)
         elif self.error:
@@ -7315,6 +7315,8 @@ class RemoteKernel:
             self.reach()
         if "gone" in message:
             self.fail(UserError(**message["gone"]))
+            if self.control:
+                self.control.tell(do="end")
 
     def say(self, text: str) -> None:
         """Say something on stderr and in the launch log."""
@@ -7425,6 +7427,7 @@ class RemoteKernel:
         sock = connect_place(self.place)
 
         def proved(sock: Any, number: int) -> None:
+            self.joining.discard(client)
             if sock is None:
                 client.close()  # ZeroMQ tries again
                 return
@@ -7434,7 +7437,15 @@ class RemoteKernel:
         if sock is None:
             client.close()
         else:
+            self.joining.add(client)
             Handshake(self.loop, sock, bytes.fromhex(self.place["secret"]), number, proved)
+
+    def hang_up(self) -> None:
+        """Close every connection: Jupyter connects again, should another kernel be here then."""
+        for pair in list(self.pairs):
+            pair.close()
+        for client in self.joining:
+            client.close()
 
     def forget(self, pair: Pair) -> None:
         """A pair has ended."""

@@ -24,7 +24,6 @@ import pytest
 from support import missing
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "ip", "nsenter")
-SUBNET = "10.213.77"
 
 CONF = """\
 ClusterName=envkernel
@@ -57,7 +56,7 @@ SlurmdParameters=config_overrides
 KillWait=3
 InactiveLimit=0
 MinJobAge=30
-SlurmdTimeout=10
+SlurmdTimeout=300
 SlurmctldTimeout=10
 MessageTimeout=5
 UnkillableStepTimeout=30
@@ -80,7 +79,8 @@ class Slurm:
         self.dir = Path(tempfile.mkdtemp(prefix="envkernel-slurm-"))
         self.netns = f"ek{os.getpid()}"
         self.link = f"ekv{os.getpid()}"[:14]
-        self.submit, self.far = f"{SUBNET}.1", f"{SUBNET}.2"
+        subnet = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+        self.submit, self.far = f"{subnet}.1", f"{subnet}.2"
         self.environ = {"SLURM_CONF": str(self.dir / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.ports = free_ports(4)
@@ -214,12 +214,14 @@ class Slurm:
 
     def logs(self) -> str:
         """The ends of all logs, for a failure's message."""
-        texts = (
-            f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}"
-            for path in sorted(self.dir.glob("*.*"))
-            if path.suffix in (".log", ".out")
-        )
-        return "\n" + "\n".join(texts)
+        lines = []
+        for path in sorted(self.dir.glob("*.out")):
+            text = path.read_text(errors="replace")
+            lines += [
+                f"--- {path.name}",
+                *[line for line in text.splitlines()[-20:] if "pmi" not in line.lower()],
+            ]
+        return "\n" + "\n".join(lines)
 
 
 def free_ports(count: int) -> list[int]:
