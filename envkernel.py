@@ -356,6 +356,8 @@ def decode_token(token: str) -> str:
             raw.append(bytes((int(part[:2], 16),)) + os.fsencode(part[2:]))
     except ValueError:
         raise broken_kernelspec(f"it has {token!r}") from None
+    if b"\0" in b"".join(raw):
+        raise broken_kernelspec("it has a NUL in an argument")
     return os.fsdecode(b"".join(raw))
 
 
@@ -701,7 +703,7 @@ def parse_step(
                 if not queue or queue[0] == "--":
                     raise usage_error(f"{token} needs a value.", f"See the help of {mode.name} itself.")
                 step.engine.append(queue.pop(0))
-        elif mode.minus and not token.startswith("--"):
+        elif mode.minus and not token.startswith("--") and "-" + token not in flags:
             step.targets.append(token)
         else:
             raise unknown_option(mode, flag, flags, engine, common is not None)
@@ -787,7 +789,9 @@ def unknown_option(
         f"Neither envkernel{program} knows the option {flag}."
         if program
         else f"envkernel {mode.name} has no option {flag}.",
-        suggestion(flag, known) if len(flag) > 2 else f"See: envkernel {mode.name} -h",
+        suggestion(flag if flag.startswith("--") else "-" + flag, known)
+        if len(flag) > 2
+        else f"See: envkernel {mode.name} -h",
     )
 
 
@@ -1079,7 +1083,14 @@ def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], commo
             )
         python = common.pop("python", "SELF")  # it makes the environment; the kernel's is the one inside
         facts.create_virtualenv(path, sys.executable if python == "SELF" else python)
-    return step.but(targets=[path], options=options)
+    step = step.but(targets=[path], options=options)
+    active = plan_virtualenv(step, Plan([], environ), facts, Launch([], [])).environ["VIRTUAL_ENV"]
+    if facts.real_path(active) != facts.real_path(path):
+        facts.tell(
+            f"envkernel: {path} was made as {active} and moved: its activate script puts that on PATH.\n"
+            "  Make it anew where it is now.\n".encode(errors="surrogateescape")
+        )
+    return step
 
 
 _SHELL_SAFE = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+:,./_-"
@@ -1351,7 +1362,7 @@ def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
             elif end and text.startswith(b"] = ", end):
                 value, end = _read_quoted(text, end + 4)
                 if end:
-                    changes[os.fsdecode(key)] = os.fsdecode(value)
+                    changes[os.fsdecode(key)] = os.fsdecode(value.replace(b"\0", b""))  # as bash does
                     at = end
         newline = text.find(b"\n", at)
         at = newline + 1 if newline >= 0 else len(text)
@@ -1423,8 +1434,8 @@ def run_modules(
     if failed or (is_tcl and said.status != 0):
         raise UserError(
             f"`module {' '.join(words)}` failed.",
-            "See what there is with `module spider` or `module avail`; set the kernel up again where a "
-            "module has another name now.",
+            "See what there is with `module avail`; set the kernel up again where a module has another name "
+            f"now (MODULEPATH is {environ.get('MODULEPATH', 'not set')}).",
             detail=os.fsdecode(said.err or said.out).strip(),
         )
     facts.tell(said.err)
@@ -1457,7 +1468,10 @@ def with_modules(step: Step, environ: Mapping[str, str], facts: Facts) -> tuple[
     Raises UserError where there is none.
     """
     recorded = dict(entry.partition("=")[::2] for entry in step.options.get("recorded", []))
-    environ = {**recorded, **environ}
+    environ = {
+        **recorded,
+        **{name: value for name, value in environ.items() if value or name not in recorded},
+    }
     command = module_command(environ, facts)
     if not command or not environ.get("MODULEPATH"):
         environ = {**module_variables(facts.login_environ(environ)), **environ}
@@ -1487,7 +1501,8 @@ def plan_lmod(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     if start.get("LOADEDMODULES") and program and not search_program(program, search, facts):
         bare = run_modules(["purge"], command, environ, facts).get("PATH", "").split(":")
         search = [entry for entry in entries if entry not in bare or entry in (plan.search or ())]
-    if rest.legacy and program and not search_program(program, search, facts):
+    brought = not program or search_program(program, search, facts)
+    if rest.legacy and not brought and search_program(program, entries, facts):
         facts.tell(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
         search = entries
     return plan.but(
@@ -1501,7 +1516,7 @@ def plan_lmod(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
 
 def setup_lmod(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Record by what variables the module system is found, for a Jupyter without a login shell."""
-    if not module_calls(step, {"LOADEDMODULES": "any"}):
+    if not module_calls(step, {"LOADEDMODULES": "any"}) or "-" in step.targets:
         raise usage_error("lmod has nothing to load.", f"Usage: {usage_line(MODES['lmod'])}")
     found, _ = with_modules(step, environ, facts)
     options = dict(step.options)
@@ -1545,9 +1560,16 @@ def resolve_program(plan: Plan, facts: Facts) -> Plan:
 
 def missing_hint(program: str, plan: Plan, facts: Facts) -> str:
     """Return what to do about a kernel program that an environment does not have."""
-    pythons = [name for folder in plan.search or () for name in facts.listdir(folder) if is_python(name)]
+    pythons = [
+        name
+        for folder in plan.search or ()
+        for name in facts.listdir(folder)
+        if is_python(name) and facts.is_executable(f"{folder}/{name}")
+    ]
     if is_python(program) and pythons:
         return f"It has {', '.join(sorted(pythons))}: choose one of them with --python."
+    if is_python(program) and " -m pip " in plan.install:
+        return f"Its Python is gone; make {plan.where} anew."
     if is_python(program):
         return f"Try: {plan.install % 'ipykernel'}."
     if program in PACKAGES and plan.install.startswith("conda "):
@@ -1573,22 +1595,34 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
     if "-m" not in plan.argv[1:-1] or not is_python(plan.argv[0]):
         return
     cut = plan.argv.index("-m", 1)
-    module = plan.argv[cut + 1]
-    library = os.path.dirname(os.path.dirname(plan.argv[0])) + "/lib"
-    top = module.partition(".")[0]
-    for version in facts.listdir(library):
-        for packages in ("site-packages", "dist-packages"):
-            place = f"{library}/{version}/{packages}/{top}" if version.startswith("python") else ""
-            if place and (facts.exists(place + ".py") or facts.exists(place)):
-                return
-    question = "import importlib.util,sys;sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
-    said = facts.output([*plan.argv[:cut], "-c", question, top], plan.environ)
+    top = plan.argv[cut + 1].partition(".")[0]
+    library = os.path.dirname(os.path.dirname(plan.argv[0])) + "/lib/"
+    version = os.path.basename(facts.real_path(plan.argv[0]))  # python3.11
+    for packages in (version + "/site-packages/", "python3/dist-packages/"):
+        if any(facts.exists(library + packages + file) for file in (top + ".py", top + "/__init__.py")):
+            return
+    said = facts.output([*plan.argv[:cut], "-c", FIND_MODULE, top], plan.environ)
+    detail = os.fsdecode(said.err).strip()
+    if said.status == MODULE_MISSING:
+        raise UserError(
+            f"There is no {top} in {plan.where}: {plan.argv[0]} can't import it.",
+            f"Try: {plan.install % PACKAGES.get(top, top)}.",
+            detail=detail,
+        )
     if said.status:
         raise UserError(
-            f"There is no {module} in {plan.where}: {plan.argv[0]} can't import it.",
-            f"Try: {plan.install % PACKAGES.get(module, module)}.",
-            detail=os.fsdecode(said.err).strip(),
+            f"{plan.argv[0]} does not work: it ended with status {said.status}.",
+            f"Mend or make anew {plan.where}.",
+            detail=detail,
         )
+
+
+MODULE_MISSING = 77
+FIND_MODULE = (
+    "import sys; sys.path = [entry for entry in sys.path if entry]; from importlib.util import find_spec; "
+    f"sys.exit({MODULE_MISSING} if find_spec(sys.argv[1]) is None else 0)"
+)
+"""What a Python is asked for a module: not in the current folder, which is not the notebook's."""
 
 
 register(
@@ -3328,7 +3362,7 @@ KERNELS = {
 
 DESCRIBE_IPYKERNEL = (
     "import json; from ipykernel.kernelspec import get_kernel_dict, RESOURCES; "
-    "print(json.dumps(dict(get_kernel_dict(), resources=RESOURCES)))"
+    "print('\\nipykernel:' + json.dumps(dict(get_kernel_dict(), resources=RESOURCES)))"
 )
 """What the environment's own Python is asked for the metadata and logos of its ipykernel."""
 
@@ -3404,7 +3438,7 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
     python = plan.argv[: plan.argv.index("-m")]
     said = facts.output([*python, "-c", DESCRIBE_IPYKERNEL], plan.environ)
     try:
-        spec = json.loads(said.out.splitlines()[-1])
+        spec = json.loads(said.out.split(b"\nipykernel:")[1].splitlines()[0])
         folder = spec["resources"]
     except (ValueError, IndexError, KeyError):
         return kernel
@@ -3584,10 +3618,13 @@ def check_request(request: Request) -> None:
             raise usage_error(f"--env {entry} names no variable.", "Write it as --env NAME=VALUE.")
 
 
-def setup(tokens: Sequence[str], facts: Facts, folder: str = "") -> int:
+def setup(
+    tokens: Sequence[str], facts: Facts, folder: str = "", recorded: Mapping[str, str] | None = None
+) -> int:
     """The setup phase: check what was asked for, then write the kernelspec.
 
-    folder: where an existing kernelspec is to be written again (`update`).
+    folder: where an existing kernelspec is to be written again (`update`); recorded: variables that it
+    had recorded, for those that are missing now.
     Raises UserError; then nothing has been installed.
     """
     request = parse_setup(tokens, facts)
@@ -3595,7 +3632,7 @@ def setup(tokens: Sequence[str], facts: Facts, folder: str = "") -> int:
     common = request.common
     for name in {"prefix", "logo"} & common.keys():
         common[name] = facts.absolute(common[name])
-    environ = launch_environ(facts)
+    environ = {**(recorded or {}), **launch_environ(facts)}
     destination = folder or kernelspec_folder(common)
     if folder:
         common["update"] = True
@@ -3621,6 +3658,10 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
     steps = setup_steps(request, facts, environ)
     kernel, launch = prepare_kernel(request, steps, facts, environ)
     script = os.path.abspath(__file__)
+    if not os.path.isfile(script):
+        raise UserError(
+            "envkernel.py is not read from a file.", "Save it first: kernels need it at each start."
+        )
     files = logo_files(kernel, steps[0].mode, common.get("logo", ""), facts)
     if common.get("self-contained"):
         files["envkernel.py"] = facts.read(script) or b""
@@ -4634,7 +4675,12 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     own = command.index("--") if "--" in command else len(command)
     name = f"--name={kernel.name}"  # the folder may have been copied to another name
     head = [name if word.startswith("--name=") else word for word in command[:own]]
-    return setup(head + command[own:], facts, kernel.folder)
+    entries: list[str] = []
+    if kernel.tokens:
+        for step in launch_from_argv(kernel.tokens).steps:
+            entries += step.options.get("recorded", [])
+    recorded = dict(entry.partition("=")[::2] for entry in entries)
+    return setup(head + command[own:], facts, kernel.folder, recorded)
 
 
 def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
@@ -5006,6 +5052,10 @@ class Facts:
     def isdir(self, path: str) -> bool:
         """Tell whether `path` is a folder."""
         return os.path.isdir(path)
+
+    def real_path(self, path: str) -> str:
+        """Return `path` with all links followed."""
+        return os.path.realpath(path)
 
     def is_executable(self, path: str) -> bool:
         """Tell whether `path` is a file that this user may execute."""
@@ -8051,7 +8101,7 @@ def setup_or_manage(argv: Sequence[str]) -> int:
             return command.run(parse_command(argv[0], argv[1:]), facts)
         return setup(argv, facts)
     except UserError as error:
-        error.status = 1 if error.status == 127 else error.status
+        error.status = 1 if error.status in (126, 127) else error.status
         raise
 
 
@@ -8075,6 +8125,11 @@ def main(argv: Sequence[str]) -> int:
     if not is_light(argv):
         load_rest()
     try:
+        if sys.version_info < (3, 8):  # noqa: UP036 (a login node may have any)
+            raise UserError(
+                "envkernel needs Python 3.8 or later; this is {}.{}.".format(*sys.version_info),
+                "Call it with another Python.",
+            )
         if len(argv) > 1 and argv[1] == "run" and argv[0] in MODES:
             return run(argv)
         return setup_or_manage(argv)

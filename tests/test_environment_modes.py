@@ -330,7 +330,7 @@ def test_a_login_shell_is_asked_last():
     [
         (b'os.environ["A"] = "x\\"y\\\\z";\n', {"A": 'x"y\\z'}),
         (b'os.environ["A"] = "1\\\n2\\13\\0093";\n', {"A": "1\n2\r\t3"}),
-        (b'os.environ["A"] = "\\0";\n', {"A": "\0"}),
+        (b'os.environ["A"] = "\\0";\n', {"A": ""}),
         (b"os.environ['A'] = 'it\\'s; $x \\n'\n", {"A": "it's; $x \\n"}),
         (b"os.environ['A'] = 'one\ntwo'\nos.environ['B'] = '2'\n", {"A": "one\ntwo", "B": "2"}),
         (b"os.environ['A'] = 'ends in \\'\nos.environ['B'] = '2'\n", {"A": "ends in \\", "B": "2"}),
@@ -378,6 +378,7 @@ def finished(command, facts, **options):
 
 def test_the_kernel_program_is_the_environments_own():
     facts = FakeFacts({"/e/lib/python3.11/site-packages/ipykernel_launcher.py": b""}, ["/e/bin/python"])
+    facts.real_path = {"/e/bin/python": "/usr/bin/python3.11"}.get
     made = finished(COMMAND, facts, **{"connection-file": "/run/k.json"})
     assert made.argv == ["/e/bin/python", "-m", "ipykernel_launcher", "-f", "/run/k.json"]
     assert facts.asked == []
@@ -396,12 +397,17 @@ def test_an_absolute_kernel_program_is_the_users_choice():
         finished(["/gone/R"], facts)
 
 
-def test_a_missing_module_is_looked_for_with_the_python_itself():
-    question = "import importlib.util,sys;sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
-    ask = ("/e/bin/python", "-c", question, "ipykernel_launcher")
-    facts = FakeFacts(programs=["/e/bin/python"], answers={ask: Output(0)})
-    assert finished(COMMAND, facts).argv[0] == "/e/bin/python"
-    facts.answers[ask] = Output(1)
+@pytest.mark.parametrize("where", ["python3.9/site-packages", "python3.11/elsewhere"])
+def test_a_missing_module_is_looked_for_with_the_python_itself(where):
+    ask = ("/e/bin/python3.11", "-c", envkernel.FIND_MODULE, "ipykernel_launcher")
+    files = {f"/e/lib/{where}/ipykernel_launcher.py": b""}
+    facts = FakeFacts(files, ["/e/bin/python3.11"], {ask: Output(0)})
+    command = ["python3.11", *COMMAND[1:]]
+    assert finished(command, facts).argv[0] == "/e/bin/python3.11"
+    facts.answers[ask] = Output(envkernel.MODULE_MISSING)
     with pytest.raises(UserError, match="There is no ipykernel_launcher in the environment /e") as caught:
-        finished(COMMAND, facts)
+        finished(command, facts)
     assert caught.value.hint == "Try: install ipykernel."
+    facts.answers[ask] = Output(-11)
+    with pytest.raises(UserError, match="does not work: it ended with status -11"):
+        finished(command, facts)

@@ -223,7 +223,7 @@ def test_ipykernel_is_asked_for_its_metadata_and_logos():
         {"/r/logo-svg.svg": b"svg", "/r/other": b""},
         answers={
             ("/e/python", "-c", envkernel.DESCRIBE_IPYKERNEL): Output(
-                0, b"noise\n" + json.dumps(spec).encode()
+                0, b"noise\nipykernel:" + json.dumps(spec).encode() + b"\nbye"
             )
         },
     )

@@ -33,6 +33,9 @@ class FakeFacts(envkernel.Facts):
     def isdir(self, path):
         return any(known.startswith(path.rstrip("/") + "/") for known in self._paths())
 
+    def real_path(self, path):
+        return path
+
     def is_executable(self, path):
         return path in self.programs
 
