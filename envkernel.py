@@ -587,6 +587,7 @@ COMMON_OPTIONS = [
         run=True,
     ),
     Option("--verbose -v", "Say more, at setup and (on stderr) at each start.", run=True),
+    Option("--check", "Start the new kernel once and use it in every way, as `envkernel check` does."),
     Option("--dry-run", "Print the kernel.json and write nothing."),
 ]
 """Options of every mode; they stand before the first ``--``."""
@@ -3536,7 +3537,7 @@ def _typed_options(options: Sequence[Option], values: Mapping[str, Any]) -> list
     words: list[str] = []
     for option in options:
         value = values.get(option.name)
-        if not option.setup or value is None or option.name in ("replace", "dry-run"):
+        if not option.setup or value is None or option.name in ("replace", "dry-run", "check"):
             continue
         if value is True:
             words.append("--" + option.name)
@@ -3646,6 +3647,8 @@ def setup(
     except BaseException:
         facts.unmake()
         raise
+    if common.get("check") and not common.get("dry-run"):
+        return check_command({"NAME": common["name"]}, facts)
     return 0
 
 
@@ -4750,11 +4753,13 @@ CHECK_MARK = "ENVKERNEL_CHECK"
 class Check:
     """One run of a kernel through everything a client does, each step timed.
 
-    steps: rows of name, seconds and error (empty where it worked).
+    steps: rows of name, seconds and error (empty where it worked).  plan: what the kernel executes.
     """
 
-    def __init__(self, kernel: Installed) -> None:
+    def __init__(self, kernel: Installed, plan: Plan, facts: Facts) -> None:
         self.kernel = kernel
+        self.plan = plan
+        self.facts = facts
         self.steps: list[dict[str, Any]] = []
         self.mark = os.urandom(8).hex()
         self.probe, self.sleep = PROBES.get(kernel.spec.get("language", "python"), ("", ""))
@@ -4778,6 +4783,7 @@ class Check:
 
         self.manager = KernelManager(kernel_name=self.kernel.name)
         environ = {**os.environ, CHECK_MARK: self.mark}
+        self.before = self.traces()
         starts = self.step(
             "start", lambda: self.manager.start_kernel(env=environ, stdout=log, stderr=log) or ""
         )
@@ -4786,6 +4792,7 @@ class Check:
                 self.client = self.manager.blocking_client()
                 self.client.start_channels()
                 if self.step("ready", self.wait) and self.step("execute", self.execute):
+                    self.step("listening", self.listening)
                     if self.sleep:
                         self.step("interrupt", self.interrupt)
                     self.step("restart", self.restart)
@@ -4838,21 +4845,91 @@ class Check:
         self.manager.cleanup_resources()
         return ""
 
+    def listening(self) -> str:
+        """Look for addresses that others could reach, on Jupyter's ports and of the kernel's processes."""
+        connection: Mapping[str, Any] = self.manager.get_connection_info()
+        ports = {connection[name + "_port"] for name in STREAMS}
+        sockets = {socket for pid in marked_processes(self.mark) for socket in sockets_of(pid)}
+        exposed = {
+            f"{address}, port {port}"
+            for address, port, socket in listening_sockets(self.facts)
+            if (port in ports or socket in sockets) and not address.startswith(("127.", "::1"))
+        }
+        return "others can reach it at " + "; ".join(sorted(exposed)) if exposed else ""
+
+    def traces(self) -> set[str]:
+        """Return what there is now: this kernel's private folders, its kernelspec's containers and jobs."""
+        found: set[str] = set()
+        care, job = self.plan.care, self.plan.job
+        if self.manager.connection_file:
+            key = kernel_key(self.manager.connection_file)
+            for base in private_bases(self.plan.environ, self.facts):
+                names = [
+                    name for name in self.facts.listdir(base) if key in name and not name.endswith(".lock")
+                ]
+                found.update(f"folder {base}/{name}" for name in names)
+        label = f"--filter=label=envkernel={self.kernel.name}"
+        question = [self.plan.argv[0], "ps", "--all", label, "--format={{.Names}}"]
+        if isinstance(job, SlurmJob):
+            mine = f"--user={os.getuid()}"
+            question = [job.tool("squeue"), "--noheader", mine, f"--name={self.kernel.name}", "--format=%i"]
+        elif not (care and isinstance(care.explain, ContainerEnd)):
+            return found
+        said = self.facts.output(question, self.plan.environ)
+        kind = "job" if job else "container"
+        return found.union(f"{kind} {name}" for name in os.fsdecode(said.out).split())
+
     def leftovers(self) -> str:
-        """Look for processes that outlive the kernel, for ten seconds at most."""
+        """Look for what outlives the kernel, for ten seconds at most."""
         import time
 
         deadline = time.monotonic() + 10
         while True:
-            left = marked_processes(f"{CHECK_MARK}={self.mark}")
+            processes = [f"process {pid} ({command})" for pid, command in marked_processes(self.mark).items()]
+            left = processes + sorted(self.traces() - self.before)
             if not left or time.monotonic() > deadline:
                 return "still there: " + ", ".join(left) if left else ""
             time.sleep(0.2)
 
 
-def marked_processes(mark: str) -> list[str]:
-    """Return the processes other than this one that have a NAME=VALUE in their environment."""
-    found: list[str] = []
+def private_bases(environ: Mapping[str, str], facts: Facts) -> set[str]:
+    """Return the folders in which private folders of a kernel may be, wherever it runs."""
+    bases = {private_base(environ, place, facts) for place in ("", "home", "tmp")}
+    return bases | {private_base({**environ, "XDG_RUNTIME_DIR": ""}, "", facts)}
+
+
+def sockets_of(pid: int) -> set[str]:
+    """Return the inodes of the sockets that a process has open."""
+    found: set[str] = set()
+    for name in os.listdir(f"/proc/{pid}/fd") if os.access(f"/proc/{pid}/fd", os.R_OK) else ():
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            found.add(target[8:-1])
+    return found
+
+
+def listening_sockets(facts: Facts) -> list[tuple[str, int, str]]:
+    """Return address, port and inode of each TCP socket that listens (proc(5), /proc/net/tcp)."""
+    import socket
+
+    found: list[tuple[str, int, str]] = []
+    for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
+        for line in (facts.read(path) or b"").decode().splitlines()[1:]:
+            fields = line.split()
+            host, _, port = fields[1].partition(":")
+            words = [bytes.fromhex(host[at : at + 8]) for at in range(0, len(host), 8)]
+            raw = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+            if fields[3] == "0A":
+                found.append((socket.inet_ntop(family, raw), int(port, 16), fields[9]))
+    return found
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Return the processes other than this one that `check` has started, with their command lines."""
+    found: dict[int, str] = {}
     for pid in os.listdir("/proc"):
         if not pid.isdigit() or int(pid) == os.getpid():
             continue
@@ -4863,8 +4940,8 @@ def marked_processes(mark: str) -> list[str]:
                 words = file.read().split(b"\0")
         except OSError:
             continue
-        if mark.encode() in entries and words != [b""]:
-            found.append(f"{pid} ({os.fsdecode(b' '.join(words[:4]).strip())})")
+        if f"{CHECK_MARK}={mark}".encode() in entries and words != [b""]:
+            found[int(pid)] = os.fsdecode(b" ".join(words[:4]).strip())
     return found
 
 
@@ -4873,24 +4950,23 @@ def check_command(options: Mapping[str, Any], facts: Facts) -> int:
     import tempfile
 
     kernel = our_kernel(options["NAME"], facts)
-    check = Check(kernel)
     error: UserError | None = None
+    steps: list[dict[str, Any]] = []
     with tempfile.TemporaryFile() as log:
         try:
-            plan_of(kernel, facts)
+            check = Check(kernel, plan_of(kernel, facts), facts)
+            steps = check.steps
             check.run(log)
         except UserError as broken:
             error = broken
         log.seek(0)
         said = log.read().decode(errors="replace").strip()
-    failed = error is not None or any(row["error"] for row in check.steps)
+    failed = error is not None or any(row["error"] for row in steps)
     if options.get("json"):
         problem = {"message": error.message, "hint": error.hint} if error else None
-        print_json(
-            {"name": kernel.name, "ok": not failed, "steps": check.steps, "error": problem, "stderr": said}
-        )
+        print_json({"name": kernel.name, "ok": not failed, "steps": steps, "error": problem, "stderr": said})
         return int(failed)
-    for row in check.steps:
+    for row in steps:
         print(f"{row['step']:10} {row['seconds']:7.3f} s  {row['error'] or 'ok'}")
     if error:
         raise error
