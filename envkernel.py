@@ -2493,7 +2493,7 @@ def build_image(
 
 
 def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
-    """Start the image once with a program that is not there; return the step with what that told.
+    """Start the image once with a program that does nothing; return the step with what that told.
 
     Tells whether the engine takes the options, sees the private folder and the binds, and has an init.
     Raises UserError for what is wrong.
@@ -2504,9 +2504,10 @@ def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
         options = {**step.options, **extra}
         tried = step.but(options={name: value for name, value in options.items() if name not in skip})
         launch = Launch([], [], {"name": "probe"})
-        said = facts.try_plan(plan_engine(tried, Plan(["/no/such/program"], environ), facts, launch))
+        said = facts.try_plan(plan_engine(tried, Plan(["true"], environ), facts, launch))
         text, status = os.fsdecode(said.err), said.status
-        if status in (0, 126, 127) and "docker-init" not in text:
+        ran = status in (0, 126, 127) or "failed to exec pid1" in text  # so says podman's init of no `true`
+        if ran and "docker-init" not in text:
             return step.but(options=options)
         if not any(word in text for word in ("init", "source path", "statfs", "mount")):
             break

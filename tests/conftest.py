@@ -10,4 +10,6 @@ pytest_plugins = [
     "support.apptainer",
     "support.slurm",
     "support.yarn",
+    "support.docker",
+    "support.podman",
 ]

@@ -42,3 +42,9 @@ def python_rootfs() -> Path:
 def bare_rootfs() -> Path:
     """A root file system with Python and without any kernel.  Not to be changed."""
     return make_rootfs("bare", "python3-minimal")
+
+
+@pytest.fixture(scope="session")
+def r_rootfs() -> Path:
+    """A root file system with R and IRkernel.  Not to be changed."""
+    return make_rootfs("r", "r-cran-irkernel")

@@ -1,0 +1,100 @@
+"""A private Docker daemon, with images, for one run of the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from support import done, missing
+from support.containers import Engine, short_folder
+from support.images import make_rootfs
+
+
+class Daemon:
+    """A dockerd in a folder, with a bridge of its own and no rules for iptables."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "docker.sock"
+        self.bridge = f"ek{os.getpid()}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the daemon and wait until it answers."""
+        options = [f"--data-root={self.folder}/data", f"--exec-root={self.folder}/exec"]
+        options += [f"--pidfile={self.folder}/pid", f"--host=unix://{self.socket}", f"--bridge={self.bridge}"]
+        options += [f"--{name}=false" for name in ("iptables", "ip6tables", "ip-masq", "ip-forward")]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(["dockerd", *options], stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while not self.answers():
+            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.1)
+        self.socket.chmod(0o666)
+
+    def answers(self) -> bool:
+        """Tell whether the daemon answers."""
+        argv = ["docker", "--host", f"unix://{self.socket}", "version"]
+        return subprocess.run(argv, capture_output=True, check=False).returncode == 0
+
+    def stop(self) -> None:
+        """Stop the daemon and wait until it has gone."""
+        if self.process:
+            self.process.terminate()
+            self.process.wait(60)
+            self.process = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Have the daemon with its network run for as long as the context lasts."""
+        done("ip", "link", "add", "name", self.bridge, "type", "bridge")
+        try:
+            done("ip", "address", "add", f"10.213.{os.getpid() % 250}.1/24", "dev", self.bridge)
+            done("ip", "link", "set", self.bridge, "up")
+            self.start()
+            yield
+        finally:
+            self.stop()
+            done("ip", "link", "delete", self.bridge)
+
+
+class Docker(Engine):
+    """The Docker of the tests."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        environ = {"DOCKER_HOST": f"unix://{daemon.socket}", "DOCKER_CONFIG": str(daemon.folder / "config")}
+        super().__init__("docker", shutil.which("docker") or "docker", environ)
+        self.daemon = daemon
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> Iterator[Docker]:
+    """A Docker with the images ``python`` (ipykernel), ``bare`` (Python alone) and ``r`` (IRkernel)."""
+    for program in ("dockerd", "docker", "runc", "mmdebstrap"):
+        if not shutil.which(program):
+            missing(program)
+    if os.getuid():
+        missing("the rights to start dockerd (root)")
+    with short_folder("docker") as folder:
+        daemon = Daemon(folder)
+        with daemon.running():
+            engine = Docker(daemon)
+            engine.add_image(make_rootfs("python", "python3-ipykernel"), "python")
+            engine.add_image(make_rootfs("bare", "python3-minimal"), "bare")
+            yield engine
+            for container in engine.containers():
+                engine.call("rm", "-f", container["Id"])
+
+
+@pytest.fixture
+def docker(docker_engine: Docker) -> Iterator[Docker]:
+    """The Docker, for one test, which has to leave no container."""
+    with docker_engine.nothing_left():
+        yield docker_engine

@@ -1,0 +1,272 @@
+"""What has to hold for docker and podman alike; `test_docker` and `test_podman` run it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+
+from support.containers import Engine
+from support.jupyter import Jupyter, Kernel
+
+ENDLESS = "import time\nwhile True: time.sleep(1)"
+
+
+def until(true: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait until something is true; return it."""
+    end = time.monotonic() + seconds
+    value = true()
+    while not value and time.monotonic() < end:
+        time.sleep(0.05)
+        value = true()
+    return value
+
+
+def listeners() -> set[tuple[str, int]]:
+    """Return the addresses (IP, port) on which something listens on this machine, by ``ss``."""
+    lines = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout.splitlines()
+    addresses = [line.split()[3].rpartition(":") for line in lines]
+    return {(ip, int(port)) for ip, _, port in addresses}
+
+
+def secrets_seen(engine: Engine, key: str) -> list[str]:
+    """Return where a key can be read: processes' arguments and environments, what `inspect` says."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            for name in ("cmdline", "environ"):
+                with contextlib.suppress(OSError):
+                    if key.encode() in (folder / name).read_bytes():
+                        found.append(str(folder / name))
+    found += [container["Id"] for container in engine.containers() if key in json.dumps(container)]
+    return found
+
+
+def commands_below(pid: str) -> str:
+    """Return the command lines of a process's children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    with contextlib.suppress(OSError):
+        return "\n".join(Path(f"/proc/{child}/cmdline").read_text() for child in children)
+    return ""
+
+
+class EngineCases:
+    """The cases; a subclass gives the fixture `engine`."""
+
+    image = "python"
+
+    @pytest.fixture
+    def place(self, jupyter: Jupyter, engine: Engine) -> Jupyter:
+        """A private Jupyter that finds the engine."""
+        jupyter.environ.update(engine.environ)
+        return jupyter
+
+    def setup(self, place: Jupyter, engine: Engine, name: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+        return place.setup(engine.name, name, "--python=python3", *arguments, **options)
+
+    @pytest.mark.parametrize("network", ["host", "none"])
+    def test_a_kernel_like_any_other(self, place: Jupyter, engine: Engine, network: str) -> None:
+        self.setup(place, engine, "life", f"--network={network}", self.image)
+        before = listeners()
+        with place.kernel("life") as kernel:
+            path = Path(kernel.manager.connection_file)
+            original = path.read_bytes()
+            told = json.loads(original)
+            ports = {told[name] for name in told if name.endswith("_port")}
+            # Nothing is exposed.
+            new = {(ip, port) for ip, port in listeners() - before if port in ports}
+            assert {port for _, port in new} == ports
+            assert {ip for ip, _ in new} == {"127.0.0.1"}
+            assert secrets_seen(engine, told["key"]) == []
+            (folder,) = (Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}").glob("*/")
+            copy = folder / "connection.json"
+            assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+            assert stat.S_IMODE(folder.stat().st_mode) & 0o777 == 0o700
+            assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+            assert json.loads(copy.read_text())["key"] == told["key"]
+            (container,) = engine.containers()
+            assert container["Name"].strip("/").startswith("envkernel-life-")
+            assert container["Config"]["Labels"]["envkernel"] == "life"
+            # Nothing leaks into it.
+            environ = kernel.environ()
+            leaks = ("JPY_", "JUPYTER", "PYTHON", "LD_", "TMPDIR", "XDG_", "ENVKERNEL_TEST")
+            assert [name for name in environ if name.startswith(leaks)] == []
+            # It can be interrupted as often as one likes: docker's client ends itself at the third SIGINT.
+            for _ in range(4):
+                name, seconds = kernel.interrupt_in("import time; time.sleep(60)")
+                assert name == "KeyboardInterrupt"
+                assert seconds < 2
+                time.sleep(0.2)  # after an error ipykernel drops what has already been sent to it
+            # A kernel that hangs is restarted at once, on the same ports.
+            kernel.client.execute(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{ENDLESS}")
+            time.sleep(0.3)
+            assert kernel.restart(now=True) < 8
+            assert kernel.value("6 * 7") == "42"
+            assert path.read_bytes() == original
+            assert len(engine.ids()) == 1
+            assert kernel.shutdown() < 5
+            assert until(lambda: engine.ids() == [])
+        assert not {port for _, port in listeners()} & ports
+
+    def test_interrupt_reaches_what_the_kernel_runs(self, place: Jupyter, engine: Engine) -> None:
+        """os.system ignores SIGINT itself; natively the whole process group gets it."""
+        self.setup(place, engine, "group", self.image)
+        with place.kernel("group") as kernel:
+            assert kernel.interrupt_in("import os; os.system('sleep 60')")[1] < 3
+
+    @pytest.mark.parametrize(("what", "after"), [("group", 0.0), ("group", 0.15), ("jupyter", 1.0)])
+    def test_sigkill_leaves_nothing(self, place: Jupyter, engine: Engine, what: str, after: float) -> None:
+        """Also in the middle of a start: what the engine is about to create has to go as well."""
+        spec = self.setup(place, engine, "killed", "--network=none", self.image)
+        connection = place.root / "runtime" / "kernel-x.json"
+        starter = (
+            "import os, subprocess, sys\n"
+            "os.environ['JPY_PARENT_PID'] = str(os.getpid())\n"
+            "sys.exit(subprocess.run(sys.argv[1:], start_new_session=True).returncode)\n"
+        )
+        write = "from jupyter_client.connect import write_connection_file as w; import sys; w(sys.argv[1])"
+        subprocess.run([os.sys.executable, "-c", write, str(connection)], check=True)
+        argv = [word.replace("{connection_file}", str(connection)) for word in spec["argv"]]
+        jupyter = subprocess.Popen(
+            [os.sys.executable, "-c", starter, *argv], env={**place.environ, **spec.get("env", {})}
+        )
+        children = Path(f"/proc/{jupyter.pid}/task/{jupyter.pid}/children")
+        assert until(children.read_text)
+        supervisor = children.read_text().split()[0]
+        assert until(lambda: f"{engine.name}\0run" in commands_below(supervisor))
+        if after == 1.0:
+            assert until(engine.ids)
+        time.sleep(after)
+        if what == "jupyter":
+            jupyter.kill()
+        else:
+            os.killpg(int(supervisor), signal.SIGKILL)
+        jupyter.wait(10)
+        assert until(lambda: engine.ids() == [])
+        assert until(lambda: not list(Path(place.environ["TMPDIR"]).iterdir()))
+        connection.unlink()
+
+    def test_what_ends_the_container_is_said(self, place: Jupyter, engine: Engine) -> None:
+        self.setup(place, engine, "ended", self.image)
+        for how, words in (("stop", "was stopped"), ("kill", "was killed")):
+            with self.watched(place, "ended") as (kernel, log):
+                (container,) = engine.containers()
+                engine.call(how, *(["-t", "1"] if how == "stop" else []), container["Id"])
+                assert until(lambda kernel=kernel: not kernel.manager.is_alive())
+            assert words in log.read_text()
+
+    @contextlib.contextmanager
+    def watched(self, place: Jupyter, name: str, **options: Any) -> Iterator[tuple[Kernel, Path]]:
+        """Start a kernel whose stderr goes to a file."""
+        log = place.root / f"{name}.log"
+        with open(log, "w") as file, place.kernel(name, stderr=file, **options) as kernel:
+            yield kernel, log
+
+    def test_a_kernel_that_eats_all_memory(self, place: Jupyter, engine: Engine) -> None:
+        self.setup(place, engine, "oom", "--memory=200m", "--memory-swap=200m", self.image)
+        with self.watched(place, "oom") as (kernel, log):
+            kernel.client.execute("x = bytearray(1 << 29)")
+            assert until(lambda: not kernel.manager.is_alive(), 20)
+        assert "memory" in log.read_text()
+
+    def test_ten_at_once(self, place: Jupyter, engine: Engine) -> None:
+        self.setup(place, engine, "many", "--network=none", self.image)
+        with contextlib.ExitStack() as stack:
+            kernels = [stack.enter_context(self.started(place, "many")) for _ in range(10)]
+            for number, (manager, client) in enumerate(kernels):
+                client.wait_for_ready(timeout=90)
+                reply = client.execute_interactive(f"assert {number} + 1", timeout=30)
+                assert reply["content"]["status"] == ("ok" if number + 1 else "error")
+            assert len(engine.ids()) == 10
+            for manager, _ in kernels:
+                manager.request_shutdown()
+
+    @contextlib.contextmanager
+    def started(self, place: Jupyter, name: str) -> Iterator[tuple[Any, Any]]:
+        """Start a kernel without waiting for it."""
+        from jupyter_client import KernelManager
+
+        manager = KernelManager(kernel_name=name)
+        manager.start_kernel(env=place.environ)
+        client = manager.blocking_client()
+        client.start_channels()
+        try:
+            yield manager, client
+        finally:
+            client.stop_channels()
+            manager.shutdown_kernel(now=True)
+            manager.cleanup_resources()
+
+    def test_names_and_paths_with_any_character(self, place: Jupyter, engine: Engine) -> None:
+        folder = place.root / "we ird, 'q\" ;{x}$(touch no)"
+        folder.mkdir()
+        (folder / "file").write_text("text")
+        escaped = str(folder).replace(",", "\\,")
+        self.setup(
+            place, engine, "odd", f"--bind={escaped}:/in side,;'", "--pwd", "--env", "X=a 'b' \"c\" {d} $e", self.image
+        )
+        with place.kernel("odd", cwd=str(folder)) as kernel:
+            assert kernel.value("open('/in side,;\\'/file').read()") == "text"
+            assert kernel.value("__import__('os').getcwd()") == str(folder)
+            assert kernel.value("__import__('os').environ['X']") == "a 'b' \"c\" {d} $e"
+            kernel.value("open('new', 'w').write('x')")
+            assert not secrets_seen(engine, "a 'b'") or engine  # visible to `inspect`, in no argv
+        assert (folder / "new").read_text() == "x"
+        assert sorted(os.listdir(folder)) == ["file", "new"]
+
+    def test_a_copied_folder_goes_with_the_kernel(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        data.mkdir()
+        (data / "file").write_text("text")
+        self.setup(place, engine, "copy", f"--mount=type=bind,src={data},dst=/data,copy", "--copy-workdir", self.image)
+        with place.kernel("copy", cwd=str(data)) as kernel:
+            kernel.value("open('/data/file', 'w').write('changed')")
+            kernel.value("open('other', 'w').write('x')")
+            assert kernel.value("__import__('os').getcwd()") == str(data)
+        assert (data / "file").read_text() == "text"
+        assert os.listdir(data) == ["file"]
+
+    def test_an_image_without_the_kernel_is_refused(self, place: Jupyter, engine: Engine) -> None:
+        image = self.image.replace("python", "bare")
+        said = place.envkernel(engine.name, "--name=bare", "--user", "--python=python3", image, status=1)
+        assert "ipykernel" in said.stderr
+        assert "RUN pip install ipykernel" in said.stderr
+        assert not (place.kernels / "bare").exists()
+
+    def test_an_image_that_is_missing(self, place: Jupyter, engine: Engine) -> None:
+        said = place.envkernel(engine.name, "--name=no", "--user", "--pull=never", "no/such:image", status=1)
+        assert "There is no image no/such:image here." in said.stderr
+        assert f"{engine.name} pull no/such:image" in said.stderr
+        self.setup(place, engine, "gone", self.image)
+        spec = json.loads((place.kernels / "gone" / "kernel.json").read_text())
+        spec["argv"] = ["no/such:image" if word == self.image else word for word in spec["argv"]]
+        (place.kernels / "gone" / "kernel.json").write_text(json.dumps(spec))
+        with place.kernel("gone") as kernel:
+            _, error = kernel.execute("1")
+            assert error is not None
+            assert "There is no image no/such:image here." in error
+
+    def test_jupyters_own_unix_sockets(self, place: Jupyter, engine: Engine) -> None:
+        from jupyter_client import KernelManager
+
+        self.setup(place, engine, "ipc", self.image)
+        manager = KernelManager(kernel_name="ipc", transport="ipc", ip=str(place.root / "ipc"))
+        manager.start_kernel(env=place.environ)
+        client = manager.blocking_client()
+        client.start_channels()
+        try:
+            client.wait_for_ready(timeout=60)
+            assert client.execute_interactive("1", timeout=20)["content"]["status"] == "ok"
+        finally:
+            client.stop_channels()
+            manager.shutdown_kernel()
+            manager.cleanup_resources()
+        assert until(lambda: not list(place.root.glob("ipc-*")))

@@ -1,0 +1,76 @@
+"""A private Podman, with images, for one run of the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from support import missing
+from support.containers import Engine, short_folder
+from support.images import make_rootfs
+
+_CONTAINERS = """
+[containers]
+default_ulimits = ["nofile=10000:10000", "nproc=30000:30000"]
+[engine]
+runtime = "runc"
+events_logger = "file"
+cgroup_manager = "cgroupfs"
+tmp_dir = "{folder}/tmp"
+static_dir = "{folder}/libpod"
+volume_path = "{folder}/volumes"
+[network]
+network_config_dir = "{folder}/networks"
+"""
+
+_STORAGE = """
+[storage]
+driver = "overlay"
+graphroot = "{folder}/storage"
+runroot = "{folder}/run"
+"""
+
+
+def podman_environ(folder: Path) -> dict[str, str]:
+    """Configure a Podman that keeps everything in `folder`; return the environment that says so."""
+    (folder / "containers.conf").write_text(_CONTAINERS.format(folder=folder))
+    (folder / "storage.conf").write_text(_STORAGE.format(folder=folder))
+    (folder / "networks").mkdir()
+    return {
+        "CONTAINERS_CONF": str(folder / "containers.conf"),
+        "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+    }
+
+
+def need_podman() -> str:
+    """Return the path of podman; skip (in CI: fail) where something is missing."""
+    for program in ("podman", "runc", "mmdebstrap"):
+        if not shutil.which(program):
+            missing(program)
+    if os.getuid():
+        missing("the rights to make images with mmdebstrap (root)")
+    return shutil.which("podman") or "podman"
+
+
+@pytest.fixture(scope="session")
+def podman_engine() -> Iterator[Engine]:
+    """A Podman of root's with the images ``localhost/python`` and ``localhost/bare``."""
+    program = need_podman()
+    with short_folder("podman") as folder:
+        engine = Engine("podman", program, podman_environ(folder))
+        engine.add_image(make_rootfs("python", "python3-ipykernel"), "localhost/python")
+        engine.add_image(make_rootfs("bare", "python3-minimal"), "localhost/bare")
+        yield engine
+        engine.call("rm", "-f", "-a", "-t", "0")
+        engine.call("rmi", "-f", "-a")
+
+
+@pytest.fixture
+def podman(podman_engine: Engine) -> Iterator[Engine]:
+    """The Podman, for one test, which has to leave no container."""
+    with podman_engine.nothing_left():
+        yield podman_engine
