@@ -2157,7 +2157,7 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     image = step.targets[0]
     head = [program, "run", "--rm", "--pull=never"]
     head += ["--init"] if step.options.get("init") else []
-    look = [*head, *user, *gpu_tokens(step), *step.engine, image]
+    look = [*head, *([] if network else ["--network=none"]), *user, *gpu_tokens(step), *step.engine, image]
     head += [f"--name={name}", *label_tokens(rest, plan, facts)]
     head += ["--network=host"] if shares and not network else []
     head += [f"--publish=127.0.0.1:{port}:{port}" for port in box.publish]
@@ -2167,6 +2167,8 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     head += ["--workdir=" + box.workdir] if box.workdir else []
     environ, variables = variable_tokens(box, plan.environ, bool(step.options.get("init")))
     box.care.signal = [program, "kill", "--signal={signal}", name]
+    if step.mode == "podman" and step.options.get("init"):
+        box.care.init = [program, "inspect", "--format={{.State.Pid}}", name]
     box.care.cleanup.append(
         [program, "rm", "-f", "-v", *(["-t", "0"] if step.mode == "podman" else []), name]
     )
@@ -2268,36 +2270,32 @@ class ContainerEnd(Record):
         return engine_error(self.program, self.image, status, said) or self.killed(status, facts)
 
     def killed(self, status: int, facts: Facts) -> UserError | None:
-        """Return who killed the container, by what the engine remembers of it."""
-        if status not in (137, 143, 125, 1):
-            return None
+        """Return who ended the container, by what the engine remembers of it."""
         import time
 
-        said = facts.output(
-            [
-                self.program,
-                "events",
-                "--since=1h",
-                f"--until={time.time():.0f}",
-                f"--filter=container={self.name}",
-            ]
-            + ["--format={{json .}}"],
-            os.environ,
-        )
-        events = os.fsdecode(said.out).lower()
-        reasons = {
-            "oom": ("ran out of memory and was killed", "Give it more: --memory, or take less."),
-            "stop": (f"was stopped ({os.path.basename(self.program)} stop)", "Restart the kernel."),
-            "kill": (f"was killed ({os.path.basename(self.program)} kill)", "Restart the kernel."),
-        }
-        for word, (what, hint) in reasons.items():
-            if f'"action":"{word}"' in events or f'"status":"{word}"' in events:
+        if status not in (137, 143):
+            return None
+        argv = [self.program, "events", "--since=1h", f"--until={time.time():.0f}"]
+        argv += [f"--filter=container={self.name}", "--format={{json .}}"]
+        events = os.fsdecode(facts.output(argv, os.environ).out).lower()
+        engine = os.path.basename(self.program)
+        reasons = [
+            ("oom", "ran out of memory and was killed", "Give it more (--memory), or use less."),
+            ("stop", f"was stopped ({engine} stop)", "Restart the kernel."),
+            ("kill", f"was killed ({engine} kill)", "Restart the kernel."),
+        ]
+        for word, what, hint in reasons:
+            if any(f'"{key}":"{word}"' in events for key in ("action", "status")):
                 return UserError(f"The kernel's container {self.name} {what}.", hint, status)
-        if status == 137:
+        if status == 143:
             return UserError(
-                f"The kernel's container {self.name} was killed.", "Was there enough memory?", status
+                f"The kernel's container {self.name} was stopped (SIGTERM).", "Restart it.", status
             )
-        return None
+        return UserError(
+            f"The kernel's container {self.name} was killed (SIGKILL).",
+            "If it ran out of memory, give it more (--memory), or use less.",
+            status,
+        )
 
 
 def engine_error(program: str, image: str, status: int, said: str) -> UserError | None:
@@ -6298,6 +6296,8 @@ class Supervisor:
 
     def pass_on(self, name: str, number: int) -> None:
         """Pass a signal on to the kernel."""
+        if self.care.init and self.signal_below_init(number):
+            return
         if self.care.signal:
             argv = [word.replace("{signal}", name) for word in self.care.signal]
             null = os.open(os.devnull, os.O_WRONLY)
@@ -6307,6 +6307,16 @@ class Supervisor:
             os.killpg(self.child, number)
         elif not self.ended:
             signal_members(self.child, number)
+
+    def signal_below_init(self, number: int) -> bool:
+        """Signal the process group of an init's one child; tell whether that could be done."""
+        try:
+            init = int(self.facts.output(self.care.init, self.plan.environ).out)
+            child = (self.facts.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
+            os.killpg(int(child), number)
+        except (ValueError, IndexError, OSError):
+            return False
+        return True
 
     def give_up(self) -> None:
         """End without waiting for the program: Jupyter is gone, or the kernel does not obey."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Iterator
-
 import pytest
 
-from support.engine_cases import EngineCases
 from support.docker import Docker
-
+from support.engine_cases import EngineCases
 
 pytestmark = pytest.mark.live
 

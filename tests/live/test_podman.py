@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from support.engine_cases import EngineCases
 from support.containers import Engine
-
+from support.engine_cases import EngineCases
 
 pytestmark = pytest.mark.live
 

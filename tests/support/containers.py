@@ -142,6 +142,8 @@ class PlainUser:
 @contextlib.contextmanager
 def short_folder(name: str) -> Iterator[Path]:
     """Yield a temporary folder with a short path: unix sockets need that.  Removed with all in it."""
-    with tempfile.TemporaryDirectory(prefix=f"envkernel-{name}-", dir="/tmp", ignore_cleanup_errors=True) as path:
+    with tempfile.TemporaryDirectory(
+        prefix=f"envkernel-{name}-", dir="/tmp", ignore_cleanup_errors=True
+    ) as path:
         Path(path).chmod(0o755)
         yield Path(path)

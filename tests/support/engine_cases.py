@@ -69,7 +69,9 @@ class EngineCases:
         jupyter.environ.update(engine.environ)
         return jupyter
 
-    def setup(self, place: Jupyter, engine: Engine, name: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+    def setup(
+        self, place: Jupyter, engine: Engine, name: str, *arguments: Any, **options: Any
+    ) -> dict[str, Any]:
         return place.setup(engine.name, name, "--python=python3", *arguments, **options)
 
     @pytest.mark.parametrize("network", ["host", "none"])
@@ -156,12 +158,14 @@ class EngineCases:
 
     def test_what_ends_the_container_is_said(self, place: Jupyter, engine: Engine) -> None:
         self.setup(place, engine, "ended", self.image)
-        for how, words in (("stop", "was stopped"), ("kill", "was killed")):
+        for how, words in (("stop", "was stopped"), ("kill", "was killed")):  # the engine's reason
             with self.watched(place, "ended") as (kernel, log):
                 (container,) = engine.containers()
                 engine.call(how, *(["-t", "1"] if how == "stop" else []), container["Id"])
                 assert until(lambda kernel=kernel: not kernel.manager.is_alive())
-            assert words in log.read_text()
+            said = log.read_text()
+            assert "envkernel: The kernel's container envkernel-ended-" in said
+            assert words in said
 
     @contextlib.contextmanager
     def watched(self, place: Jupyter, name: str, **options: Any) -> Iterator[tuple[Kernel, Path]]:
@@ -211,7 +215,14 @@ class EngineCases:
         (folder / "file").write_text("text")
         escaped = str(folder).replace(",", "\\,")
         self.setup(
-            place, engine, "odd", f"--bind={escaped}:/in side,;'", "--pwd", "--env", "X=a 'b' \"c\" {d} $e", self.image
+            place,
+            engine,
+            "odd",
+            f"--bind={escaped}:/in side,;'",
+            "--pwd",
+            "--env",
+            "X=a 'b' \"c\" {d} $e",
+            self.image,
         )
         with place.kernel("odd", cwd=str(folder)) as kernel:
             assert kernel.value("open('/in side,;\\'/file').read()") == "text"
@@ -222,11 +233,20 @@ class EngineCases:
         assert (folder / "new").read_text() == "x"
         assert sorted(os.listdir(folder)) == ["file", "new"]
 
-    def test_a_copied_folder_goes_with_the_kernel(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+    def test_a_copied_folder_goes_with_the_kernel(
+        self, place: Jupyter, engine: Engine, tmp_path: Path
+    ) -> None:
         data = tmp_path / "data"
         data.mkdir()
         (data / "file").write_text("text")
-        self.setup(place, engine, "copy", f"--mount=type=bind,src={data},dst=/data,copy", "--copy-workdir", self.image)
+        self.setup(
+            place,
+            engine,
+            "copy",
+            f"--mount=type=bind,src={data},dst=/data,copy",
+            "--copy-workdir",
+            self.image,
+        )
         with place.kernel("copy", cwd=str(data)) as kernel:
             kernel.value("open('/data/file', 'w').write('changed')")
             kernel.value("open('other', 'w').write('x')")
