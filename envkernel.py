@@ -5781,7 +5781,8 @@ class Care(Record):
     files: pairs (path, bytes) to write, mode 0600.  copies: pairs (folder, its copy to make).
     signal: command that passes a signal on to the kernel, ``{signal}`` standing for its name; empty
     where the program's process group gets it.  leader: the program itself too, and not only the
-    others in its group.
+    others in its group.  init: command that prints the pid of an init on this host whose one child is
+    the kernel, for engines whose `signal` does not reach what the kernel runs.
     cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
     again, so where nothing is left to do it has to succeed.
     remove: further files and folders to remove.
@@ -5799,6 +5800,7 @@ class Care(Record):
         copies: Sequence[tuple[str, str]] = (),
         signal: Sequence[str] = (),
         leader: bool = True,
+        init: Sequence[str] = (),
         cleanup: Sequence[Sequence[str]] = (),
         remove: Sequence[str] = (),
         connection: Mapping[str, Any] | None = None,
@@ -5810,6 +5812,7 @@ class Care(Record):
         self.copies = list(copies)
         self.signal = list(signal)
         self.leader = leader
+        self.init = list(init)
         self.cleanup = [list(command) for command in cleanup]
         self.remove = list(remove)
         self.connection = dict(connection or {})

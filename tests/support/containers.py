@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,7 @@ class Engine:
         result = subprocess.run(
             [self.program, *arguments],
             env={**os.environ, **self.environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             check=False,
             **options,
         )
@@ -142,8 +142,9 @@ class PlainUser:
 @contextlib.contextmanager
 def short_folder(name: str) -> Iterator[Path]:
     """Yield a temporary folder with a short path: unix sockets need that.  Removed with all in it."""
-    with tempfile.TemporaryDirectory(
-        prefix=f"envkernel-{name}-", dir="/tmp", ignore_cleanup_errors=True
-    ) as path:
-        Path(path).chmod(0o755)
-        yield Path(path)
+    path = Path(tempfile.mkdtemp(prefix=f"envkernel-{name}-", dir="/tmp"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)

@@ -35,9 +35,8 @@ class Daemon:
             self.process = subprocess.Popen(["dockerd", *options], stdout=log, stderr=log)
         deadline = time.monotonic() + 60
         while not self.answers():
-            assert self.process.poll() is None and time.monotonic() < deadline, (
-                self.folder / "log"
-            ).read_text()
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
             time.sleep(0.1)
         self.socket.chmod(0o666)
 

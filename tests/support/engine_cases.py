@@ -185,7 +185,7 @@ class EngineCases:
         self.setup(place, engine, "many", "--network=none", self.image)
         with contextlib.ExitStack() as stack:
             kernels = [stack.enter_context(self.started(place, "many")) for _ in range(10)]
-            for number, (manager, client) in enumerate(kernels):
+            for number, (_, client) in enumerate(kernels):
                 client.wait_for_ready(timeout=90)
                 reply = client.execute_interactive(f"assert {number} + 1", timeout=30)
                 assert reply["content"]["status"] == ("ok" if number + 1 else "error")
