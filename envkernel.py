@@ -2172,7 +2172,8 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     box.care.cleanup.append(
         [program, "rm", "-f", "-v", *(["-t", "0"] if step.mode == "podman" else []), name]
     )
-    box.care.explain = ContainerEnd(program, image, name)
+    box.care.litter = step.mode == "podman"  # conmon marks an OOM kill by a file in its current folder
+    box.care.explain = ContainerEnd(program, image, name, box.path("oom"))
     return plan.but(
         argv=[*head, *variables, *step.engine, image, *box.command],
         environ=environ,
@@ -2260,10 +2261,11 @@ def variable_tokens(box: Box, environ: Mapping[str, str], init: bool) -> tuple[d
 class ContainerEnd(Record):
     """Says why a container ended: called with exit status, stderr's end and facts."""
 
-    def __init__(self, program: str, image: str, name: str) -> None:
+    def __init__(self, program: str, image: str, name: str, mark: str = "") -> None:
         self.program = program
         self.image = image
         self.name = name
+        self.mark = mark  # a file that is there after an OOM kill
 
     def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
         """Return the reason, None where the exit status says all."""
@@ -2278,6 +2280,7 @@ class ContainerEnd(Record):
         argv = [self.program, "events", "--since=1h", f"--until={time.time():.0f}"]
         argv += [f"--filter=container={self.name}", "--format={{json .}}"]
         events = os.fsdecode(facts.output(argv, os.environ).out).lower()
+        events += '"action":"oom"' if facts.exists(self.mark) else ""
         engine = os.path.basename(self.program)
         reasons = [
             ("oom", "ran out of memory and was killed", "Give it more (--memory), or use less."),
@@ -2361,12 +2364,22 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
         options["gpu-kind"] = options.get("gpu-kind") or ("amd" if facts.exists("/dev/kfd") else "nvidia")
     step = step.but(options={name: value for name, value in options.items() if value not in (None, [])})
     usual = ("--interactive", "--tty", "--rm")  # from a command line for a terminal
-    step = step.but(engine=[token for token in step.engine if token not in usual])
+    engine = [token for token in step.engine if token not in usual]
+    step = step.but(engine=[absolute_volume(token, facts) for token in engine])
     if "build" in options:
         image = build_image(step, program, facts, environ, common)
     else:
         image = need_image(step, program, facts, environ, common)
     return probe_engine(step.but(targets=[image]), facts, environ)
+
+
+def absolute_volume(token: str, facts: Facts) -> str:
+    """Return an engine's option with the relative path of ``--volume=./data:/data`` absolute."""
+    flag, _, value = token.partition("=")
+    source, colon, rest = value.partition(":")
+    if flag != "--volume" or not source.startswith((".", "~")):
+        return token
+    return f"{flag}={facts.absolute(source)}{colon}{rest}"
 
 
 def split_build(step: Step, run: Mapping[str, bool]) -> Step:
@@ -5785,7 +5798,8 @@ class Care(Record):
     the kernel, for engines whose `signal` does not reach what the kernel runs.
     cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
     again, so where nothing is left to do it has to succeed.
-    remove: further files and folders to remove.
+    remove: further files and folders to remove.  litter: the program leaves files where it is started,
+    so that is the private folder.
     connection: what Jupyter's connection file says.  relay: where the kernel listens, if not where
     that says: the beginning of the paths of five unix sockets, ``-1`` or ``:1`` following.
     explain: ``(status, said, facts) -> UserError or None``: why the program ended, from its exit
@@ -5803,6 +5817,7 @@ class Care(Record):
         init: Sequence[str] = (),
         cleanup: Sequence[Sequence[str]] = (),
         remove: Sequence[str] = (),
+        litter: bool = False,
         connection: Mapping[str, Any] | None = None,
         relay: str = "",
         explain: Callable[[int, str, Facts], UserError | None] | None = None,
@@ -5815,6 +5830,7 @@ class Care(Record):
         self.init = list(init)
         self.cleanup = [list(command) for command in cleanup]
         self.remove = list(remove)
+        self.litter = litter
         self.connection = dict(connection or {})
         self.relay = relay
         self.explain = explain
@@ -6234,7 +6250,12 @@ class Supervisor:
         environ = dict(self.plan.environ)
         if "JPY_PARENT_PID" in environ:
             environ["JPY_PARENT_PID"] = str(os.getpid())
+        here = os.open(".", os.O_RDONLY)
+        if self.care.litter:
+            os.chdir(self.care.folder)
         self.child = spawn(self.plan.argv, environ, err=end)
+        os.fchdir(here)
+        os.close(here)
         os.close(end)
         os.write(self.leash, b"%d\n" % self.child)
 

@@ -179,7 +179,7 @@ class EngineCases:
         with self.watched(place, "oom") as (kernel, log):
             kernel.client.execute("x = bytearray(1 << 29)")
             assert until(lambda: not kernel.manager.is_alive(), 20)
-        assert "memory" in log.read_text()
+        assert "ran out of memory and was killed" in log.read_text()
 
     def test_ten_at_once(self, place: Jupyter, engine: Engine) -> None:
         self.setup(place, engine, "many", "--network=none", self.image)
