@@ -294,7 +294,7 @@ def test_clients_get_in_as_soon_as_the_kernel_listens(tmp_path: Path, launch: An
         client.sendall(b"hello")
     assert [client.recv(5) for client in clients] == [b"hello"] * 5
     made = max(os.stat(f"{kernel.relay}{sign}{number}").st_mtime for number in range(1, 6))
-    assert time.time() - made < 0.2  # no look once a second would do that
+    assert time.time() - made < 0.5  # a look once a second would come 0.7 s later
     for client in clients:
         client.close()
 
