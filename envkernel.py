@@ -6175,16 +6175,22 @@ class SocketRelay:
         else:
             self.loop.after(1, self.look)
 
-    def connect(self, number: int, client: Any) -> None:
-        """Join a client of Jupyter's with the kernel's socket; hang up where that is gone."""
+    def connect(self, number: int, client: Any, attempts: int = 100) -> None:
+        """Join a client of Jupyter's with the kernel's socket; hang up where that is gone.
+
+        A socket appears a moment before it listens.
+        """
         import socket
 
         end = socket.socket(socket.AF_UNIX)
         try:
             end.connect(self.path(number))
-        except OSError:
+        except OSError as error:
             end.close()
-            client.close()  # ZeroMQ tries again
+            if isinstance(error, ConnectionRefusedError) and attempts:
+                self.loop.after(0.01, lambda: self.connect(number, client, attempts - 1))
+            else:
+                client.close()  # ZeroMQ tries again
             return
         self.pairs.append(Pair(self.loop, client, end, self.prune))
 
