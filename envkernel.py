@@ -2586,7 +2586,10 @@ APPTAINER_OPTIONS = [
 ]
 """Options of singularity and apptainer beside `CONTAINER_OPTIONS`."""
 
-_LEAKS = ("PYTHON", "JPY_", "JUPYTER", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_", "R_HOME", "R_LIBS")
+_LEAKS = (
+    *("PYTHON", "JPY_", "JUPYTER", "IPYTHONDIR", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_"),
+    *("R_HOME", "R_LIBS"),
+)
 """How variables begin that would change a kernel in an image, or tell it what is Jupyter's own."""
 
 
@@ -2707,7 +2710,7 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         where=f"the image {image}",
         install="pip install %s (a line for %%post of its definition file)",
         care=box.care,
-        inside=[program, "exec", *head, *map(bind_token, box.binds), image],
+        inside=[program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image],
     )
 
 
@@ -2870,13 +2873,16 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
     Raises UserError for what is wrong.
     """
     said = ""
+    skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript")
     for extra in ({}, {"place": "tmp"}):
-        tried = step.but(options={**step.options, **extra})
-        launch = Launch([], [], {"name": "probe"})
-        output = facts.try_plan(plan_apptainer(tried, Plan(["/no/such/program"], environ), facts, launch))
+        options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
+        start = Plan(["/no/such/program"], environ)
+        output = facts.try_plan(
+            plan_apptainer(step.but(options=options), start, facts, Launch([], [], {"name": "probe"}))
+        )
         said = os.fsdecode(output.err)
         if not output.status or "/no/such/program" in said:
-            return tried
+            return step.but(options={**step.options, **extra})
         if "exist in container" not in said:
             break
     raise ApptainerEnd(step.targets[0])(255, said, facts) or UserError(

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
 from pathlib import Path
+from typing import Any, Callable
 
+import jupyter_kernel_test
 import pytest
+from jupyter_client import KernelManager
+from jupyter_client.connect import write_connection_file
 
+from support import SCRIPT, missing
 from support.apptainer import Apptainer
+from support.jupyter import Jupyter
 
 pytestmark = pytest.mark.live
 
@@ -54,3 +67,423 @@ def test_variables_are_evaluated_unless_told_otherwise(
     assert apptainer.run(*show).stdout == 'evaluated "q"\n'
     monkeypatch.setenv("APPTAINER_NO_EVAL", "1")
     assert apptainer.run(*show).stdout == '$(echo evaluated) "q"\n'
+
+
+# ---- kernels ----------------------------------------------------------------------------------------
+
+SETUP = ("--python=python3",)
+ENDLESS = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(1)"
+
+
+def until(true: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait until something is true; return it."""
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.05)
+    return true()
+
+
+def listeners() -> set[tuple[str, int]]:
+    """Return the addresses (IP, port) on which something listens on this machine, by ``ss``."""
+    lines = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout.splitlines()
+    addresses = [line.split()[3].rpartition(":") for line in lines]
+    return {(ip, int(port)) for ip, _, port in addresses}
+
+
+def readers_of(secret: str) -> list[str]:
+    """Return the processes in whose arguments or environment a text stands."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(OSError):
+                if folder.name != str(os.getpid()) and secret.encode() in (folder / name).read_bytes():
+                    found.append(f"{folder}/{name}")
+    return found
+
+
+@pytest.fixture
+def place(jupyter: Jupyter, apptainer: Apptainer) -> Jupyter:
+    """A private Jupyter that finds the engine, and has a runtime directory as a login has."""
+    jupyter.environ["PATH"] = f"{apptainer.folder}:{jupyter.environ['PATH']}"
+    runtime = jupyter.root / "user"
+    runtime.mkdir(mode=0o700)
+    jupyter.environ["XDG_RUNTIME_DIR"] = str(runtime)
+    return jupyter
+
+
+def private_folders(place: Jupyter) -> list[Path]:
+    """Return the private folders of running kernels."""
+    return [path for path in place.root.glob("*/envkernel*/*") if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--contain"], ["--containall", "--no-home"], ["--contain", "--network=none"]],
+    ids=" ".join,
+)
+def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) -> None:
+    place.setup("apptainer", "life", *SETUP, *options, sif)
+    before = listeners()
+    with place.kernel("life") as kernel:
+        path = Path(kernel.manager.connection_file)
+        original = path.read_bytes()
+        told = json.loads(original)
+        ports = {told[name] for name in told if name.endswith("_port")}
+        new = listeners() - before
+        assert {port for _, port in new} >= ports
+        assert {ip for ip, port in new if port in ports} == {"127.0.0.1"}
+        assert readers_of(told["key"]) == []
+        (folder,) = private_folders(place)
+        copy = folder / "connection.json"
+        modes = [
+            one.stat().st_mode & 0o777 for one in (folder.parent, folder, copy)
+        ]  # ipykernel makes it sticky
+        assert modes == [0o700, 0o700, 0o600]
+        assert json.loads(copy.read_text())["key"] == told["key"]
+        for _ in range(3):
+            name, seconds = kernel.interrupt_in("import time\nwhile True: time.sleep(0.1)")
+            assert name == "KeyboardInterrupt"
+            assert seconds < 2
+            time.sleep(0.2)  # after an error ipykernel drops what has already been sent to it
+        kernel.client.execute(ENDLESS)
+        time.sleep(0.3)
+        assert kernel.restart(now=True) < 8
+        assert kernel.restart() < 8
+        assert kernel.value("6 * 7") == "42"
+        assert path.read_bytes() == original
+        assert len(private_folders(place)) == 1
+        assert kernel.shutdown() < 5
+        assert until(lambda: not private_folders(place))
+    assert not {port for _, port in listeners()} & ports
+
+
+def test_one_interrupt_is_one(place: Jupyter, sif: Path) -> None:
+    """Apptainer passes SIGINT on to a kernel that has had it already, being in its group."""
+    place.setup("apptainer", "once", *SETUP, "--pid", sif)
+    with place.kernel("once") as kernel:
+        count = "import signal, time; n = []; signal.signal(signal.SIGINT, lambda *a: n.append(1)); "
+        kernel.client.execute(count + "print('started', flush=True); time.sleep(2)")
+        time.sleep(0.7)
+        kernel.manager.interrupt_kernel()
+        time.sleep(1.5)
+        assert kernel.value("len(n)") == "1"
+
+
+def test_interrupt_reaches_what_the_kernel_runs(place: Jupyter, sif: Path) -> None:
+    """os.system ignores SIGINT itself; natively the whole process group gets it."""
+    place.setup("apptainer", "group", *SETUP, sif)
+    with place.kernel("group") as kernel:
+        message = kernel.client.execute("import os; os.system('sleep 60')")
+        time.sleep(0.7)
+        kernel.manager.interrupt_kernel()
+        replies = (kernel.client.get_shell_msg(timeout=5) for _ in range(5))
+        assert any(reply["parent_header"]["msg_id"] == message for reply in replies)
+
+
+def test_nothing_of_the_host_leaks_in(place: Jupyter, sif: Path) -> None:
+    leaks = {
+        "PYTHONPATH": "/of-the-host",
+        "PYTHONHOME": "/of-the-host",
+        "LD_LIBRARY_PATH": "/of-the-host",
+        "LD_PRELOAD": "",
+        "JUPYTERHUB_API_TOKEN": "of-the-host",
+        "JPY_API_TOKEN": "of-the-host",
+        "CONDA_PREFIX": "/of-the-host",
+        "VIRTUAL_ENV": "/of-the-host",
+        "R_LIBS_USER": "/of-the-host",
+    }
+    values = {
+        "PYTHONPATH": "/mine",
+        "PATH": "/mine:/usr/bin:/bin",
+        "ODD": "$(touch /tmp/x) `id` \\ \" ' ${HOME} {x}",
+    }
+    options = [word for item in values.items() for word in ("--env", "=".join(item))]
+    place.setup("apptainer", "env", *SETUP, *options, "--cleanenv", sif)
+    place.setup("apptainer", "leak", *SETUP, sif)
+    with place.kernel("env", environ=leaks) as kernel:
+        inside = kernel.environ()
+        assert {name: inside[name] for name in values} == values
+        assert not [one for one in readers_of("touch /tmp/x") if one.endswith("cmdline")]
+    with place.kernel("leak", environ=leaks) as kernel:
+        inside = kernel.environ()
+        assert not {
+            name for name, value in inside.items() if "of-the-host" in value or name.startswith("JPY_")
+        }
+        assert inside["PYTHONNOUSERSITE"] == "1"
+        assert kernel.value("__import__('sys').flags.no_user_site") == "1"
+
+
+def test_names_and_paths_with_any_character(place: Jupyter, apptainer: Apptainer, sif: Path) -> None:
+    folder = place.root / "we ird, 'q\" ;{x}$(touch no):é"
+    folder.mkdir()
+    (folder / "file").write_text("text")
+    image = folder / sif.name
+    image.symlink_to(sif)
+    escaped = str(folder).replace(",", "\\,").replace(":", "\\:")
+    place.setup("apptainer", "odd", *SETUP, "--contain", f"--bind={escaped}:/in side\\,;'", "--pwd", image)
+    with place.kernel("odd", cwd=str(folder)) as kernel:
+        assert kernel.value("open('/in side,;\\'/file').read()") == "text"
+        assert kernel.value("__import__('os').getcwd()") == str(folder)
+        kernel.value("open('new', 'w').write('x')")
+    assert sorted(os.listdir(folder)) == ["file", sif.name, "new"]
+
+
+def test_binds_and_folders(place: Jupyter, sif: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "file").write_text("text")
+    copied = f"--mount=type=bind,src={data},dst=/copied,copy"
+    place.setup(
+        *(
+            "apptainer",
+            "binds",
+            *SETUP,
+            "--contain",
+            f"-B{data}:/ro:ro,{data}:/rw",
+            copied,
+            "--copy-workdir",
+            sif,
+        )
+    )
+    with place.kernel("binds", cwd=str(data)) as kernel:
+        assert kernel.execute("open('/ro/new', 'w')")[1].startswith("OSError")  # type: ignore[union-attr]
+        kernel.value("open('/copied/file', 'w').write('changed')")
+        kernel.value("open('other', 'w').write('x')")
+        kernel.value("open('/rw/mine', 'w').write('x')")
+        assert kernel.value("__import__('os').getcwd()") == str(data)
+    assert (data / "file").read_text() == "text"
+    assert sorted(os.listdir(data)) == ["file", "mine"]
+    place.setup("apptainer", "srv", *SETUP, "--workdir=/srv", sif)
+    with place.kernel("srv") as kernel:
+        assert kernel.value("__import__('os').getcwd()") == "/srv"
+
+
+def test_a_writable_image(place: Jupyter, apptainer: Apptainer, bare_rootfs: Path, tmp_path: Path) -> None:
+    """It has the mount points that are in it, and no others."""
+    image = tmp_path / "image"
+    subprocess.run(["cp", "-a", bare_rootfs, image], check=True)
+    for options in (["--writable"], ["--writable", "--contain"]):
+        code = "import sys; print(open(sys.argv[1]).read())"
+        spec = place.setup(
+            "apptainer",
+            "writable",
+            "--replace",
+            *options,
+            image,
+            "--",
+            "python3",
+            "-c",
+            code,
+            "{connection_file}",
+        )
+        assert "--place=tmp" in spec["argv"]
+        connection = place.root / "runtime" / "kernel-w.json"
+        write_connection_file(str(connection))
+        argv = [word.replace("{connection_file}", str(connection)) for word in spec["argv"]]
+        argv.insert(argv.index("--name=writable"), "--no-error-kernel")
+        done = subprocess.run(argv, env=place.environ, capture_output=True, text=True, check=False)
+        assert json.loads(connection.read_text())["key"] in done.stdout, done.stderr
+        connection.unlink()
+
+
+@pytest.mark.parametrize("what", ["group", "supervisor", "jupyter", "kernel"])
+@pytest.mark.parametrize("options", [[], ["--containall", "--network=none"]], ids=" ".join)
+def test_sigkill_leaves_nothing(place: Jupyter, sif: Path, what: str, options: list[str]) -> None:
+    spec = place.setup("apptainer", "killed", *SETUP, *options, sif)
+    connection = place.root / "runtime" / "kernel-x.json"
+    write_connection_file(str(connection))
+    argv = [word.replace("{connection_file}", str(connection)) for word in spec["argv"]]
+    starter = (
+        "import os, subprocess, sys\n"
+        "os.environ['JPY_PARENT_PID'] = str(os.getpid())\n"
+        "sys.exit(subprocess.run(sys.argv[1:], start_new_session=True).returncode)\n"
+    )
+    jupyter = subprocess.Popen([sys.executable, "-c", starter, *argv], env=place.environ)
+    supervisor = until(lambda: children(jupyter.pid))[0]
+    kernel = until(lambda: kernel_process(str(private_folders(place)[:1])), 20)
+    if what == "group":
+        os.killpg(supervisor, signal.SIGKILL)
+    else:
+        os.kill({"supervisor": supervisor, "jupyter": jupyter.pid, "kernel": kernel}[what], signal.SIGKILL)
+    if what == "kernel":
+        os.kill(jupyter.pid, signal.SIGKILL)
+    jupyter.wait(10)
+    connection.unlink()
+    assert until(lambda: not place.leftovers(0)), place.leftovers(0)
+    assert not private_folders(place)
+
+
+def children(pid: int) -> list[int]:
+    """Return the child processes of a process."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def kernel_process(folders: str) -> int:
+    """Return the process of the one kernel that runs in a container, 0 where there is none yet."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            if os.path.basename(words[0]).startswith(b"python3") and words[1:3] == [
+                b"-m",
+                b"ipykernel_launcher",
+            ]:
+                return int(path.name)
+    return 0
+
+
+def test_ten_at_once(place: Jupyter, sif: Path) -> None:
+    place.setup("apptainer", "many", *SETUP, "--network=none", sif)
+    managers = []
+    try:
+        for number in range(10):
+            manager = KernelManager(
+                kernel_name="many", connection_file=str(place.root / "runtime" / f"k{number}.json")
+            )
+            manager.start_kernel(env=place.environ)
+            managers.append((manager, manager.blocking_client()))
+        for number, (_, client) in enumerate(managers):
+            client.start_channels()
+            client.wait_for_ready(timeout=90)
+            reply = client.execute_interactive(f"assert {number} == {number}", timeout=30)
+            assert reply["content"]["status"] == "ok"
+        assert len(private_folders(place)) == 10
+    finally:
+        for manager, client in managers:
+            client.stop_channels()
+            manager.shutdown_kernel(now=True)
+            manager.cleanup_resources()
+    assert until(lambda: not private_folders(place))
+
+
+def test_the_kernelspec_of_1x(place: Jupyter, sif: Path, tmp_path: Path) -> None:
+    """The form that the document of envkernel 1.x shows, with a made-up course."""
+    script = place.root / "envkernel"
+    script.symlink_to(SCRIPT)
+    argv = [sys.executable, str(script), "singularity", "run", "--connection-file", "{connection_file}"]
+    argv += [
+        "--contain",
+        "--bind",
+        f"{tmp_path}/:/coursedata",
+        str(sif),
+        "--",
+        "python3",
+        "-m",
+        "ipykernel_launcher",
+    ]
+    folder = place.kernels / "old"
+    folder.mkdir(parents=True)
+    spec = {"argv": [*argv, "-f", "{connection_file}"], "display_name": "Singularity", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    (tmp_path / "file").write_text("text")
+    with place.kernel("old") as kernel:
+        assert kernel.value("open('/coursedata/file').read()") == "text"
+        assert kernel.interrupt_in("while True: pass")[0] == "KeyboardInterrupt"
+    place.envkernel("update", "old")
+    assert "--format=2" in place.spec("old")["argv"]
+    with place.kernel("old") as kernel:
+        assert kernel.value("open('/coursedata/file').read()") == "text"
+
+
+def test_what_is_missing_is_said_at_setup(
+    place: Jupyter, apptainer: Apptainer, bare_rootfs: Path, sif: Path
+) -> None:
+    def refused(*words: str | Path, status: int = 1) -> str:
+        said = place.envkernel("apptainer", "--name=no", "--user", *SETUP, *words, status=status).stderr
+        assert not (place.kernels / "no").exists()
+        return said
+
+    assert "pip install ipykernel (a line for %post" in refused(bare_rootfs)
+    assert "There is no image /no/such.sif" in refused("/no/such.sif")
+    assert "there is no /no/such" in refused("--bind=/no/such:/a", sif)
+    assert "Did you mean --contain" in refused("--contian", sif, status=2)
+    junk = place.root / "junk.sif"
+    junk.write_text("junk")
+    assert "is no image" in refused(junk)
+    environ = {"PATH": "/usr/bin:/bin"}
+    said = place.envkernel("apptainer", "--name=no", "--user", sif, environ=environ, status=1)
+    assert "There is no apptainer and no singularity" in said.stderr
+
+
+def test_what_is_gone_is_said_in_the_notebook(place: Jupyter, sif: Path) -> None:
+    image = place.root / "image.sif"
+    image.symlink_to(sif)
+    data = place.root / "folder"
+    data.mkdir()
+    place.setup("apptainer", "gone", *SETUP, f"--bind={data}:/data", image)
+    data.rmdir()
+    with place.kernel("gone") as kernel:
+        _, error = kernel.execute("1")
+        assert "A folder to bind is not there." in str(error)
+    image.unlink()
+    with place.kernel("gone") as kernel:
+        _, error = kernel.execute("1")
+        assert f"There is no image {image}." in str(error)
+
+
+def lacks_capabilities() -> bool:
+    """Tell whether root may not do all here (in some sandboxes): then the real %post can't be run."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    return int(status["CapBnd"], 16) != (1 << last + 1) - 1
+
+
+def test_an_image_from_a_definition(place: Jupyter, apptainer: Apptainer, sif: Path, tmp_path: Path) -> None:
+    if apptainer.kind == "real" and lacks_capabilities():
+        missing("capabilities of root that a real %post needs")
+    (tmp_path / "note").write_text("first")
+    (tmp_path / "kernel.def").write_text(
+        f"Bootstrap: localimage\nFrom: {sif}\n\n%files\n    note /note\n\n%post\n    echo post >> /note\n\n"
+        '%runscript\n    exec python3 -m ipykernel_launcher -f "$ENVKERNEL_CONNECTION_FILE"\n'
+    )
+    image = tmp_path / "built.sif"
+    place.setup("apptainer", "built", "--kernel=image", "--build", tmp_path / "kernel.def", image)
+    with place.kernel("built") as kernel:
+        assert kernel.value("open('/note').read()").split() == ["firstpost"]
+    (tmp_path / "note").write_text("second")
+    place.envkernel("update", "built")
+    with place.kernel("built") as kernel:
+        assert kernel.value("open('/note').read()").split() == ["secondpost"]
+    (tmp_path / "kernel.def").write_text(f"Bootstrap: localimage\nFrom: {sif}\n\n%post\n    exit 3\n")
+    said = place.envkernel("update", "built", status=1)
+    assert "can't be built" in said.stderr
+    assert image.exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".part") == []
+
+
+def test_the_suite_of_jupyter_kernel_test(place: Jupyter, sif: Path) -> None:
+    place.setup("apptainer", "suite", *SETUP, "--contain", "--network=none", sif)
+
+    class Suite(jupyter_kernel_test.KernelTests):
+        kernel_name = "suite"
+        language_name = "python"
+        file_extension = ".py"
+        code_hello_world = "print('hello, world')"
+        code_stderr = "import sys; print('test', file=sys.stderr)"
+        completion_samples = ({"text": "zi", "matches": {"zip"}},)
+        complete_code_samples = ("1", "print('hello, world')")
+        incomplete_code_samples = ("for i in range(3):",)
+        invalid_code_samples = ("import = 7q",)
+        code_execute_result = ({"code": "1+2+3", "result": "6"},)
+        code_display_data = (
+            {
+                "code": "from IPython.display import HTML, display; display(HTML('<b>t</b>'))",
+                "mime": "text/html",
+            },
+        )
+        code_generate_error = "raise ValueError"
+        code_inspect_sample = "zip"
+        supported_history_operations = ("tail", "search")
+
+    environ = dict(os.environ)
+    os.environ.update(place.environ)
+    try:
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(Suite).run(result)
+    finally:
+        os.environ.clear()
+        os.environ.update(environ)
+    Suite.km.cleanup_resources()
+    assert not result.errors + result.failures
+    assert result.testsRun >= 12

@@ -90,6 +90,7 @@ EXEC = """
 HIDDEN = "      --pwd string\n"
 OPTIONS = {
     "exec": EXEC,
+    "run": EXEC,
     "instance start": EXEC + "      --boot\n      --no-start\n      --pid-file string\n",
     "instance stop": "  -a, --all\n  -F, --force\n  -s, --signal string\n  -t, --timeout int\n  -h, --help\n",
     "instance list": "  -j, --json\n  -h, --help\n",
@@ -182,6 +183,7 @@ class Container:
             if any(name in options for name in by.split()):
                 options.setdefault(implied, ["true"])
         self.mounts: dict[str, list[str]] = {}
+        self.asked: set[str] = set()
         self.home = pwd.getpwuid(os.getuid()).pw_dir  # Apptainer asks the user database, not $HOME
         self._default_mounts()
         for text in [os.environ.get("APPTAINER_BIND", ""), *options.get("bind", [])]:
@@ -210,6 +212,7 @@ class Container:
         if not (destination or source).startswith("/"):
             die(f"while parsing bind path: destination {destination!r} must be an absolute path")
         kind = "--ro-bind" if mode == "ro" else "--bind"
+        self.asked.add(os.path.normpath(destination or source))
         self.mounts[os.path.normpath(destination or source)] = [kind, os.path.realpath(source)]
 
     def _default_mounts(self) -> None:
@@ -254,11 +257,13 @@ class Container:
         words: list[str] = []
         base = "--bind" if "writable" in self.options else "--ro-bind"
         if "writable" in self.options:
-            for path in self.mounts:
-                if not os.path.exists(self.root + path) and not any(
-                    path != other and path.startswith(other + "/") for other in self.mounts
-                ):
+            for path in list(self.mounts):
+                above = any(path.startswith(other + "/") for other in self.mounts)
+                if os.path.exists(self.root + path) or above:
+                    continue
+                if path in self.asked:
                     die(f"container creation failed: destination {path} doesn't exist in container")
+                del self.mounts[path]  # a mount of its own: the real one warns
             words += [base, self.root, "/"]
         else:
             self._lay("/", base, words)
@@ -344,7 +349,7 @@ class Container:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             preexec_fn=lambda: os.setpgid(0, 0),
-            env={"PATH": os.environ.get("PATH", os.defpath) + ":" + IMAGE_PATH},
+            env={**os.environ, "PATH": os.environ.get("PATH", os.defpath) + ":" + IMAGE_PATH},
         )
         os.close(writing)
         text = b"".join(iter(lambda: os.read(reading, 4096), b""))
@@ -438,8 +443,10 @@ def wait_for(child: int, forward: bool) -> int:
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def run_exec(options: dict[str, list[str]], rest: list[str]) -> int:
-    """``apptainer exec [options] IMAGE COMMAND``."""
+def run_exec(verb: str, options: dict[str, list[str]], rest: list[str]) -> int:
+    """``apptainer exec [options] IMAGE COMMAND``, or ``run`` for the image's own command."""
+    if rest[:1] and verb == "run":
+        rest.insert(1, "/.singularity.d/runscript")
     if len(rest) < 2:
         sys.stderr.write(f'Error for command "exec": requires at least 2 arg(s), only received {len(rest)}\n')
         return 1
@@ -536,6 +543,10 @@ def run_build(options: dict[str, list[str]], rest: list[str]) -> int:
     shutil.rmtree(root, ignore_errors=True)
     subprocess.run(["cp", "-a", image_root(header["From"]), root], check=True)
     parts = dict(zip(sections[1::2], sections[2::2]))
+    scripts = Path(root, ".singularity.d")
+    scripts.mkdir(exist_ok=True)
+    (scripts / "runscript").write_text("#!/bin/sh\n" + parts.get("runscript", ""))
+    (scripts / "runscript").chmod(0o755)
     for line in parts.get("files", "").split("\n"):
         if line.split():
             shutil.copy(line.split()[0], root + line.split()[-1])
@@ -593,7 +604,9 @@ def main(tokens: list[str]) -> int:
         return 0
     if command.startswith("instance"):
         return run_instance(command.split()[1], options, rest)
-    return {"exec": run_exec, "build": run_build, "pull": run_pull}[command](options, rest)
+    if command in ("exec", "run"):
+        return run_exec(command, options, rest)
+    return {"build": run_build, "pull": run_pull}[command](options, rest)
 
 
 if __name__ == "__main__":
