@@ -92,37 +92,54 @@ def test_the_environment_is_the_same(creator: str, jupyter: Jupyter, activate_sc
 
 @pytest.mark.parametrize("creator", creators())
 def test_an_untouched_script_needs_no_shell(creator: str, activate_scripts: Scripts) -> None:
-    text = activate_scripts[creator].read_bytes()
+    script = activate_scripts[creator]
+    text, path = script.read_bytes(), str(script.parents[1])
     environ = {"PATH": "/usr/bin"}
-    assert envkernel.venv_environ(text, environ, envkernel.Facts()) is not None
-    assert envkernel.venv_environ(text + b"\nexport X=1\n", environ, envkernel.Facts()) is None
+    assert envkernel.venv_environ(text, path, environ, envkernel.Facts()) is not None
+    assert envkernel.venv_environ(text + b"\nexport X=1\n", path, environ, envkernel.Facts()) is None
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("creator", ["venv", "virtualenv", "uv"])
 def test_any_folder_name(creator: str, folder: str, jupyter: Jupyter, tmp_path: Path) -> None:
-    name = VENV if creator == "venv" else creator
-    script = create_venv(name, tmp_path / "venvs" / FOLDERS[folder])
-    spec = jupyter.dry_run("virtualenv", script.parents[1], *PRINT_ENVIRON)
+    """Where a creator wrote the name so that bash would run or lose it, it is taken as it is."""
+    script = create_venv(VENV if creator == "venv" else creator, tmp_path / "venvs" / FOLDERS[folder])
+    path = str(script.parents[1])
+    spec = jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON)
     starts = {label: STARTS[label] for label in ("clean", "another venv", "no prompt wanted", "odd values")}
-    assert_same(jupyter, spec, script, starts)
+    if in_bash(script, jupyter.environ).get("VIRTUAL_ENV") == path:
+        assert_same(jupyter, spec, script, starts)
+        return
+    assert creator == "venv"
+    assert folder == "shell"
+    ours = jupyter.run_environ(spec)
+    assert (ours["VIRTUAL_ENV"], ours["PATH"]) == (path, f"{path}/bin:{jupyter.environ['PATH']}")
 
 
-@pytest.mark.parametrize(
-    "name", ["new\nline", b"caf\xe9 \xff", b"\x01\x1b[0m\x7f", "$(touch pwned)\n`touch pwned`"]
-)
+@pytest.mark.parametrize("name", ["new\nline", b"caf\xe9 \xff", b"\x01\x1b[0m\x7f"])
 def test_a_moved_environment_with_any_name(name: str | bytes, jupyter: Jupyter, tmp_path: Path) -> None:
     made = create_venv(creators()[0], tmp_path / "made").parents[1]
     target = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
     os.rename(made, target)
     path = Path(os.fsdecode(target))
     script = path / "bin" / "activate"
-    spec = jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON, cwd=tmp_path)
+    spec = jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON)
     assert_same(jupyter, spec, script, {"clean": {}})
     # ... and where its script names it
     script.write_bytes(script.read_bytes().replace(os.fsencode(made), target))
     assert_same(jupyter, spec, script, {"clean": {}, "another venv": STARTS["another venv"]})
-    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    "creator", [*(f"venv-{version}" for version in found_pythons()), "virtualenv==20.26.0"]
+)
+@pytest.mark.parametrize("name", ["$(touch pwned)", "`touch pwned`", "';touch pwned;'", '";touch pwned;"'])
+def test_a_folder_name_is_never_run(name: str, creator: str, jupyter: Jupyter, tmp_path: Path) -> None:
+    path = str(create_venv(creator, tmp_path / name).parents[1])
+    spec = jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON, cwd=tmp_path)
+    ours = jupyter.run_environ(spec, cwd=tmp_path)
+    assert (ours["VIRTUAL_ENV"], ours["PATH"]) == (path, f"{path}/bin:{jupyter.environ['PATH']}")
+    assert not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize("prompt", ["my project", "it's", '"$(id)`id`\\', "", "(x) "])

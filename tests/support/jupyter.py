@@ -172,27 +172,31 @@ class Jupyter:
         environ: dict[str, str] | None = None,
         replace: bool = False,
         status: int | None = 0,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[bytes]:
         """Run the argv of a kernelspec to its end, filled in as jupyter_client does it.
 
-        environ: added to Jupyter's, or (replace) in its place.
+        environ: added to Jupyter's, or (replace) in its place.  cwd: the current folder, as a notebook's.
         """
         start = {**({} if replace else self.environ), **(environ or {}), **spec.get("env", {})}
         names = {"connection_file": "/connection.json", "resource_dir": "/resources"}
         argv = [
             re.sub(r"\{([A-Za-z0-9_]+)\}", lambda m: names.get(m[1], m[0]), word) for word in spec["argv"]
         ]
-        result = subprocess.run(
-            argv, env=start, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60
-        )
+        quiet = {"stdin": subprocess.DEVNULL, "capture_output": True}
+        result = subprocess.run(argv, env=start, cwd=cwd, check=False, timeout=60, **quiet)
         assert status is None or result.returncode == status, os.fsdecode(result.stderr)
         return result
 
     def run_environ(
-        self, spec: dict[str, Any], environ: dict[str, str] | None = None, replace: bool = False
+        self,
+        spec: dict[str, Any],
+        environ: dict[str, str] | None = None,
+        replace: bool = False,
+        **options: Any,
     ) -> dict[str, str]:
         """Run a kernelspec whose kernel command is `PRINT_ENVIRON`; return what a kernel would see."""
-        found = read_environ(self.run(spec, environ, replace).stdout)
+        found = read_environ(self.run(spec, environ, replace, **options).stdout)
         assert found.pop("CONNECTION_FILE") == "/connection.json"
         return found
 
