@@ -56,7 +56,10 @@ try:
         raise ValueError
     module.REST = rest
 except Exception:
-    code = loader.get_code('envkernel')
+    try:
+        code = loader.get_code('envkernel')
+    except EOFError:
+        code = compile(loader.get_data(path), path, 'exec', dont_inherit=True)
 exec(code, module.__dict__)
 sys.exit(module.main(sys.argv[2:]))
 """
@@ -851,6 +854,9 @@ def mode_help(mode: Mode) -> str:
 
 # ---- environment modes --------------------------------------------------------------------------
 
+IGNORED_BY_PYTHON = (13, 25)
+"""SIGPIPE and SIGXFSZ, which Python ignores for itself; a kernel must not inherit that."""
+
 SHELL_OWN = frozenset(("_", "SHLVL", "PWD", "OLDPWD", "PS1", "OPTIND"))
 """Variables that bash itself rewrites, no script of an environment (ACTIVATION.md, *When bash is needed*)."""
 
@@ -910,7 +916,9 @@ def conda_state(prefix: str, facts: Facts) -> dict[str, str]:
                 values = values.get("env_vars", {})
             for name, value in values.items():
                 variables[name] = "" if value is None else str(value)
-        except (ValueError, AttributeError):
+                if b"\0" in os.fsencode(variables[name]):
+                    raise ValueError("a variable can't hold a NUL")
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(
                 f"The file {path} of the conda environment is broken.",
                 "Mend it with `conda env config vars`, or remove it.",
@@ -3340,8 +3348,8 @@ class Kernel(Record):
     """A kernel as a kernelspec describes it.
 
     command: with `CONNECTION_FILE` in it.  folder: the kernelspec it was read from, empty for none; its
-    files come along.  files: further ones (logos), by name.  test: a command that succeeds where the
-    kernel is really installed, empty where the command itself tells.
+    files come along.  files: further ones (logos), by name.  env: variables, as Jupyter reads them.
+    test: a command that succeeds where the kernel is really installed, empty where the command tells.
     """
 
     def __init__(
@@ -3355,6 +3363,7 @@ class Kernel(Record):
         protocol: str = "",
         files: Mapping[str, bytes] | None = None,
         folder: str = "",
+        env: Mapping[str, str] | None = None,
         test: Sequence[str] = (),
     ) -> None:
         self.command = list(command)
@@ -3365,6 +3374,7 @@ class Kernel(Record):
         self.protocol = protocol
         self.files = dict(files or {})
         self.folder = folder
+        self.env = dict(env or {})
         self.test = list(test)
 
 
@@ -3386,17 +3396,37 @@ DESCRIBE_IPYKERNEL = (
 """What the environment's own Python is asked for the metadata and logos of its ipykernel."""
 
 
+_FIELDS = {
+    "argv": list,
+    "language": str,
+    "display_name": str,
+    "metadata": dict,
+    "env": dict,
+    "interrupt_mode": str,
+    "kernel_protocol_version": str,
+}
+"""The fields of a kernel.json (jupyter_client, *Kernel specs*)."""
+
+
+def known_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a kernel.json, empty where they are missing or of another type."""
+    return {
+        name: spec[name] if isinstance(spec.get(name), kind) else kind() for name, kind in _FIELDS.items()
+    }
+
+
 def kernel_from_spec(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Kernel:
-    """Return the kernel that a kernel.json describes (jupyter_client, *Kernel specs*)."""
-    metadata = {key: value for key, value in spec.get("metadata", {}).items() if key != "envkernel"}
+    """Return the kernel that a kernel.json describes."""
+    known = known_fields(spec)
     return Kernel(
-        spec.get("argv", []),
-        spec.get("language", "python"),
-        display_name=spec.get("display_name", ""),
-        metadata=metadata,
-        interrupt_mode=spec.get("interrupt_mode", ""),
-        protocol=spec.get("kernel_protocol_version", ""),
+        known["argv"],
+        known["language"] or "python",
+        display_name=known["display_name"],
+        metadata={key: value for key, value in known["metadata"].items() if key != "envkernel"},
+        interrupt_mode=known["interrupt_mode"],
+        protocol=known["kernel_protocol_version"],
         files=files,
+        env={name: value for name, value in known["env"].items() if isinstance(value, str)},
     )
 
 
@@ -3417,9 +3447,10 @@ def read_kernelspec(folder: str, facts: Facts) -> Kernel:
 
     try:
         spec = json.loads(facts.read(folder + "/kernel.json") or b"")
-        if not isinstance(spec.get("argv"), list):
+        argv = spec["argv"]
+        if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
             raise ValueError("no argv")
-    except (ValueError, AttributeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"The kernelspec {folder} is broken: its kernel.json can't be read.",
             "Install that kernel again.",
@@ -3427,7 +3458,7 @@ def read_kernelspec(folder: str, facts: Facts) -> Kernel:
     names = [name for name in facts.listdir(folder) if name != "kernel.json" and name != "__pycache__"]
     texts = {name: facts.read(f"{folder}/{name}") for name in names}
     kernel = kernel_from_spec(spec, {name: text for name, text in texts.items() if text is not None})
-    return kernel.but(folder=folder)
+    return kernel.but(folder=folder if facts.host is facts else "")
 
 
 def kernel_in_environment(name: str, plan: Plan, facts: Facts) -> Kernel:
@@ -3436,18 +3467,27 @@ def kernel_in_environment(name: str, plan: Plan, facts: Facts) -> Kernel:
     Its interpreter becomes the environment's.  Raises UserError with a suggestion where there is none.
     """
     inside = kernels_inside(plan, facts)
-    if name in inside:
-        kernel = read_kernelspec(inside[name], facts)
-        program = os.path.basename(kernel.command[0])
-        if search_program(program, plan.search or (), facts):
-            kernel = kernel.but(command=[program, *kernel.command[1:]])
-        return kernel
+    if name in inside and name != "ipykernel":
+        return own_interpreter(read_kernelspec(inside[name], facts), plan, facts)
     if name in KERNELS:
         return KERNELS[name]
     raise UserError(
         f"There is no kernel named {name} in {plan.where}.",
         suggestion(name, sorted({*KERNELS, *inside})),
     )
+
+
+def own_interpreter(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
+    """Make a kernel that was set up elsewhere use the environment's own program of that name.
+
+    Of Pythons any will do: the one that stands in a kernelspec is another environment's.
+    """
+    program = os.path.basename(kernel.command[0])
+    if is_python(program) and not search_program(program, plan.search or (), facts):
+        program = "python"
+    if is_python(program) or search_program(program, plan.search or (), facts):
+        return kernel.but(command=[program, *kernel.command[1:]])
+    return kernel
 
 
 def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
@@ -3466,6 +3506,8 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
     own = kernel_from_spec(spec, {**logos, **kernel.files})
     return own.but(
         command=kernel.command,
+        folder=kernel.folder,
+        env=kernel.env,
         language=kernel.language,
         metadata={**own.metadata, **kernel.metadata},
         interrupt_mode=kernel.interrupt_mode or own.interrupt_mode,
@@ -3497,7 +3539,7 @@ def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
     """
     common = request.common
     if "kernel-template" in common:
-        kernel = template_kernel(common["kernel-template"], facts.host)
+        kernel = own_interpreter(template_kernel(common["kernel-template"], facts.host), plan, facts)
     else:
         kernel = kernel_in_environment(common.get("kernel", "ipykernel"), plan, facts)
     command = kernel.command
@@ -3573,9 +3615,14 @@ def kernelspec_argv(launch: Launch, script: str, python: str) -> list[str]:
     return [python, "-I", "-S", "-c", BOOT, script, *launch_to_argv(launch)]
 
 
+def is_booted(argv: Sequence[str]) -> bool:
+    """Tell whether an argv is that of `kernelspec_argv`, whatever version's `BOOT` stands in it."""
+    return list(argv[1:4]) == ["-I", "-S", "-c"] and "envkernel" in "".join(argv[4:5]) and len(argv) > 5
+
+
 def run_tokens(argv: Sequence[str]) -> list[str]:
     """Return the part of a kernelspec's argv that the run phase reads; empty: it is not envkernel's."""
-    if list(argv[1:5]) == ["-I", "-S", "-c", BOOT]:
+    if is_booted(argv):
         return list(argv[6:])
     for index in (1, 2):
         ours = "envkernel" in os.path.basename(argv[index - 1]) if len(argv) > index + 1 else False
@@ -3602,8 +3649,9 @@ def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequ
         "metadata": metadata,
     }
     variables = dict(entry.partition("=")[::2] for entry in request.common.get("env", []))
-    if variables:
-        spec["env"] = {name: encode_token(value, unsafe="$") for name, value in variables.items()}
+    encoded = {name: encode_token(value, unsafe="$") for name, value in variables.items()}
+    if kernel.env or encoded:
+        spec["env"] = {**kernel.env, **encoded}
     if kernel.interrupt_mode:
         spec["interrupt_mode"] = kernel.interrupt_mode
     if kernel.protocol:
@@ -3611,10 +3659,13 @@ def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequ
     return spec
 
 
-def launch_of(request: Request, steps: Sequence[Step], command: Sequence[str]) -> Launch:
-    """Return the launch that a request stands for."""
+def launch_of(
+    request: Request, steps: Sequence[Step], command: Sequence[str], env: Sequence[str] = ()
+) -> Launch:
+    """Return the launch that a request stands for.  env: names of variables that the kernel brings."""
     options = {option.name: request.common.get(option.name) for option in COMMON_OPTIONS if option.run}
-    options["env"] = [entry.partition("=")[0] for entry in request.common.get("env", [])] or None
+    names = [*env, *(entry.partition("=")[0] for entry in request.common.get("env", []))]
+    options["env"] = list(dict.fromkeys(names)) or None
     return Launch(steps, command, {name: value for name, value in options.items() if value is not None})
 
 
@@ -3738,7 +3789,7 @@ def prepare_kernel(
         return kernel, launch_of(request, steps, kernel.command)
     probe, world = look_inside(probe, facts, [])
     kernel = choose_kernel(request, probe, world)
-    launch = launch_of(request, steps, kernel.command)
+    launch = launch_of(request, steps, kernel.command, list(kernel.env))
     resources = {"resource-dir": kernel.folder} if kernel.folder else {}
     plan, facts = look_inside(plan_launch(launch, facts, environ), world, kernel.command)
     plan = finish_plan(plan, launch.but(options=resources), facts)
@@ -3851,6 +3902,9 @@ def need_jupyter_client() -> Any:
             f"Install it ({sys.executable} -m pip install jupyter_client), or call envkernel with the Python "
             "that Jupyter runs on.",
         ) from None
+    import warnings
+
+    warnings.filterwarnings("ignore", "Invalid kernelspec directory name")
     return KernelSpecManager(ensure_native_kernel=False)
 
 
@@ -3869,11 +3923,11 @@ def install_kernelspec(
     import tempfile
 
     manager = need_jupyter_client()
-    base = os.path.dirname(os.path.dirname(destination))
-    made = first_missing(base if os.path.isdir(base) else os.path.dirname(destination))
+    base = os.path.dirname(destination)
+    made = first_missing(base)
     stage = ""
     try:
-        os.makedirs(os.path.dirname(destination), exist_ok=True)
+        os.makedirs(base, exist_ok=True)
         stage = tempfile.mkdtemp(prefix=".envkernel-", dir=base)
         source = os.path.join(stage, "source")
         if folder:
@@ -3888,6 +3942,8 @@ def install_kernelspec(
         swap_folder(new, destination, os.path.join(stage, "old"))
         if readable:
             make_readable(destination, made)
+        elif "env" in spec:
+            os.chmod(os.path.join(destination, "kernel.json"), 0o600)
     except OSError as error:
         if made and not os.path.exists(destination):
             shutil.rmtree(made, ignore_errors=True)
@@ -4580,12 +4636,12 @@ def our_kernel(name: str, facts: Facts) -> Installed:
 def plan_of(kernel: Installed, facts: Facts) -> Plan:
     """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken."""
     argv = kernel.spec["argv"]
-    for path in argv[:1] + (argv[5:6] if len(argv) > 5 and argv[4] == BOOT else []):
+    for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
         if not facts.exists(path) and os.path.isabs(path):
             raise UserError(f"{path} is gone.", f"Make the kernel again: envkernel update {kernel.name}.")
     launch = launch_from_argv(kernel.tokens)
     environ = launch_environ(facts)
-    environ.update(kernel.spec.get("env", {}))
+    environ.update(known_fields(kernel.spec)["env"])
     return finish_plan(plan_launch(launch, facts, environ), launch, facts)
 
 
@@ -4696,6 +4752,9 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     own = command.index("--") if "--" in command else len(command)
     name = f"--name={kernel.name}"  # the folder may have been copied to another name
     head = [name if word.startswith("--name=") else word for word in command[:own]]
+    for index, word in enumerate(head):
+        if word.startswith("--kernel-template=") and word.partition("=")[2] not in installed_kernels():
+            head[index] = f"--kernel-template={kernel.name}"  # the template is gone: this is its clone
     entries: list[str] = []
     if kernel.tokens:
         for step in launch_from_argv(kernel.tokens).steps:
@@ -5157,7 +5216,13 @@ class Facts:
 
     def absolute(self, path: str) -> str:
         """Return `path` absolute, ``~`` resolved, links kept."""
-        return os.path.abspath(os.path.expanduser(path))
+        try:
+            return os.path.abspath(os.path.expanduser(path))
+        except FileNotFoundError:
+            raise UserError(
+                f"The current folder is gone, so {path} means nothing.",
+                "Change to another folder, or give it whole.",
+            ) from None
 
     def read(self, path: str) -> bytes | None:
         """Return what a file holds, None where it can't be read."""
@@ -5186,7 +5251,9 @@ class Facts:
             (os.POSIX_SPAWN_DUP2, files[1], 2),
         ]
         try:
-            pid = os.posix_spawn(argv[0], list(argv), environ, file_actions=actions)
+            pid = os.posix_spawn(
+                argv[0], list(argv), environ, file_actions=actions, setsigdef=IGNORED_BY_PYTHON
+            )
             _, status = os.waitpid(pid, 0)
             texts = [_read_all(file) for file in files]
         except OSError as error:
@@ -5238,7 +5305,10 @@ class Facts:
             (os.POSIX_SPAWN_DUP2, 2, 1),
         ]
         try:
-            pid = os.posix_spawn("/bin/bash", ["/bin/bash", *words], environ, file_actions=actions)
+            command = ["/bin/bash", *words]
+            pid = os.posix_spawn(
+                "/bin/bash", command, environ, file_actions=actions, setsigdef=IGNORED_BY_PYTHON
+            )
             os.waitpid(pid, 0)
             entries = os.fsdecode(_read_all(file)).split("\0")
         except OSError as error:
@@ -8182,6 +8252,10 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
 
 def become(plan: Plan) -> NoReturn:
     """Execute the plan's program in place of this process.  Raises UserError where it can't start."""
+    import _signal  # signal itself would load enum
+
+    for number in IGNORED_BY_PYTHON:
+        _signal.signal(number, _signal.SIG_DFL)
     try:
         os.execve(plan.argv[0], plan.argv, plan.environ)
     except OSError as error:
@@ -8221,7 +8295,9 @@ def setup_or_manage(argv: Sequence[str]) -> int:
                 print(f"usage: envkernel {argv[0]} {command.argument}\n\n{command.summary}")
                 print("\n" + option_help(command.options) if command.options else "", end="\n")
                 return 0
-            return command.run(parse_command(argv[0], argv[1:]), facts)
+            status = command.run(parse_command(argv[0], argv[1:]), facts)
+            sys.stdout.flush()
+            return status
         return setup(argv, facts)
     except UserError as error:
         error.status = 1 if error.status in (126, 127) else error.status
@@ -8261,6 +8337,9 @@ def main(argv: Sequence[str]) -> int:
         return error.status
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 def tell_error(error: UserError) -> None:

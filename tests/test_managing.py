@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -393,6 +394,94 @@ def test_a_template_brings_its_files_and_its_command(call, world):
     argv = [known.get(word, word) for word in new["argv"]]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert done.stdout == f"{world}/bare /run/k.json\n"
+
+
+def write_spec(folder, spec):
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps(spec))
+
+
+def test_a_template_gives_its_variables_but_not_its_python(call, world):
+    spec = {
+        "argv": ["/other/bin/python3.9", "-c", "pass", "{connection_file}"],
+        "env": {"A": "1", "B": "${HOME}/x"},
+    }
+    write_spec(world / "jupyter_data_dir" / "kernels" / "orig", spec)
+    status, _, err = call(
+        "virtualenv", "--name=clone", "--user", "--kernel-template=orig", "--env=A=2", "bare"
+    )
+    assert (status, err) == (0, "")
+    new = json.loads((world / "jupyter_data_dir" / "kernels" / "clone" / "kernel.json").read_text())
+    assert new["env"] == {"A": "2", "B": "${HOME}/x"}
+    assert [word for word in new["argv"] if word.startswith("--env")] == ["--env=A", "--env=B"]
+    assert json.loads(call("show", "clone", "--json")[1])["argv"][0] == str(world / "bare" / "bin" / "python")
+    assert call("remove", "orig")[0] == 1
+    shutil.rmtree(world / "jupyter_data_dir" / "kernels" / "orig")
+    assert call("update", "clone")[0] == 0
+    again = json.loads((world / "jupyter_data_dir" / "kernels" / "clone" / "kernel.json").read_text())
+    assert (again["argv"], again["env"]) == (new["argv"], new["env"])
+
+
+def test_a_kernelspec_of_another_boot_is_ours(call, world):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    path = world / "jupyter_data_dir" / "kernels" / "x" / "kernel.json"
+    spec = json.loads(path.read_text())
+    spec["argv"][4] = spec["argv"][4].replace("marshal.loads", "marshal . loads")
+    path.write_text(json.dumps(spec))
+    assert json.loads(call("list", "--json")[1])[0]["state"] == "ok"
+
+
+def test_values_of_env_are_private_to_the_user(call, world):
+    call("virtualenv", "--name=x", "--user", "--env=TOKEN=secret", "bare", *TRUE)
+    spec = world / "jupyter_data_dir" / "kernels" / "x" / "kernel.json"
+    assert stat.S_IMODE(spec.stat().st_mode) == 0o600
+
+
+def test_a_kernels_folder_on_another_file_system(call, world):
+    elsewhere = tempfile.mkdtemp(dir="/dev/shm")
+    try:
+        (world / "jupyter_data_dir").mkdir()
+        (world / "jupyter_data_dir" / "kernels").symlink_to(elsewhere)
+        for _ in range(2):
+            status, _, err = call("virtualenv", "--name=x", "--user", "--replace", "bare", *TRUE)
+            assert (status, err) == (0, "")
+        assert os.listdir(elsewhere) == ["x"]
+    finally:
+        shutil.rmtree(elsewhere)
+
+
+def test_a_kernel_does_not_inherit_what_python_ignores(call, world):
+    call(
+        "virtualenv", "--name=x", "--user", "bare", "--", "/bin/cp", "/proc/self/status", "{connection_file}"
+    )
+    argv = json.loads((world / "jupyter_data_dir" / "kernels" / "x" / "kernel.json").read_text())["argv"]
+    target = str(world / "status")
+    subprocess.run([target if word == "{connection_file}" else word for word in argv], check=True)
+    ignored = next(line for line in open(target) if line.startswith("SigIgn"))
+    assert int(ignored.split()[1], 16) == 0
+
+
+def test_whoever_reads_the_list_may_stop_reading(call, world):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    done = subprocess.run(
+        f"{sys.executable} {SCRIPT} -h | true", shell=True, capture_output=True, check=False, text=True
+    )
+    assert done.stderr == ""
+
+
+def test_a_current_folder_that_is_gone(call, world):
+    folder = world / "gone"
+    folder.mkdir()
+    command = [sys.executable, SCRIPT, "virtualenv", "--name=x", "--user", "env"]
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *command],
+        cwd=folder,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert b"The current folder is gone" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_the_version(call):
