@@ -34,6 +34,10 @@ KERNEL = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel
 """JupyterLab's connection to the kernel of the notebook in front."""
 
 
+SHOWN = ["python3", "science", "vanished", "contained"]
+"""Kernels that a launcher shows, whatever else the tests have installed."""
+
+
 class Lab:
     """A JupyterLab server in a private Jupyter.  url: with the token in it."""
 
@@ -66,8 +70,9 @@ class Lab:
         for path, content in (
             (settings, {"fetchNews": "false"}),
             (config / "labconfig/page_config.json", disabled),
+            (config / "jupyter_server_config.json", {"KernelSpecManager": {"allowed_kernelspecs": SHOWN}}),
         ):
-            path.parent.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
 
     def _wait(self) -> str:
