@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -142,3 +143,20 @@ def test_ten_at_once(name: str, jupyter: Jupyter) -> None:
 
 def test_the_protocol(name: str, jupyter: Jupyter) -> None:
     run_protocol_tests(name)
+
+
+def test_check_tries_it_all(name: str, jupyter: Jupyter, lmod: Modules) -> None:
+    said = json.loads(jupyter.envkernel("check", name, "--json", environ=lmod.environ).stdout)
+    assert said["ok"]
+    assert [step["error"] for step in said["steps"]] == [""] * len(said["steps"])
+    steps = " ".join(step["step"] for step in said["steps"])
+    for word in ("start", "execute", "interrupt", "restart", "shut"):
+        assert word in steps
+    assert not jupyter.leftovers()
+
+
+def test_list_and_show_name_what_it_is(name: str, jupyter: Jupyter, lmod: Modules) -> None:
+    [row] = json.loads(jupyter.envkernel("list", "--json", environ=lmod.environ).stdout)
+    assert (row["name"], row["state"]) == (name, "ok")
+    shown = json.loads(jupyter.envkernel("show", name, "--json", environ=lmod.environ).stdout)
+    assert name in json.dumps(shown)
