@@ -3035,6 +3035,9 @@ class Job(Record):
     detached = False
     """Whether the program may end once the agent is there."""
 
+    grace = 0.0
+    """Seconds that the program has for taking its job back when its stdin ends before the agent is there."""
+
     def __init__(
         self, argv: Sequence[str], environ: Mapping[str, str], launch: Launch, options: Mapping[str, Any]
     ) -> None:
@@ -3047,29 +3050,23 @@ class Job(Record):
         self.node_ports = options.get("node-ports", "")
         self.transport = options.get("node-transport", "ipc")
 
-    def feed(self, orders: Mapping[str, Any], own: tuple[str, bytes, bytes]) -> bytes:
-        """Return what the program gets on stdin: this file, as `own_code` returns it, and the orders."""
-        import json
-
-        magic, code, source = own
-        return (
-            b"%s %d %d\n" % (magic.encode(), len(code), len(source))
-            + code
-            + source
-            + json.dumps(orders).encode()
-            + b"\n"
-        )
+    def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
+        """Return what the program gets on stdin.  own: returns this file, see `own_code`."""
+        raise NotImplementedError
 
     def read_state(self, said: str, known: str) -> tuple[str, bool]:
         """Return the job's id and whether it waits, from what the program said on stderr."""
         raise NotImplementedError
 
     def pending(self, known: str, facts: Facts) -> str:
-        """Return what the job waits for, in words; empty where that can't be told."""
-        raise NotImplementedError
+        """Return what the job waits for, in words; empty where the program says so itself."""
+        return ""
 
     def forget(self, known: str, facts: Facts) -> None:
-        """Cancel the job, if it is still there."""
+        """Cancel the job, if it is still there; nothing where its agent ends it."""
+
+    def report(self, known: str) -> list[str]:
+        """Return the command that says why a job ended whose program has ended before it."""
         raise NotImplementedError
 
     def explain(self, status: int, said: str, known: str) -> UserError:
@@ -3123,6 +3120,19 @@ def cluster_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 class SlurmJob(Job):
     """A job of Slurm, held by srun."""
+
+    def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
+        """Return this file and the agent's orders."""
+        import json
+
+        magic, code, source = own()
+        return (
+            b"%s %d %d\n" % (magic.encode(), len(code), len(source))
+            + code
+            + source
+            + json.dumps(orders).encode()
+            + b"\n"
+        )
 
     def read_state(self, said: str, known: str) -> tuple[str, bool]:
         """Return the number of the job and whether it waits, from what srun said on stderr."""
@@ -3316,6 +3326,164 @@ def plan_slurm(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     )
 
 
+class YarnJob(Job):
+    """An application of YARN, submitted with Skein by a helper process that ends once the agent is there.
+
+    spec: what the helper needs to know of the application.
+    """
+
+    detached = True
+    grace = 8.0
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        launch: Launch,
+        options: Mapping[str, Any],
+        spec: Mapping[str, Any],
+    ) -> None:
+        super().__init__(argv, environ, launch, options)
+        self.spec = dict(spec)
+
+    def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
+        """Return what the helper gets on stdin: the application, and the orders for its agent."""
+        import json
+
+        return json.dumps({"spec": self.spec, "orders": dict(orders)}).encode() + b"\n"
+
+    def read_state(self, said: str, known: str) -> tuple[str, bool]:
+        """Return the application's id and whether it waits, from what the helper said on stderr."""
+        for line in said.splitlines():
+            if line.startswith(YARN_SAYS) and "application_" in line:
+                known = line[line.index("application_") :].split()[0].rstrip(":.")
+        return known, False
+
+    def report(self, known: str) -> list[str]:
+        """Return the command that says what became of the application."""
+        return [*self.argv[:-1], "report", known]
+
+    def explain(self, status: int, said: str, known: str) -> UserError:
+        """Return why the application ended, where the helper could not say."""
+        return UserError(
+            f"The YARN application {known} has ended.".replace("  ", " "),
+            f"Its logs may tell why: yarn logs -applicationId {known or 'ID'}.",
+            detail=said.strip(),
+        )
+
+
+YARN_SAYS = "envkernel: YARN"
+"""How a line of the helper's begins that tells of the application."""
+
+PACKED_NEEDS = (
+    ("bin/activate", "no bin/activate", "Pack it with conda-pack or venv-pack"),
+    ("bin/python", "no bin/python", "Pack it with conda-pack or venv-pack"),
+    ("site-packages/skein/__init__.py", "no skein", "Install skein in it and pack it again"),
+)
+"""What a packed environment must hold: the end of a path, what is said where it is missing, what to do."""
+
+
+def check_packed(path: str, names: Sequence[str] | None, command: Sequence[str]) -> None:
+    """Raise UserError unless a packed environment holds what a kernel on YARN needs.
+
+    names: of the files in the archive, None where it is none.  command: the kernel's, as far as known.
+    """
+    if names is None:
+        raise UserError(
+            f"There is no packed environment {path} (a .tar.gz).",
+            "Make it: conda pack -o environment.tar.gz, or venv-pack -o environment.tar.gz.",
+        )
+    needs = list(PACKED_NEEDS)
+    if not command or "ipykernel_launcher" in command:
+        need = "Install ipykernel in it and pack it again"
+        needs.append(("site-packages/ipykernel_launcher.py", "no ipykernel", need))
+    for end, lack, hint in needs:
+        if not any(name == end or name.endswith("/" + end) for name in names):
+            raise UserError(f"The packed environment {path} has {lack}.", hint + ".")
+
+
+def setup_yarn(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Check the packed environment, Skein, Java, the ``yarn`` command and the queue.
+
+    Raises UserError for what is missing.
+    """
+    options = dict(step.options)
+    check_node_options(options)
+    for name in ("memory", "vcores"):
+        if not options.get(name, "1").isdigit() or int(options.get(name, "1")) < 1:
+            raise usage_error(f"--{name} takes a number, not {options[name]!r}.", f"For example: --{name}=2.")
+    path = facts.absolute(step.targets[0])
+    check_packed(path, facts.archive_names(path), [common["kernel-cmd"]] if "kernel-cmd" in common else [])
+    files = [entry.partition("=") for entry in options.get("file", [])]
+    for name, _, source in files:
+        if not name or "/" in name or name in ("environment", "envkernel.py") or not source:
+            raise usage_error(f"--file {name}={source} names no file.", "Write it as --file NAME=PATH.")
+        if not facts.exists(facts.absolute(source)):
+            raise UserError(f"There is no {source} to send along.", "Check the path that --file has.")
+    if files:
+        options["file"] = [f"{name}={facts.absolute(source)}" for name, _, source in files]
+    for program, hint in (
+        ("java", "Install it, or load the module that brings it."),
+        ("yarn", "Set the kernel up on an edge node of the cluster, where Hadoop's commands are on PATH."),
+    ):
+        if not search_program(program, path_entries(environ), facts) and not (
+            program == "java" and facts.is_executable(environ.get("JAVA_HOME", "") + "/bin/java")
+        ):
+            raise UserError(f"There is no {program} on this machine.", hint)
+    said = facts.output([*yarn_client(), "check", options.get("queue", "default")], environ)
+    if said.status:
+        raise client_error(said)
+    return step.but(options=find_tunnel(options, facts, environ), targets=[path])
+
+
+def yarn_client() -> list[str]:
+    """Return how the helper is started that speaks with YARN."""
+    return [sys.executable, "-I", "-S", "-c", BOOT, os.path.abspath(__file__), "yarn", "client"]
+
+
+def client_error(said: Output) -> UserError:
+    """Return the error that the helper has reported."""
+    import json
+
+    for line in said.out.splitlines():
+        if line.startswith(FAILED):
+            return UserError(**json.loads(line[len(FAILED) :]))
+    return UserError(
+        "Skein could not speak with YARN.",
+        "See below; `yarn application -list` has to work here.",
+        detail=os.fsdecode(said.err).strip()[-TAIL:],
+    )
+
+
+def plan_yarn(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+    """Plan the application.  Raises UserError where the packed environment is gone."""
+    path = step.targets[0]
+    if not facts.exists(path):
+        raise UserError(
+            f"There is no {path} any more.",
+            "Pack the environment again, or set the kernel up with another one.",
+        )
+    files = dict(entry.partition("=")[::2] for entry in step.options.get("file", []))
+    spec = {
+        "name": rest.options.get("name", "envkernel"),
+        "queue": step.options.get("queue", "default"),
+        "memory": int(step.options.get("memory", 1024)),
+        "vcores": int(step.options.get("vcores", 1)),
+        "environment": path,
+        "files": {**files, "envkernel.py": os.path.abspath(__file__)},
+    }
+    environ = cluster_environ(plan.environ)
+    argv = [*yarn_client(), "submit"]
+    return plan.but(
+        argv=argv,
+        environ=environ,
+        search=None,
+        where="the YARN container",
+        install=f"install %s in the environment and pack {path.replace('%', '%%')} again",
+        job=YarnJob(argv, environ, rest, step.options, spec),
+    )
+
+
 register(
     Mode(
         "slurm",
@@ -3337,6 +3505,30 @@ register(
         remote=True,
         engine=srun_options,
         example="envkernel slurm --user --name=gpu --partition=gpu --gres=gpu:1 -- conda science",
+    ),
+    Mode(
+        "yarn",
+        "Run the kernel in a container of YARN, in a packed environment, through Skein.",
+        [
+            Option("--memory", "Memory of the container in MiB (default: 1024).", metavar="MIB", run=True),
+            Option("--vcores", "Virtual cores of the container (default: 1).", metavar="N", run=True),
+            Option("--queue", "Queue to submit to (default: default).", metavar="NAME", run=True),
+            Option(
+                "--file",
+                "Send a file along, into the folder that the kernel starts in.",
+                metavar="NAME=PATH",
+                many=True,
+                run=True,
+                example="--file settings.ini=~/settings.ini",
+            ),
+            *NODE_OPTIONS,
+            Option("--tunnel-program", "", metavar="PATH", run=True, setup=False),
+        ],
+        setup_yarn,
+        plan_yarn,
+        target="ENVIRONMENT.tar.gz",
+        remote=True,
+        example="envkernel yarn --user --name=big --memory=4096 --vcores=2 environment.tar.gz",
     ),
 )
 
@@ -5232,6 +5424,16 @@ class Facts:
         except OSError:
             return None
 
+    def archive_names(self, path: str) -> list[str] | None:
+        """Return the names of what is in a tar archive, None where there is none."""
+        import tarfile
+
+        try:
+            with tarfile.open(path) as archive:
+                return archive.getnames()
+        except (OSError, tarfile.TarError):
+            return None
+
     def listdir(self, path: str) -> list[str]:
         """Return the names in a folder, none where it can't be read."""
         try:
@@ -5404,6 +5606,16 @@ class Inside(Facts):
     def is_executable(self, path: str) -> bool:
         """Tell whether a program is there."""
         return path in self.programs or not self.output(["test", "-x", path], {}).status
+
+    def archive_names(self, path: str) -> list[str] | None:
+        """Return the names of what is in a tar archive, None where there is none."""
+        import tarfile
+
+        try:
+            with tarfile.open(path) as archive:
+                return archive.getnames()
+        except (OSError, tarfile.TarError):
+            return None
 
     def listdir(self, path: str) -> list[str]:
         """Return the names in a folder of a kernelspec, none for other folders."""
@@ -6499,6 +6711,9 @@ def supervise(plan: Plan, care: Care, facts: Facts, log: str = "") -> int:
 HELLO = b"envkernel-agent "
 """How the line begins on which an agent says where it listens."""
 
+FAILED = b"envkernel-failure "
+"""How the line begins on which a helper says what went wrong."""
+
 PING, LOST = 5.0, 20.0
 """Seconds between two heartbeats, and without one until the other side counts as lost."""
 
@@ -6823,7 +7038,10 @@ def become_node_kernel(
         # ipykernel ends itself when its parent is not the one that is named here
         environ = {**environ, **orders["environ"], "JPY_PARENT_PID": str(agent)}
         facts = Facts()
-        status = execute(finish_plan(plan_launch(launch, facts, environ), launch, facts), launch, facts)
+        plan = plan_launch(launch, facts, environ)
+        if not launch.steps:
+            plan = plan.but(search=path_entries(environ), where=f"the PATH of node {node_name(environ)}")
+        status = execute(finish_plan(plan, launch, facts), launch, facts)
     except UserError as error:
         status = error.status
         os.write(problem, json.dumps(vars(error)).encode())
@@ -6866,7 +7084,7 @@ class Agent:
         self.control: Lines | None = None
         self.news: dict[str, Any] = {}
         self.wanted: Mapping[str, Any] | None = None
-        self.status = 0
+        self.status = self.outcome = 0
         self.lost: object = self.loop.after(LOST + 10, self.end)
         self.pairs: set[Pair] = set()
         self.kernel = NodeKernel(orders, dict(os.environ))
@@ -7008,6 +7226,7 @@ class Agent:
         if self.wanted is not None:
             self.start(self.wanted)
         elif not self.status:
+            self.outcome = max(status, 0)
             # what is left of its stderr first
             self.loop.after(0, lambda: self.tell(**kernel_end(self.kernel, status)))
 
@@ -7032,7 +7251,7 @@ class Agent:
                 os.waitpid(self.kernel.pid, 0)
                 self.kernel.signal(9)
             self.kernel.clean()
-        return self.status
+        return self.status or self.outcome
 
 
 def kernel_end(kernel: NodeKernel, status: int) -> dict[str, Any]:
@@ -7160,6 +7379,7 @@ class Keeper:
         self.line = b""
         self.child = self.tunnel = 0
         self.ending = self.waits = False
+        self.failure: UserError | None = None
         self.linger: object = None
         self.visitor: Lines | None = Lines(self.loop, visitor, self.hear, self.left)
         self.listener = socket.socket(socket.AF_UNIX)
@@ -7170,7 +7390,7 @@ class Keeper:
 
     def run(self) -> None:
         """Submit the job and keep it until it is over."""
-        self.start_child(self.job.argv, self.job.feed(self.orders, own_code(self.facts)))
+        self.start_child(self.job.argv, self.job.feed(self.orders, lambda: own_code(self.facts)))
         if self.job.queue_timeout:
             self.loop.after(self.job.queue_timeout, self.too_late)
         self.loop.run()
@@ -7233,6 +7453,8 @@ class Keeper:
         for line in lines:
             if line.startswith(HELLO) and not self.place:
                 self.found(json.loads(line[len(HELLO) :]))
+            elif line.startswith(FAILED):
+                self.failure = UserError(**json.loads(line[len(FAILED) :]))
             else:
                 self.tell(out=(line + b"\n").decode("latin-1"))
 
@@ -7306,6 +7528,10 @@ class Keeper:
         """Follow a run process."""
         if message.get("do") == "end" or message.get("adopt", self.digest) != self.digest:
             self.end()
+        elif message.get("do") == "explain":
+            if self.job.detached and not self.child:
+                self.place = None
+                self.start_child(self.job.report(self.id), b"")
         elif "adopt" in message:
             self.loop.cancel(self.linger)
             self.tell(adopted=bool(self.place), say="" if self.place else self.state)
@@ -7345,8 +7571,8 @@ class Keeper:
         if not self.child:
             self.loop.stop()
             return
-        self.loop.after(0 if not self.place else 2, lambda: self.kill(15))
-        self.loop.after(3, lambda: self.kill(9))
+        self.loop.after(2 if self.place else self.job.grace, lambda: self.kill(15))
+        self.loop.after(self.job.grace + 3, lambda: self.kill(9))
 
     def kill(self, number: int) -> None:
         """Send a signal to the program that holds the job."""
@@ -7376,7 +7602,8 @@ class Keeper:
         if self.ending:
             self.loop.stop()
         elif not self.job.detached or not self.place:
-            self.gone(self.job.explain(exit_status(status), self.said.decode(errors="replace"), self.id))
+            said = self.said.decode(errors="replace")
+            self.gone(self.failure or self.job.explain(exit_status(status), said, self.id))
             self.ending = True
             self.loop.stop()
 
@@ -7628,6 +7855,7 @@ class RemoteKernel:
                 self.error = ended_error(self.status, where, message["tail"], self.plan.install)
             self.drain()
         if "stopped" in message:
+            self.keeper.tell(do="explain")
             self.await_reason()
 
     def agent_gone(self) -> None:
@@ -7649,7 +7877,7 @@ class RemoteKernel:
     def await_reason(self) -> None:
         """Wait for the keeper to say why the job ended."""
         self.loop.cancel(self.lost)
-        self.lost = self.loop.after(8, self.agent_lost)
+        self.lost = self.loop.after(15, self.agent_lost)
 
     def keeper_gone(self) -> None:
         """The keeper was killed, and the job with it; or it was about to end and had no job for us."""
@@ -7657,6 +7885,10 @@ class RemoteKernel:
             self.greet_keeper(*self.find_keeper())
             return
         self.fail(UserError("The process that keeps the job was killed.", "Start the kernel again."))
+        folder = job_folder(self.launch, self.facts)
+        lock = take_lock(folder + ".lock")  # which the keeper held
+        remove_tree(folder)
+        release_lock(folder + ".lock", lock)
 
     def fail(self, error: UserError) -> None:
         """End with an error."""
@@ -7714,6 +7946,8 @@ class RemoteKernel:
 
     def jupyter_gone(self) -> None:
         """Nobody will use this kernel any more."""
+        if self.control:
+            self.control.tell(do="end")
         self.keeper.tell(do="end")
         self.status = -15
         self.loop.stop()
@@ -7746,6 +7980,229 @@ def write_all(file: int, data: bytes) -> None:
             data = data[os.write(file, data) :]
     except OSError:
         pass
+
+
+# ---- yarn ---------------------------------------------------------------------------------------
+
+YARN_SCRIPT = "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
+"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's."""
+
+ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
+"""Keys in the application's key-value store, which only who holds its certificate can read."""
+
+
+def yarn_main(words: Sequence[str]) -> int:
+    """The hidden commands ``envkernel yarn client ...`` (on the edge node) and ``yarn agent`` (on a node)."""
+    if words[0] == "agent":
+        return yarn_agent()
+    try:
+        import_from_here()
+        return {"check": client_check, "submit": client_submit, "report": client_report}[words[1]](words[2:])
+    except UserError as error:
+        report_failure(error)
+        return error.status
+
+
+def report_failure(error: UserError) -> None:
+    """Tell the keeper, or setup, why something failed."""
+    import json
+
+    write_all(1, FAILED + json.dumps(vars(error)).encode() + b"\n")
+
+
+def open_skein() -> Any:
+    """Return Skein and a client of it.  Raises UserError where something that it needs is missing."""
+    import importlib
+    import warnings
+
+    warnings.simplefilter("ignore")  # that it makes its credentials the first time
+    try:
+        skein = importlib.import_module("skein")
+    except ImportError as error:
+        raise UserError(
+            f"Skein, which speaks with YARN, can't be loaded: {error}.",
+            f"Install it: {sys.executable} -m pip install 'envkernel[yarn]'.",
+        ) from None
+    try:
+        return skein, skein.Client(log=False)
+    except Exception as error:  # whatever stops its Java process
+        raise UserError(
+            "Skein's client could not be started.",
+            "Java and `yarn classpath --glob` have to work here, and the ResourceManager to answer.",
+            detail=str(error),
+        ) from None
+
+
+def client_check(words: Sequence[str]) -> int:
+    """See whether there is a queue of that name."""
+    _, client = open_skein()
+    try:
+        queue = client.get_queue(words[0])
+    except Exception as error:
+        known = ""
+        if "queue" in str(error).lower():
+            known = ", ".join(sorted(queue.name for queue in client.get_all_queues()))
+        raise UserError(
+            f"YARN has no queue {words[0]} that can be used.",
+            f"There are: {known}." if known else "Ask whether YARN is up: yarn node -list.",
+            detail=str(error),
+        ) from None
+    finally:
+        client.close()
+    if str(queue.state).upper() != "RUNNING":
+        raise UserError(f"YARN's queue {words[0]} is stopped.", "Choose another one: --queue=NAME.")
+    return 0
+
+
+def client_submit(words: Sequence[str]) -> int:
+    """Submit the application that stdin describes and bring its agent the orders.
+
+    When stdin ends before that is done, nobody waits any more: the application is killed.
+    """
+    import json
+    import threading
+
+    asked = json.loads(sys.stdin.buffer.readline())
+    skein, client = open_skein()
+    spec = asked["spec"]
+    files = {name: skein.File(source="file://" + path, type="file") for name, path in spec["files"].items()}
+    files["environment"] = skein.File(source="file://" + spec["environment"], type="archive")
+    service = skein.Service(
+        resources=skein.Resources(memory=spec["memory"], vcores=spec["vcores"]),
+        files=files,
+        script=YARN_SCRIPT,
+    )
+    application = skein.ApplicationSpec(name=spec["name"], queue=spec["queue"], services={"kernel": service})
+    try:
+        number = client.submit(application)
+    except Exception as error:
+        hint = "See what it said; --queue, --memory and --vcores may have to change."
+        raise UserError("YARN did not take the application.", hint, detail=str(error)) from None
+    say_yarn(f"application {number} was submitted.")
+
+    def kill_when_nobody_waits() -> None:
+        if not sys.stdin.buffer.read(1):
+            client.kill_application(number)
+            os._exit(1)
+
+    threading.Thread(target=kill_when_nobody_waits, daemon=True).start()
+    await_running(client, number)
+    try:
+        running = client.connect(number)
+        running.kv[ORDERS_KEY] = json.dumps(asked["orders"]).encode()
+        place = json.loads(running.kv.wait(AGENT_KEY))
+    except Exception as error:
+        raise application_end(client, number, str(error)) from None
+    say_hello({**place, "job": number})
+    os._exit(0)  # without waiting for the thread
+
+
+def say_yarn(text: str) -> None:
+    """Say something of the application on stderr, as the keeper reads it."""
+    write_all(2, f"{YARN_SAYS} {text}\n".encode(errors="replace"))
+
+
+def await_running(client: Any, number: str) -> None:
+    """Wait until an application runs, saying what it waits for when that changes.
+
+    Raises UserError where it ends instead.
+    """
+    import time
+
+    said = ""
+    while True:
+        report = client.application_report(number)
+        state = str(report.state)
+        if state == "RUNNING":
+            return
+        if state in ("FINISHED", "FAILED", "KILLED"):
+            raise application_end(client, number, "")
+        words = (report.diagnostics or "").split("Details :")[0].strip().splitlines()
+        now = f"application {number} waits: {state}" + (f" ({words[-1].strip()})" if words else "")
+        if now != said and state == "ACCEPTED":
+            say_yarn(now)
+            said = now
+        time.sleep(0.2)
+
+
+def application_end(client: Any, number: str, said: str) -> UserError:
+    """Return why an application ended, in YARN's words."""
+    import time
+
+    for _ in range(20):
+        report = client.application_report(number)
+        if str(report.state) in ("FINISHED", "FAILED", "KILLED"):
+            break
+        time.sleep(0.25)
+    else:
+        return UserError(
+            f"The YARN application {number} does not answer.", "Start the kernel again.", detail=said
+        )
+    user = str(report.final_status).lower()
+    return UserError(
+        f"The YARN application {number} has ended: {user}.",
+        f"Its logs may tell more: yarn logs -applicationId {number}.",
+        detail=(report.diagnostics or said).strip()[-TAIL:],
+    )
+
+
+def client_report(words: Sequence[str]) -> int:
+    """Say what became of an application."""
+    _, client = open_skein()
+    raise application_end(client, words[0], "")
+
+
+def yarn_agent() -> int:
+    """What YARN's container runs: get the orders from the key-value store, serve, answer there.
+
+    Skein's client needs 50 MB; it lives in a process of its own, for as long as it takes.
+    """
+    import json
+
+    orders, orders_end = os.pipe()
+    place_end, place = os.pipe()
+    if not os.fork():
+        if not os.fork():  # so that the agent is not the one who has to bury it
+            os.close(place)
+            os.close(orders)
+            yarn_channel(orders_end, place_end)
+        os._exit(0)
+    os.wait()
+    os.close(orders_end)
+    os.close(place_end)
+    text = b"".join(iter(lambda: os.read(orders, 1 << 16), b""))
+    os.close(orders)
+    if not text:
+        return 1
+
+    def said(where: dict[str, Any]) -> None:
+        write_all(place, json.dumps(where).encode())
+        os.close(place)
+
+    return Agent(json.loads(text), -1, said).run()
+
+
+def yarn_channel(orders_end: int, place_end: int) -> NoReturn:
+    """Fetch the orders from the key-value store and leave the agent's place there."""
+    import importlib
+    import signal
+
+    status = 1
+    try:
+        signal.alarm(120)  # nobody came
+        skein = importlib.import_module("skein")
+        store = skein.ApplicationClient.from_current().kv
+        text = store.wait(ORDERS_KEY)
+        store.pop(ORDERS_KEY)  # the secret has been delivered
+        write_all(orders_end, text)
+        os.close(orders_end)
+        signal.alarm(0)
+        store[AGENT_KEY] = b"".join(iter(lambda: os.read(place_end, 1 << 16), b""))
+        status = 0
+    except BaseException as error:
+        write_all(2, f"envkernel: no orders came through Skein: {error!r}\n".encode())
+    finally:
+        os._exit(status)
 
 
 # ---- error kernel -------------------------------------------------------------------------------
@@ -8331,6 +8788,8 @@ def main(argv: Sequence[str]) -> int:
             )
         if len(argv) > 1 and argv[1] == "run" and argv[0] in MODES:
             return run(argv)
+        if argv[:2] in (["yarn", "client"], ["yarn", "agent"]):
+            return yarn_main(argv[1:])
         return setup_or_manage(argv)
     except UserError as error:
         tell_error(error)

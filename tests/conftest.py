@@ -8,6 +8,7 @@ pytest_plugins = [
     "support.browser",
     "support.images",
     "support.apptainer",
+    "support.clusters",
     "support.slurm",
     "support.yarn",
     "support.docker",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -177,6 +178,107 @@ def test_pending_in_words() -> None:
 )
 def test_why_a_job_ended(said: str, message: str) -> None:
     assert envkernel.slurm_end(1, said + "\na line of the kernel", "4").message == message
+
+
+PACKED = ["bin/activate", "./bin/python", "lib/python3.11/site-packages/skein/__init__.py"]
+IPYKERNEL = "lib/python3.11/site-packages/ipykernel_launcher.py"
+
+
+def yarn_facts(names: list[str] | None, **given: Any) -> FakeFacts:
+    world = FakeFacts(programs={"/usr/bin/java", "/usr/bin/yarn", "/cwd/e.tar.gz"}, **given)
+    world.archive_names = lambda path: names  # type: ignore[method-assign]
+    return world
+
+
+def yarn_setup(
+    names: list[str] | None, options: dict[str, Any], path: str = "/usr/bin", **given: Any
+) -> Step:
+    world = yarn_facts(names, **given)
+    return envkernel.setup_yarn(Step("yarn", options, ["e.tar.gz"]), world, {"PATH": path}, {})
+
+
+def queue_answers(status: int, out: bytes, queue: str = "default") -> dict[Any, Output]:
+    return {(*envkernel.yarn_client(), "check", queue): Output(status, out)}
+
+
+def test_yarn_setup_makes_paths_absolute() -> None:
+    step = yarn_setup(
+        [*PACKED, IPYKERNEL],
+        {"queue": "big", "file": ["a.ini=conf/a.ini"]},
+        files={"/cwd/conf/a.ini": b""},
+        answers=queue_answers(0, b"", "big"),
+    )
+    options = {"queue": "big", "file": ["a.ini=/cwd/conf/a.ini"]}
+    assert step == Step("yarn", options, ["/cwd/e.tar.gz"])
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "path", "message", "status"),
+    [
+        (None, {}, "/usr/bin", "There is no packed environment /cwd/e.tar.gz", 1),
+        (["bin/python"], {}, "/usr/bin", "has no bin/activate", 1),
+        (PACKED[:2], {}, "/usr/bin", "has no skein", 1),
+        (PACKED, {}, "/usr/bin", "has no ipykernel", 1),
+        ([*PACKED, IPYKERNEL], {}, "/nowhere", "There is no java on this machine", 1),
+        ([*PACKED, IPYKERNEL], {"memory": "2G"}, "/usr/bin", "--memory takes a number, not '2G'", 2),
+        ([*PACKED, IPYKERNEL], {"vcores": "0"}, "/usr/bin", "--vcores takes a number", 2),
+        ([*PACKED, IPYKERNEL], {"file": ["x"]}, "/usr/bin", "names no file", 2),
+        ([*PACKED, IPYKERNEL], {"file": ["../x=/y"]}, "/usr/bin", "names no file", 2),
+        ([*PACKED, IPYKERNEL], {"file": ["x=/y"]}, "/usr/bin", "There is no /y to send along", 1),
+    ],
+)
+def test_yarn_setup_says_what_is_missing(
+    names: list[str] | None, options: dict[str, Any], path: str, message: str, status: int
+) -> None:
+    with pytest.raises(envkernel.UserError) as caught:
+        yarn_setup(names, options, path)
+    assert message in caught.value.message
+    assert caught.value.status == status
+
+
+def test_yarn_setup_passes_on_what_the_helper_says() -> None:
+    said = envkernel.FAILED + b'{"message": "YARN has no queue x.", "hint": "h", "status": 1, "detail": ""}\n'
+    with pytest.raises(envkernel.UserError, match="YARN has no queue x"):
+        yarn_setup([*PACKED, IPYKERNEL], {"queue": "x"}, answers=queue_answers(1, said, "x"))
+    with pytest.raises(envkernel.UserError, match="Skein could not speak with YARN"):
+        yarn_setup([*PACKED, IPYKERNEL], {"queue": "x"}, answers=queue_answers(1, b"", "x"))
+
+
+def test_yarn_plan() -> None:
+    rest = Launch([], COMMAND, {"name": "x"})
+    step = Step("yarn", {"memory": "2048", "vcores": "2", "queue": "q", "file": ["a=/a"]}, ["/cwd/e.tar.gz"])
+    environ = {"HADOOP_CONF_DIR": "/c", "JPY_PARENT_PID": "7"}
+    argv = [*envkernel.yarn_client(), "submit"]
+    spec = {
+        "name": "x",
+        "queue": "q",
+        "memory": 2048,
+        "vcores": 2,
+        "environment": "/cwd/e.tar.gz",
+        "files": {"a": "/a", "envkernel.py": os.path.abspath(envkernel.__file__)},
+    }
+    assert envkernel.plan_yarn(step, Plan(COMMAND, environ), yarn_facts(None), rest) == Plan(
+        argv,
+        {"HADOOP_CONF_DIR": "/c"},
+        where="the YARN container",
+        install="install %s in the environment and pack /cwd/e.tar.gz again",
+        job=envkernel.YarnJob(argv, {"HADOOP_CONF_DIR": "/c"}, rest, step.options, spec),
+    )
+    with pytest.raises(envkernel.UserError, match=r"There is no /gone.tar.gz any more"):
+        envkernel.plan_yarn(step.but(targets=["/gone.tar.gz"]), Plan([], {}), yarn_facts(None), rest)
+
+
+def test_yarn_state() -> None:
+    job = envkernel.YarnJob([], {}, Launch([], []), {}, {})
+    said = "x\nenvkernel: YARN application application_1_0002 waits: ACCEPTED\n"
+    assert job.read_state(said, "") == ("application_1_0002", False)
+    assert job.read_state("", "application_1_0002") == ("application_1_0002", False)
+
+
+def test_no_text_of_the_user_is_in_the_containers_script() -> None:
+    assert envkernel.YARN_SCRIPT == (
+        "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
+    )
 
 
 def test_launch_travels_unchanged() -> None:

@@ -10,16 +10,15 @@ import re
 import signal
 import subprocess
 import sys
-import unittest
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-import jupyter_kernel_test
 import psutil
 import pytest
 from jupyter_client import KernelManager
 
-from support.jupyter import Jupyter, Kernel
+from support.clusters import Errors, alive, run_process
+from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.modules import Modules
 from support.slurm import Slurm, wait_for
 
@@ -55,10 +54,6 @@ def install(jupyter: Jupyter, name: str, *options: str, chain: tuple[str, ...] =
     return jupyter.setup("slurm", name, "--linger=1", *options, "--", *(chain or (sys.executable, *COMMAND)))
 
 
-def run_process(kernel: Kernel) -> psutil.Process:
-    return psutil.Process(kernel.pid)
-
-
 def srun_of(kernel: Kernel) -> psutil.Process:
     [keeper] = run_process(kernel).children()
     [srun] = keeper.children()
@@ -73,13 +68,6 @@ def processes(word: str) -> list[psutil.Process]:
         if any(word in argument for argument in process.info["cmdline"] or ()):
             found.append(process)
     return found
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those of some processes that live; a zombie does not, however long its parent lets it lie."""
-    return [
-        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
 
 
 def all_gone(cluster: Slurm, pids: list[int], seconds: float = 10) -> None:
@@ -101,31 +89,6 @@ def all_pids(kernel: Kernel) -> list[int]:
     agent = int(kernel.value("__import__('os').getppid()"))
     there = psutil.Process(agent)
     return [process.pid for root in (here, there) for process in (root, *root.children(recursive=True))]
-
-
-class Errors:
-    """What a kernel's run process says on stderr."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = path.open("wb")
-
-    def text(self) -> str:
-        return self.path.read_text(errors="replace")
-
-    def wait(self, words: str, seconds: float = 10) -> str:
-        try:
-            wait_for(lambda: words in self.text(), words, seconds)
-        except TimeoutError:
-            raise AssertionError(f"no {words!r} in:\n{self.text()}") from None
-        return self.text()
-
-
-@pytest.fixture
-def errors(tmp_path: Path) -> Iterator[Errors]:
-    said = Errors(tmp_path / "stderr")
-    yield said
-    said.file.close()
 
 
 # ---- life ---------------------------------------------------------------------------------------
@@ -177,40 +140,7 @@ def test_the_suite_of_jupyter_kernel_test(
     for name, value in cluster.environ.items():
         monkeypatch.setenv(name, value)
     install(jupyter, "suite", "--partition=far")
-    run_suite("suite")
-
-
-def run_suite(name: str) -> None:
-    class Suite(jupyter_kernel_test.KernelTests):
-        kernel_name = name
-        language_name = "python"
-        file_extension = ".py"
-        code_hello_world = "print('hello, world')"
-        code_stderr = "import sys; print('test', file=sys.stderr)"
-        completion_samples = ({"text": "zi", "matches": {"zip"}},)
-        complete_code_samples = ("1", "print('hello, world')", "def f(x):\n  return x*2\n\n\n")
-        incomplete_code_samples = ("print('''hello", "def f(x):\n  x*2")
-        invalid_code_samples = ("import = 7q",)
-        code_page_something = "zip?"
-        code_generate_error = "raise ValueError"
-        code_execute_result = ({"code": "1+2+3", "result": "6"},)
-        code_display_data = (
-            {
-                "code": "from IPython.display import HTML, display; display(HTML('<b>x</b>'))",
-                "mime": "text/html",
-            },
-        )
-        code_inspect_sample = "zip"
-        code_clear_output = "from IPython.display import clear_output; clear_output()"
-        code_history_pattern = "1?2*"
-        supported_history_operations = ("tail", "search")
-
-    result = unittest.TestResult()
-    unittest.defaultTestLoader.loadTestsFromTestCase(Suite).run(result)
-    Suite.km.cleanup_resources()
-    assert result.testsRun >= 12
-    assert not result.errors + result.failures, result.errors + result.failures
-    assert {reason for _, reason in result.skipped} <= {"History range not supported"}
+    run_protocol_tests("suite")
 
 
 def test_chain_of_modules_and_virtualenv(

@@ -12,6 +12,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Iterator
@@ -19,7 +21,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from support import cache_dir, missing
+from support import cache_dir, done, missing
 from support.slurm import free_ports, wait_for
 
 PROGRAMS = ("java", "mvn")
@@ -53,9 +55,9 @@ log4j.appender.stderr.layout.ConversionPattern=%d %p %c{1}: %m%n
 
 def jars() -> Path:
     """The directory of Hadoop's jars, fetched with maven the first time."""
-    done = cache_dir() / f"hadoop-{HADOOP}"
-    if not done.is_dir():
-        with tempfile.TemporaryDirectory(dir=done.parent) as work:
+    kept = cache_dir() / f"hadoop-{HADOOP}"
+    if not kept.is_dir():
+        with tempfile.TemporaryDirectory(dir=kept.parent) as work:
             shutil.copy(POM, Path(work) / "pom.xml")
             subprocess.run(
                 [
@@ -72,8 +74,8 @@ def jars() -> Path:
                 timeout=900,
                 stdin=subprocess.DEVNULL,
             )
-            os.rename(Path(work) / "jars", done)
-    return done
+            os.rename(Path(work) / "jars", kept)
+    return kept
 
 
 class Yarn:
@@ -159,6 +161,8 @@ class Yarn:
             "yarn.nodemanager.vmem-check-enabled": "false",
             "yarn.nodemanager.disk-health-checker.enable": "false",
             "yarn.nodemanager.delete.debug-delay-sec": "0",
+            "yarn.log-aggregation-enable": "true",
+            "yarn.nodemanager.remote-app-log-dir": f"{self.dir}/aggregated",
             "yarn.nodemanager.env-whitelist": "JAVA_HOME,HADOOP_CONF_DIR",
             "yarn.scheduler.minimum-allocation-mb": "128",
             "yarn.resourcemanager.am.max-attempts": "1",
@@ -214,3 +218,23 @@ def yarn() -> Iterator[Yarn]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with skein and ipykernel, packed by venv-pack.
+
+    What these two need is taken from the environment of the tests: a NodeManager without Hadoop's
+    native library starts one chmod per file that it unpacks.
+    """
+    folder = tmp_path_factory.mktemp("packed")
+    venv = folder / "venv"
+    done(sys.executable, "-m", "venv", "--without-pip", venv)
+    pip = [sys.executable, "-m", "pip", "--python", venv, "install", "-q", "--no-deps", "--no-compile"]
+    done(*pip, "skein", "ipykernel")
+    [packages] = venv.glob("lib/python*/site-packages")
+    rest = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
+    (packages / "rest.pth").write_text(rest)
+    archive = folder / "environment.tar.gz"
+    done(Path(sys.executable).with_name("venv-pack"), "-q", "-p", venv, "-o", archive)
+    return archive
