@@ -7921,6 +7921,8 @@ class RemoteKernel:
             pair.close()
         for client in self.joining:
             client.close()
+        if self.control:
+            self.control.close()
 
     def forget(self, pair: Pair) -> None:
         """A pair has ended."""
