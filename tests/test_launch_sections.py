@@ -13,7 +13,7 @@ SOURCE = open(envkernel.__file__, encoding="utf-8").read()
 NEEDS_THE_REST = {
     # after load_rest(), or only for plans of modes that are not light
     *("become_error_kernel", "check_targets", "find_mode", "legacy_launch", "salvage_launch"),
-    *("RemoteKernel", "supervise", "setup_or_manage"),
+    *("RemoteKernel", "supervise", "setup_or_manage", "yarn_main"),
     # what setup and the other modes use of the facts
     *("first_missing", "prepare", "private_folder", "remove_empty", "remove_tree"),
     # annotations of mypy's

@@ -63,7 +63,7 @@ def install(jupyter: Jupyter, name: str, packed: Path, *options: str) -> None:
 
 
 def test_life_of_a_kernel(
-    jupyter: Jupyter, cluster: Any, packed: Path, errors: Errors, tmp_path: Path
+    jupyter: Jupyter, yarn: Yarn, cluster: Any, packed: Path, errors: Errors, tmp_path: Path
 ) -> None:
     """Environment, interrupt, restarts in the same application, two at once, logs, success."""
     (tmp_path / "settings file").write_text("sent along")
@@ -103,21 +103,13 @@ def test_life_of_a_kernel(
         assert final(cluster, number) == ("FINISHED", "SUCCEEDED")
     assert f"YARN application {number} was submitted" in errors.text()
     assert f"{number} waits: ACCEPTED" in errors.text()
-    wait_for(lambda: logs_of(cluster, number), "the logs", 15)
-    assert "to the log of the container" in logs_of(cluster, number)
+    logs = yarn.dir.glob(f"logs/{number}/*/kernel.log")
+    assert any("to the log of the container" in log.read_text() for log in logs)
 
 
 def node_pids(kernel: Kernel) -> list[int]:
     """The processes of a kernel and its agent."""
     return [int(kernel.value(f"__import__('os').{name}()")) for name in ("getpid", "getppid")]
-
-
-def logs_of(client: Any, number: str) -> str:
-    """What the containers of an application have written, once YARN has collected it."""
-    try:
-        return "\n".join(client.application_logs(number).values())
-    except Exception:  # not collected yet
-        return ""
 
 
 def test_two_kernels_and_the_suite_of_jupyter_kernel_test(

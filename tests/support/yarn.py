@@ -161,8 +161,6 @@ class Yarn:
             "yarn.nodemanager.vmem-check-enabled": "false",
             "yarn.nodemanager.disk-health-checker.enable": "false",
             "yarn.nodemanager.delete.debug-delay-sec": "0",
-            "yarn.log-aggregation-enable": "true",
-            "yarn.nodemanager.remote-app-log-dir": f"{self.dir}/aggregated",
             "yarn.nodemanager.env-whitelist": "JAVA_HOME,HADOOP_CONF_DIR",
             "yarn.scheduler.minimum-allocation-mb": "128",
             "yarn.resourcemanager.am.max-attempts": "1",
