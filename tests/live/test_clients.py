@@ -17,7 +17,7 @@ from support.jupyter import Jupyter, marked_processes
 pytestmark = pytest.mark.live
 
 CODE = "import sys; print('answer', 6 * 7, sys.prefix)"
-WHOLE = ["venv", "conda", "chain"]
+WHOLE = ["venv", "conda", "chain", "docker"]
 
 
 def program(name):
@@ -50,15 +50,17 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory, kernel_venv, conda_kernel, lmod):
+def desk(tmp_path_factory, kernel_venv, conda_kernel, lmod, docker_engine):
     root = tmp_path_factory.mktemp("clients")
     desk = Desk(Jupyter(root / "jupyter"))
     jupyter = desk.jupyter
     jupyter.environ.update(lmod.environ)
+    jupyter.environ.update(docker_engine.environ)
     jupyter.setup("virtualenv", "venv", kernel_venv)
     jupyter.setup("conda", "conda", conda_kernel)
     jupyter.setup("lmod", "chain", "gcc/12", "--", "virtualenv", kernel_venv)
-    desk.prefixes = {"venv": kernel_venv, "conda": conda_kernel, "chain": kernel_venv}
+    jupyter.setup("docker", "docker", "--python=python3", "python")
+    desk.prefixes = {"venv": kernel_venv, "conda": conda_kernel, "chain": kernel_venv, "docker": "/usr"}
     gone = root / "gone"
     shutil.copytree(kernel_venv, gone, symlinks=True, copy_function=os.link)
     jupyter.setup("virtualenv", "broken", gone)
@@ -67,6 +69,7 @@ def desk(tmp_path_factory, kernel_venv, conda_kernel, lmod):
     yield desk
     left = jupyter.leftovers()
     assert not left, f"left behind by clients:\n{left}"
+    assert not docker_engine.ids()
 
 
 def notebook(path, kernel, *codes):

@@ -27,8 +27,10 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def kernels(lab, environment, tmp_path_factory):
-    """Three kernels in the launcher, one of them broken since it was set up."""
+def kernels(lab, environment, docker_engine, tmp_path_factory):
+    """Kernels in the launcher, one of them broken since it was set up."""
+    words = ["--display-name=Contained (docker)", "--python=python3", "python"]
+    lab.jupyter.setup("docker", "contained", *words)
     lab.jupyter.setup("virtualenv", "science", "--display-name=Science (venv)", environment)
     gone = tmp_path_factory.mktemp("gone") / "venv"
     shutil.copytree(environment, gone, symlinks=True)
@@ -48,6 +50,31 @@ def test_the_launcher_shows_logo_and_name(lab, kernels, page, screenshots):
     other = page.locator(".jp-LauncherCard[data-category=Notebook]", has_text="Vanished (conda)")
     assert logo.screenshot() != other.locator("img").screenshot(), "the two kernels look the same"
     page.locator(".jp-Launcher-section").first.screenshot(path=screenshots / "launcher.png")
+
+
+def test_a_kernel_in_docker_and_one_that_ends_there(lab, kernels, docker_engine, page, screenshots):
+    code = "import os, time; os.path.exists('/.dockerenv'), 6 * 7"
+    book = Notebook(page, lab, lab.notebook("docker.ipynb", "contained", code, "time.sleep(100)"))
+    book.ready()
+    book.run(0)
+    book.wait_for(0, "(True, 42)")
+    book.run(1)
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="busy"]').wait_for(state="attached")
+    book.menu("Kernel", "Interrupt Kernel")
+    book.wait_for(1, "KeyboardInterrupt")
+    docker_engine.call("tag", "python", "kept")
+    docker_engine.call("rmi", "python")
+    try:
+        book.restart()
+        book.run(0)
+        assert "There is no image python here." in book.wait_for(0, "KernelDidNotStart")
+        page.screenshot(path=screenshots / "no-image.png")
+    finally:
+        docker_engine.call("tag", "kept", "python")
+        docker_engine.call("rmi", "kept")
+    book.restart()
+    book.run(0)
+    book.wait_for(0, "(True, 42)")
 
 
 def test_a_notebook_runs_interrupts_restarts_and_plots(lab, kernels, environment, page, screenshots):

@@ -15,6 +15,7 @@ from typing import Any, Iterator
 import pytest
 
 from support import missing
+from support.docker import Docker
 from support.jupyter import Jupyter
 
 CHROMIUM_OPTIONS = [
@@ -190,14 +191,17 @@ def page(chromium: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory, docker_engine: Docker) -> Iterator[Lab]:
     """A JupyterLab of its own; nothing may be left of it and its kernels."""
-    server = Lab(Jupyter(tmp_path_factory.mktemp("lab") / "jupyter"))
+    jupyter = Jupyter(tmp_path_factory.mktemp("lab") / "jupyter")
+    jupyter.environ.update(docker_engine.environ)
+    server = Lab(jupyter)
     yield server
     server.stop()
     (server.jupyter.root / "runtime" / "jupyter_cookie_secret").unlink()  # the server's own, not a kernel's
     left = server.jupyter.leftovers()
     assert not left, f"left behind by JupyterLab:\n{left}\n{server.log.read_text()}"
+    assert not docker_engine.ids()
 
 
 @pytest.fixture(scope="session")
