@@ -3693,8 +3693,8 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
         folder = spec["resources"]
     except (ValueError, IndexError, KeyError):
         return kernel
-    texts = {name: facts.read(f"{folder}/{name}") for name in facts.listdir(folder)}
-    logos = {name: text for name, text in texts.items() if text is not None and name.startswith("logo-")}
+    texts = {name: facts.read(f"{folder}/{name}") for name in (*LOGO_NAMES.values(), LOGO_SVG)}
+    logos = {name: text for name, text in texts.items() if text is not None}
     own = kernel_from_spec(spec, {**logos, **kernel.files})
     return own.but(
         command=kernel.command,

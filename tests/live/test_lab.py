@@ -48,7 +48,11 @@ def test_the_launcher_shows_logo_and_name(lab, kernels, page, screenshots):
     assert "logo-svg.svg" in logo.get_attribute("src")
     assert logo.evaluate("image => image.complete && image.naturalWidth > 0")
     other = page.locator(".jp-LauncherCard[data-category=Notebook]", has_text="Vanished (conda)")
-    assert logo.screenshot() != other.locator("img").screenshot(), "the two kernels look the same"
+    contained = page.locator(".jp-LauncherCard[data-category=Notebook]", has_text="Contained (docker)")
+    pictures = {card.locator("img").screenshot() for card in (card, other, contained)}
+    assert len(pictures) == 3, "kernels look the same"
+    image_logo = (lab.jupyter.kernels / "contained" / "logo-svg.svg").read_bytes()
+    assert b"data:image/svg+xml" in image_logo, "not the logo that the image holds"
     page.locator(".jp-Launcher-section").first.screenshot(path=screenshots / "launcher.png")
 
 

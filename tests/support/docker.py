@@ -51,6 +51,9 @@ class Daemon:
             self.process.terminate()
             self.process.wait(60)
             self.process = None
+        for line in Path("/proc/mounts").read_text().splitlines():  # its network namespace
+            if line.split()[1].startswith(f"{self.folder}/"):
+                done("umount", line.split()[1])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
