@@ -4570,18 +4570,7 @@ def shell_case(rows: Mapping[str, Sequence[str]], indent: str) -> str:
     )
 
 
-def bash_completion(rows: Mapping[str, Sequence[Option]]) -> str:
-    """Return the completion script for bash."""
-    flags = {
-        name: [
-            flag + ("=" if option.metavar and flag.startswith("--") else "")
-            for option in options
-            for flag in option.flags
-        ]
-        for name, options in rows.items()
-    }
-    named = [name for name, command in COMMANDS.items() if command.argument == "NAME"]
-    template = """\
+BASH_COMPLETION = """\
 # bash completion for envkernel; in ~/.bashrc: source <(envkernel completion bash)
 _envkernel_words() {
     case $1 in
@@ -4626,8 +4615,22 @@ _envkernel() {
 }
 complete -o default -F _envkernel envkernel
 """
+"""The completion script for bash; `fill_in` puts the words into it."""
+
+
+def bash_completion(rows: Mapping[str, Sequence[Option]]) -> str:
+    """Return the completion script for bash."""
+    flags = {
+        name: [
+            flag + ("=" if option.metavar and flag.startswith("--") else "")
+            for option in options
+            for flag in option.flags
+        ]
+        for name, options in rows.items()
+    }
+    named = [name for name, command in COMMANDS.items() if command.argument == "NAME"]
     return fill_in(
-        template,
+        BASH_COMPLETION,
         OPTIONS=shell_case(flags, " " * 8),
         CHOICES=shell_case(option_choices(rows), " " * 8),
         MODES=" ".join(MODES),
@@ -4650,22 +4653,7 @@ def fill_in(template: str, **values: str) -> str:
     return template
 
 
-def zsh_completion(rows: Mapping[str, Sequence[Option]]) -> str:
-    """Return the completion script for zsh."""
-
-    def described(name: str, help: str) -> str:
-        return name.replace(":", "\\:") + ":" + help
-
-    flags = {
-        name: [
-            described(flag + ("=" if option.metavar and flag.startswith("--") else ""), option.help)
-            for option in options
-            for flag in option.flags
-        ]
-        for name, options in rows.items()
-    }
-    first = [described(name, help) for name, help in summaries().items()]
-    template = """\
+ZSH_COMPLETION = """\
 #compdef envkernel
 # zsh completion for envkernel; in ~/.zshrc, after compinit: source <(envkernel completion zsh)
 _envkernel_words() {
@@ -4710,8 +4698,26 @@ _envkernel() {
 }
 compdef _envkernel envkernel
 """
+"""The completion script for zsh; `fill_in` puts the words into it."""
+
+
+def zsh_completion(rows: Mapping[str, Sequence[Option]]) -> str:
+    """Return the completion script for zsh."""
+
+    def described(name: str, help: str) -> str:
+        return name.replace(":", "\\:") + ":" + help
+
+    flags = {
+        name: [
+            described(flag + ("=" if option.metavar and flag.startswith("--") else ""), option.help)
+            for option in options
+            for flag in option.flags
+        ]
+        for name, options in rows.items()
+    }
+    first = [described(name, help) for name, help in summaries().items()]
     return fill_in(
-        template,
+        ZSH_COMPLETION,
         OPTIONS=shell_case(flags, " " * 8),
         CHOICES=shell_case(option_choices(rows), " " * 8),
         FIRST=" ".join(map(quoted, first)),
