@@ -2059,17 +2059,20 @@ def container_box(
     *,
     shares_network: bool = True,
     inside: str = INSIDE,
+    shared: str = "",
 ) -> Box:
     """Return what every engine has to be told: the private folder, binds, working directory, variables.
 
-    inside: where the private folder appears, empty for its path on the host.
+    inside: where the private folder appears, empty for its path on the host.  shared: name of the folder
+    that holds the private folders of all kernels of one container, empty for a container of its own.
     Raises UserError where that can't be had.
     """
     path, text, connection = read_connection(rest, facts)
     base = private_base(plan.environ, step.options.get("place", ""), facts)
-    folder = f"{base}/{kernel_key(path if connection else facts.random())}"
+    key = kernel_key(path if connection else facts.random())
+    folder = "/".join([base, *([shared] if shared else []), key])
     box = Box(folder, Care(folder, connection=connection))
-    box.inside = inside or folder
+    box.inside = (f"{inside}/{key}" if shared else inside) or folder
     own = connection_inside(box, shares_network, step.options.get("transport", "ipc"))
     if connection:
         box.care.files.append((box.path("connection.json"), own or text))
@@ -2159,8 +2162,9 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     network = engine_word(step, "--network", "--net")
     can_share = not step.options.get("no-host-network")
     shares = can_share and network in ("", "host") and step.options.get("transport") is None
-    box = container_box(step, plan, facts, rest, shares_network=shares)
-    name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), facts.random())
+    shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
+    box = container_box(step, plan, facts, rest, shares_network=shares, shared=shared)
+    name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), shared or facts.random())
     user = identity_tokens(step, box, facts)
     image = step.targets[0]
     head = [program, "run", "--rm", "--pull=never"]
@@ -2169,21 +2173,28 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     head += [f"--name={name}", *label_tokens(rest, plan, facts)]
     head += ["--network=host"] if shares and not network else []
     head += [f"--publish=127.0.0.1:{port}:{port}" for port in box.publish]
-    head += [*user, *gpu_tokens(step), "--mount=" + mount_token(Bind(box.folder, box.inside))]
+    bound = Bind(os.path.dirname(box.folder), INSIDE) if shared else Bind(box.folder, INSIDE)
+    head += [*user, *gpu_tokens(step), "--mount=" + mount_token(bound)]
     head += ["--mount=" + mount_token(binding) for binding in box.binds]
     head += mount_options(step, box, plan, facts)
-    head += ["--workdir=" + box.workdir] if box.workdir else []
-    environ, variables = variable_tokens(box, plan.environ, bool(step.options.get("init")))
-    box.care.signal = [program, "kill", "--signal={signal}", name]
-    if step.mode == "podman" and step.options.get("init"):
-        box.care.init = [program, "inspect", "--format={{.State.Pid}}", name]
-    box.care.cleanup.append(
-        [program, "rm", "-f", "-v", *(["-t", "0"] if step.mode == "podman" else []), name]
-    )
+    workdir = ["--workdir=" + box.workdir] if box.workdir else []
+    environ, variables = variable_tokens(box, plan.environ, bool(step.options.get("init")) and not shared)
+    remove = [program, "rm", "-f", "-v", *(["-t", "0"] if step.mode == "podman" else []), name]
     box.care.litter = step.mode == "podman"  # conmon marks an OOM kill by a file in its current folder
     box.care.explain = ContainerEnd(program, image, name, box.path("oom"))
+    if shared:
+        idle = [*head, *step.engine, "--detach", "--entrypoint=sleep", image, "2147483647"]
+        alive = [program, "container", "inspect", "--format={{.State.Running}}", name]
+        box.care.shared = Shared(alive, idle, remove, bool(step.options.get("keep")))
+        argv = [*exec_argv(box, program, name, [*workdir, *variables]), *box.command]
+    else:
+        box.care.signal = [program, "kill", "--signal={signal}", name]
+        if step.mode == "podman" and step.options.get("init"):
+            box.care.init = [program, "inspect", "--format={{.State.Pid}}", name]
+        box.care.cleanup.append(remove)
+        argv = [*head, *workdir, *variables, *step.engine, image, *box.command]
     return plan.but(
-        argv=[*head, *variables, *step.engine, image, *box.command],
+        argv=argv,
         environ=environ,
         search=None,
         where=f"the image {image}",
@@ -2191,6 +2202,26 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         care=box.care,
         inside=look,
     )
+
+
+def shared_name(step: Step, launch: Launch, facts: Facts) -> str:
+    """Return what names the container that all kernels of a kernelspec share: the same for the same spec."""
+    parts = [launch.options.get("name", ""), *step.targets, *step.engine]
+    parts += [f"{name}={value}" for name, value in sorted(step.options.items())]
+    return "shared-" + kernel_key("\0".join([str(facts.ids()[0]), *parts]))
+
+
+def exec_argv(box: Box, program: str, name: str, options: Sequence[str]) -> list[str]:
+    """Return how a kernel is run in a container that is there, and tell `box` how it is signalled.
+
+    The engines' exec passes no signals on.  A shell inside writes down the kernel's process group.
+    """
+    pid = box.inside + "/pid"
+    shell = [program, "exec", name, "sh", "-c"]
+    box.care.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
+    gone = 'test ! -e "$0" || kill -s KILL -- "-$(cat "$0")" || true'
+    box.care.cleanup.append(["/bin/sh", "-c", '"$@" || true', "sh", *shell, gone, pid])
+    return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
 
 
 def engine_missing(step: Step) -> UserError:
@@ -2410,6 +2441,12 @@ def refuse_options(step: Step) -> None:
     """Raise UserError (status 2) for options of the engine that a kernel can't live with."""
     if engine_values(step.engine, "--detach"):
         raise usage_error("--detach can't be used: the kernel stays in the foreground.", "Leave it out.")
+    own = [name for name in ("pwd", "copy-workdir", "mount") if step.options.get(name)]
+    if step.options.get("shared") and own:
+        raise usage_error(
+            f"--{own[0]} and --shared exclude each other: all kernels of a container see the same folders.",
+            "Use --bind, with --workdir where you like.",
+        )
 
 
 def engine_tables(
@@ -6093,7 +6130,7 @@ class Care(Record):
     cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
     again, so where nothing is left to do it has to succeed.
     remove: further files and folders to remove.  litter: the program leaves files where it is started,
-    so that is the private folder.
+    so that is the private folder.  shared: the container that this and other kernels run in.
     connection: what Jupyter's connection file says.  relay: where the kernel listens, if not where
     that says: the beginning of the paths of five unix sockets, ``-1`` or ``:1`` following.
     explain: ``(status, said, facts) -> UserError or None``: why the program ended, from its exit
@@ -6112,6 +6149,7 @@ class Care(Record):
         cleanup: Sequence[Sequence[str]] = (),
         remove: Sequence[str] = (),
         litter: bool = False,
+        shared: Shared | None = None,
         connection: Mapping[str, Any] | None = None,
         relay: str = "",
         explain: Callable[[int, str, Facts], UserError | None] | None = None,
@@ -6125,9 +6163,77 @@ class Care(Record):
         self.cleanup = [list(command) for command in cleanup]
         self.remove = list(remove)
         self.litter = litter
+        self.shared = shared
         self.connection = dict(connection or {})
         self.relay = relay
         self.explain = explain
+
+
+class Shared(Record):
+    """A container that several kernels share.
+
+    alive: command that prints ``true`` where it runs.  start, stop: commands that start it, and end it
+    when the last kernel is gone (unless it is to be kept).  All kernels' private folders are in one.
+    """
+
+    def __init__(
+        self, alive: Sequence[str], start: Sequence[str], stop: Sequence[str], keep: bool = False
+    ) -> None:
+        self.alive = list(alive)
+        self.start = list(start)
+        self.stop = list(stop)
+        self.keep = keep
+
+
+class Membership:
+    """This kernel's share in a shared container, held by locks: they end with who holds them.
+
+    Each kernel's reaper holds ``users.lock`` together with the others; who can have it alone is the
+    last.  ``start.lock`` keeps starting and stopping apart.
+    """
+
+    def __init__(self, shared: Shared, folder: str) -> None:
+        """Join: from now on nobody else is the last.  folder: that of all the private folders."""
+        import fcntl
+
+        self.shared = shared
+        self.folder = folder
+        private_folder(os.path.dirname(folder))
+        self.start_lock = take_lock(folder + "/start.lock")
+        self.users_lock = os.open(folder + "/users.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(self.users_lock, fcntl.LOCK_SH)
+        fcntl.flock(self.start_lock, fcntl.LOCK_UN)
+
+    def have_container(self, environ: Mapping[str, str], facts: Facts) -> Output:
+        """Start the container unless it runs; return what the engine said."""
+        import fcntl
+
+        fcntl.flock(self.start_lock, fcntl.LOCK_EX)
+        said = facts.output(self.shared.alive, environ)
+        if said.out.strip() != b"true":
+            facts.output(self.shared.stop, environ)
+            said = facts.output(self.shared.start, environ)
+        fcntl.flock(self.start_lock, fcntl.LOCK_UN)
+        return said
+
+    def release(self) -> None:
+        """Leave the locks to the reaper."""
+        for lock in (self.start_lock, self.users_lock):
+            os.close(lock)
+
+    def leave(self, environ: Mapping[str, str]) -> None:
+        """Stop the container if nobody else uses it."""
+        import fcntl
+
+        fcntl.flock(self.start_lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if not self.shared.keep:
+            insist(self.shared.stop, environ)
+            remove_tree(self.folder)
+            remove_empty(os.path.dirname(self.folder))
 
 
 def take_lock(path: str) -> int:
@@ -6197,7 +6303,9 @@ def process_birth(pid: int) -> bytes:
     return b"" if fields[0] in b"ZX" else fields[19]
 
 
-def start_reaper(care: Care, environ: Mapping[str, str], lock: int) -> int:
+def start_reaper(
+    care: Care, environ: Mapping[str, str], lock: int, membership: Membership | None = None
+) -> int:
     """Fork the process that cleans up when this one is gone, however it ends.
 
     Returns the end of a pipe that has to stay open for as long: what is left when it closes is the
@@ -6216,12 +6324,14 @@ def start_reaper(care: Care, environ: Mapping[str, str], lock: int) -> int:
         os.setsid()
         if os.fork() == 0:
             os.close(end)
-            reap(care, environ, leash, lock)
+            reap(care, environ, leash, lock, membership)
     finally:
         os._exit(0)
 
 
-def reap(care: Care, environ: Mapping[str, str], leash: int, lock: int) -> None:
+def reap(
+    care: Care, environ: Mapping[str, str], leash: int, lock: int, membership: Membership | None
+) -> None:
     """Wait until the supervising process is gone, then end the program and remove what it left."""
     import signal
     import time
@@ -6243,7 +6353,9 @@ def reap(care: Care, environ: Mapping[str, str], leash: int, lock: int) -> None:
         remove_tree(path)
         remove_empty(os.path.dirname(path) if path not in care.remove else path)
     release_lock(care.folder + ".lock", lock)
-    if care.cleanup and any(time.monotonic() - start < 10 for start in killed):
+    if membership:
+        membership.leave(environ)
+    elif care.cleanup and any(time.monotonic() - start < 10 for start in killed):
         time.sleep(2)  # the engine may have been about to create what had to be removed
         for command in care.cleanup:
             insist(command, environ)
@@ -6541,11 +6653,19 @@ class Supervisor:
         self.relay: SocketRelay | None = None
         self.loop = Loop()
         self.earlier = set() if care.relay else used_ports(care.connection, facts)
-        self.leash = start_reaper(care, plan.environ, take_lock(care.folder + ".lock"))
+        self.membership = Membership(care.shared, os.path.dirname(care.folder)) if care.shared else None
+        lock = take_lock(care.folder + ".lock")
+        self.leash = start_reaper(care, plan.environ, lock, self.membership)
 
     def start(self) -> None:
         """Prepare what the program needs, and start it in a session of its own."""
         prepare(self.care)
+        if self.membership:
+            said = self.membership.have_container(self.plan.environ, self.facts)
+            if said.status:
+                text = os.fsdecode(said.err)
+                reason = self.care.explain and self.care.explain(said.status, text, self.facts)
+                raise reason or ended_error(said.status, self.plan.where, text)
         self.stderr, end = os.pipe()
         environ = dict(self.plan.environ)
         if "JPY_PARENT_PID" in environ:
@@ -6678,6 +6798,8 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGIO):
             signal.signal(number, signal.SIG_DFL)
+        if self.membership:
+            self.membership.release()
         os.close(self.leash)
 
 

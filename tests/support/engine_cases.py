@@ -290,3 +290,41 @@ class EngineCases:
             manager.shutdown_kernel()
             manager.cleanup_resources()
         assert until(lambda: not list(place.root.glob("ipc-*")))
+
+    def test_kernels_that_share_a_container(self, place: Jupyter, engine: Engine) -> None:
+        """They start at once, and what is done to one does not touch the other."""
+        self.setup(place, engine, "both", "--shared", "--network=none", self.image)
+        with self.started(place, "both") as (first, one), self.started(place, "both") as (second, two):
+            one.wait_for_ready(timeout=60)
+            two.wait_for_ready(timeout=60)
+            (container,) = engine.containers()
+            assert container["Name"].strip("/").startswith("envkernel-both-shared-")
+            a, b = Kernel(first, one), Kernel(second, two)
+            b.value("globals().update(x=1)")
+            assert a.interrupt_in("import os; os.system('sleep 60')")[1] < 5
+            time.sleep(0.2)
+            a.client.execute(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{ENDLESS}")
+            time.sleep(0.3)
+            assert a.restart(now=True) < 10
+            assert a.value("6 * 7") == "42"
+            assert b.value("x") == "1"
+            visible = "[n for n in __import__('os').listdir('/run/envkernel') if len(n) == 16]"
+            assert len(eval(a.value(visible))) == 2
+            a.shutdown()
+            assert b.value("x") == "1"
+            assert [one["Id"] for one in engine.containers()] == [container["Id"]]
+        assert until(lambda: engine.ids() == [])
+
+    def test_a_shared_container_that_is_kept(self, place: Jupyter, engine: Engine) -> None:
+        self.setup(place, engine, "kept", "--shared", "--keep", self.image)
+        seen = []
+        for _ in range(2):
+            with self.started(place, "kept") as (_, client):
+                client.wait_for_ready(timeout=60)
+                seen += engine.ids()
+            time.sleep(0.5)
+            assert engine.ids() == seen[-1:]
+        assert seen[0] == seen[1]
+        engine.call("rm", "-f", *seen[:1])
+        for path in (Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}").rglob("*.lock"):
+            path.unlink()
