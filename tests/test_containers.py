@@ -1,0 +1,304 @@
+"""Docker and podman: whole plans from options and facts, and what setup makes of what an engine says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import envkernel
+from envkernel import Bind, Launch, Output, Plan, Step, UserError
+from support.facts import FakeFacts
+
+CONNECTION = {
+    **{name + "_port": 5000 + number for number, name in enumerate(envkernel.STREAMS)},
+    "ip": "127.0.0.1",
+    "transport": "tcp",
+    "key": "secret",
+}
+FILE = "/run/user/1000/jupyter/kernel-1.json"
+TEXT = json.dumps(CONNECTION).encode()
+FACTS = FakeFacts(files={FILE: TEXT}, programs=["/usr/bin/docker", "/usr/bin/podman"])
+COMMAND = ["python", "-m", "ipykernel_launcher", "-f", envkernel.CONNECTION_FILE]
+FOLDER = f"/tmp/envkernel-1000/{envkernel.kernel_key(FILE)}"
+ENVIRON = {"PATH": "/usr/bin", "USER": "me", "JPY_PARENT_PID": "7"}
+PRIVATE = f"--mount=type=bind,src={FOLDER},dst=/run/envkernel"
+LABELS = ["--label=envkernel=x", "--label=envkernel.user=me"]
+TOLD = "--env=ENVKERNEL_CONNECTION_FILE=/run/envkernel/connection.json"
+KERNEL = ["image", "python", "-m", "ipykernel_launcher", "-f", "/run/envkernel/connection.json"]
+
+
+def plan(mode: str = "docker", engine: list[str] | None = None, given: Any = None, **options: Any) -> Plan:
+    told = {name.replace("_", "-"): value for name, value in options.items()}
+    step = Step(mode, {"program": f"/usr/bin/{mode}", **told}, ["image"], engine or [])
+    launch = Launch([], COMMAND, {"name": "x", "connection-file": FILE})
+    return envkernel.plan_engine(step, Plan(COMMAND, ENVIRON, given=given), FACTS, launch)
+
+
+def test_docker_on_the_hosts_network() -> None:
+    made = plan(identity="user", init=True)
+    assert made.argv == [
+        *["/usr/bin/docker", "run", "--rm", "--pull=never", "--init", "--name=envkernel-x-cafe0123"],
+        *LABELS,
+        *["--network=host", "--user=1000:100", "--group-add=27", PRIVATE],
+        *[TOLD, "--env=HOME=/run/envkernel/home", "--env=TINI_KILL_PROCESS_GROUP=1"],
+        *KERNEL,
+    ]
+    care = made.care
+    assert care is not None
+    assert care.folder == FOLDER
+    assert care.files == [(f"{FOLDER}/connection.json", TEXT), (f"{FOLDER}/home/.envkernel", b"")]
+    assert care.relay == ""
+    assert care.signal == ["/usr/bin/docker", "kill", "--signal={signal}", "envkernel-x-cafe0123"]
+    assert care.cleanup == [["/usr/bin/docker", "rm", "-f", "-v", "envkernel-x-cafe0123"]]
+    assert made.environ == {"PATH": "/usr/bin", "USER": "me"}
+    assert "secret" not in " ".join(made.argv)
+
+
+@pytest.mark.parametrize("network", ["none", "bridge", "course"])
+def test_any_other_network_is_reached_by_unix_sockets(network: str) -> None:
+    made = plan(engine=[f"--network={network}"])
+    assert made.care is not None
+    assert made.care.relay == f"{FOLDER}/s"
+    assert made.argv.count(f"--network={network}") == 1
+    assert "--network=host" not in made.argv
+    assert not any(token.startswith("--publish") for token in made.argv)
+    own = json.loads(dict(made.care.files)[f"{FOLDER}/connection.json"])
+    numbers = {name + "_port": number for number, name in enumerate(envkernel.STREAMS, 1)}
+    assert own == {**CONNECTION, **numbers, "transport": "ipc", "ip": "/run/envkernel/s"}
+
+
+def test_ports_are_published_on_loopback_where_sockets_cannot_cross() -> None:
+    made = plan(no_host_network=True, transport="tcp")
+    assert [token for token in made.argv if token.startswith("--publish")] == [
+        f"--publish=127.0.0.1:{port}:{port}" for port in range(5000, 5005)
+    ]
+    assert made.care is not None
+    own = json.loads(dict(made.care.files)[f"{FOLDER}/connection.json"])
+    assert own == {**CONNECTION, "ip": "0.0.0.0"}
+
+
+@pytest.mark.parametrize(
+    ("identity", "tokens"),
+    [
+        ("user", ["--user=1000:100", "--group-add=27"]),
+        ("keep-id", ["--userns=keep-id"]),
+        ("root", ["--user=0:0"]),
+        ("given", []),
+    ],
+)
+def test_identity(identity: str, tokens: list[str]) -> None:
+    argv = plan("podman", identity=identity).argv
+    assert [one for one in argv if one.startswith(("--user", "--group-add"))] == tokens
+    has_home = any(one.startswith("--env=HOME=") for one in argv)
+    assert has_home == (identity in ("user", "keep-id"))
+
+
+def test_selinux_and_gpu() -> None:
+    assert "--security-opt=label=disable" in plan("podman", no_selinux=True).argv
+    assert "--gpus=all" in plan(gpu=True, gpu_kind="nvidia").argv
+    assert "--device=nvidia.com/gpu=all" in plan("podman", gpu=True, gpu_kind="nvidia").argv
+    assert "--device=/dev/kfd" in plan(gpu=True, gpu_kind="amd").argv
+
+
+def test_podman_signals_what_the_kernel_runs_by_the_pid_of_its_init() -> None:
+    care = plan("podman", init=True).care
+    assert care is not None
+    assert care.init == ["/usr/bin/podman", "inspect", "--format={{.State.Pid}}", "envkernel-x-cafe0123"]
+    assert care.cleanup == [["/usr/bin/podman", "rm", "-f", "-v", "-t", "0", "envkernel-x-cafe0123"]]
+
+
+def test_the_users_values_are_in_no_argv() -> None:
+    made = plan(given={"TOKEN": "abc", "ODD": "a'b\nc", "LD_LIBRARY_PATH": "/x"})
+    assert made.care is not None
+    assert dict(made.care.files)[f"{FOLDER}/env"] == b"TOKEN=abc\nLD_LIBRARY_PATH=/x\n"
+    assert f"--env-file={FOLDER}/env" in made.argv
+    assert "--env=ODD" in made.argv
+    assert made.environ == {"PATH": "/usr/bin", "USER": "me", "ODD": "a'b\nc"}
+    assert not any("abc" in token or "a'b" in token for token in made.argv)
+
+
+def test_working_folder_binds_and_copies() -> None:
+    made = plan(bind=["/a:/b:ro", "/c\\,d"], pwd=True, workdir="/b")
+    assert "--mount=type=bind,src=/a,dst=/b,readonly" in made.argv
+    assert '--mount=type=bind,"src=/c,d","dst=/c,d"' in made.argv
+    assert "--mount=type=bind,src=/cwd,dst=/cwd" in made.argv
+    assert "--workdir=/b" in made.argv
+    copied = plan(copy_workdir=True, mount=["type=bind,src=/data,dst=/data,copy"])
+    assert copied.care is not None
+    assert copied.care.copies == [("/cwd", FOLDER + ".0"), ("/data", FOLDER + ".1")]
+    assert f"--mount=type=bind,src={FOLDER}.0,dst=/cwd" in copied.argv
+    assert f"--mount=type=bind,src={FOLDER}.1,dst=/data" in copied.argv
+    assert "--workdir=/cwd" in copied.argv
+
+
+def test_the_root_folder_is_not_bound() -> None:
+    facts = FakeFacts(files={FILE: TEXT}, programs=["/usr/bin/docker"], cwd="/")
+    step = Step("docker", {"pwd": True}, ["image"])
+    launch = Launch([], COMMAND, {"connection-file": FILE})
+    with pytest.raises(UserError, match="started in /"):
+        envkernel.plan_engine(step, Plan(COMMAND, ENVIRON), facts, launch)
+
+
+def test_a_shared_container() -> None:
+    made = plan(shared=True, engine=["--network=none"])
+    again = plan(shared=True, engine=["--network=none"])
+    other = plan(shared=True, engine=["--network=none", "--cpus=1"])
+    assert made.care is not None
+    assert again.care is not None
+    assert other.care is not None
+    assert made.care.shared == again.care.shared
+    assert made.care.shared != other.care.shared
+    shared = made.care.shared
+    assert shared is not None
+    assert shared.start[-4:] == ["--detach", "--entrypoint=sleep", "image", "2147483647"]
+    name = shared.alive[-1]
+    inside = f"/run/envkernel/{envkernel.kernel_key(FILE)}"
+    assert made.argv == [
+        *["/usr/bin/docker", "exec", f"--env=ENVKERNEL_CONNECTION_FILE={inside}/connection.json", name],
+        *["sh", "-c", 'echo $$ > "$0" && exec "$@"', f"{inside}/pid"],
+        *["python", "-m", "ipykernel_launcher", "-f", f"{inside}/connection.json"],
+    ]
+
+
+def test_a_kernelspec_of_envkernel_1() -> None:
+    tokens = ["docker", "run", "--connection-file", FILE, "--pwd", "--bind", "/a:/b", "--network", "none"]
+    launch = envkernel.launch_from_argv([*tokens, "-e", "X=1", "image", "--", "python", "-f", FILE])
+    made = envkernel.plan_launch(launch, FACTS, ENVIRON)
+    assert made.argv[-4:] == ["image", "python", "-f", "/run/envkernel/connection.json"]
+    assert {"--network=none", "--env=X=1", "--mount=type=bind,src=/a,dst=/b"} <= set(made.argv)
+    assert "--user=1000:100" in made.argv
+
+
+def test_a_broken_connection_file() -> None:
+    facts = FakeFacts(files={FILE: b"{}"}, programs=["/usr/bin/docker"])
+    launch = Launch([], COMMAND, {"connection-file": FILE})
+    with pytest.raises(UserError, match="can't be read"):
+        envkernel.plan_engine(Step("docker", {}, ["image"]), Plan(COMMAND, ENVIRON), facts, launch)
+
+
+def nature(mode: str, said: dict[str, Any], engine: list[str] | None = None) -> dict[str, Any]:
+    argv = ("/d", "info", "--format={{json .}}")
+    facts = FakeFacts(answers={argv: Output(0, json.dumps(said).encode())})
+    return envkernel.engine_nature(Step(mode, {}, ["image"], engine or []), "/d", facts, {})
+
+
+ROOTLESS = {"security": {"rootless": True}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "recorded"),
+    [
+        ("docker", {"SecurityOptions": ["name=seccomp"]}, {"identity": "user"}),
+        ("docker", {"SecurityOptions": ["name=rootless"]}, {"identity": "root", "no-host-network": True}),
+        (
+            "docker",
+            {"OperatingSystem": "Docker Desktop"},
+            {"identity": "user", "no-host-network": True, "transport": "tcp"},
+        ),
+        ("docker", {"SecurityOptions": ["name=selinux"]}, {"identity": "user", "no-selinux": True}),
+        ("podman", {"host": {"security": {"rootless": False}}}, {"identity": "user"}),
+        ("podman", {"host": ROOTLESS}, {"identity": "keep-id"}),
+        (
+            "podman",
+            {"host": {**ROOTLESS, "serviceIsRemote": True}},
+            {"identity": "keep-id", "no-host-network": True, "transport": "tcp"},
+        ),
+    ],
+)
+def test_what_an_engine_says_of_itself(mode: str, said: dict[str, Any], recorded: dict[str, Any]) -> None:
+    assert nature(mode, said) == recorded
+
+
+def test_a_user_that_was_given_is_left_alone() -> None:
+    assert nature("podman", {"host": ROOTLESS}, ["--user=root"]) == {"identity": "given"}
+
+
+def test_a_daemon_that_is_down() -> None:
+    text = b"Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
+    facts = FakeFacts(answers={("/d", "info", "--format={{json .}}"): Output(1, b"", text)})
+    with pytest.raises(UserError, match="daemon does not answer") as caught:
+        envkernel.engine_nature(Step("docker", {}, ["image"]), "/d", facts, {})
+    assert "systemctl start docker" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["--cpus", "2", "--bind", "/a:/b", "IMAGE"],
+        ["--cpus=2", "--bind=/a:/b", "IMAGE"],
+        ["IMAGE", "--bind", "/a:/b", "--cpus", "2"],
+    ],
+)
+def test_engine_options_need_no_separator(tokens: list[str]) -> None:
+    request = envkernel.parse_setup(["docker", "--name=x", *tokens], FakeFacts())
+    step = request.steps[0]
+    assert step.options == {"bind": ["/a:/b"]}
+    table = envkernel.option_table(envkernel.ENGINE_FLAGS)
+    assert envkernel.canonical_engine(step.engine, envkernel.ENGINE_FLAGS, table) == ["--cpus=2"]
+    assert step.targets == ["IMAGE"]
+
+
+def test_whose_option_it_is() -> None:
+    tokens = ["docker", "--name=x", "--user", "--user=1:1", "-v", "/a:/b", "-itd", "IMAGE"]
+    request = envkernel.parse_setup(tokens, FakeFacts())
+    assert request.common == {"name": "x", "user": True}
+    assert request.steps[0].engine == ["--user=1:1", "-v", "/a:/b", "-itd"]
+
+
+def test_an_option_that_nobody_knows() -> None:
+    with pytest.raises(UserError) as caught:
+        envkernel.parse_setup(["docker", "--name=x", "--memroy=1g", "IMAGE"], FakeFacts())
+    assert caught.value.status == 2
+    assert "--memory" in caught.value.hint
+
+
+def test_options_of_build_and_run_find_their_places() -> None:
+    step = Step("podman", {"build": "/dir"}, [], ["--build-arg=A=B", "--volume=/a:/b", "--no-cache"])
+    split = envkernel.split_build(step, envkernel.option_table(envkernel.ENGINE_FLAGS))
+    assert split.engine == ["--volume=/a:/b"]
+    assert split.options["build-option"] == ["--build-arg=A=B", "--no-cache"]
+
+
+def test_what_cannot_be_combined() -> None:
+    for step in (
+        Step("docker", {}, ["image"], ["--detach"]),
+        Step("docker", {"shared": True, "pwd": True}, ["image"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            envkernel.refuse_options(step)
+        assert caught.value.status == 2
+
+
+def test_mounts_as_csv() -> None:
+    assert envkernel.mount_token(Bind('/a"b', "/c d")) == 'type=bind,"src=/a""b",dst=/c d'
+    assert envkernel.split_csv('type=bind,"src=/a,b",copy') == ["type=bind", "src=/a,b", "copy"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "message"),
+    [
+        (125, "docker: Error response from daemon: No such image: x:latest", "There is no image x here."),
+        (125, "Error: x: image not known", "There is no image x here."),
+        (127, 'exec: "python": executable file not found', "can't run the kernel's program"),
+        (125, "permission denied while trying to connect to the Docker daemon", "You may not talk"),
+        (125, "error waiting for container: unexpected EOF", "went away"),
+        (125, "something else", "can't start the container"),
+    ],
+)
+def test_what_an_engine_could_not_do(status: int, said: str, message: str) -> None:
+    error = envkernel.engine_error("/usr/bin/docker", "x", status, said)
+    assert error is not None
+    assert message in error.message
+    assert error.hint
+
+
+def test_a_kernel_that_failed_by_itself_is_no_error_of_the_engine() -> None:
+    assert envkernel.engine_error("/usr/bin/docker", "x", 1, "Traceback") is None
+
+
+def test_relative_volumes_become_absolute() -> None:
+    facts = FakeFacts()
+    assert envkernel.absolute_volume("--volume=./data:/data:ro", facts) == "--volume=/cwd/data:/data:ro"
+    assert envkernel.absolute_volume("--volume=named:/data", facts) == "--volume=named:/data"
