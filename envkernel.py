@@ -2091,14 +2091,15 @@ def container_box(
 
 def bind_workdir(box: Box, folder: str, copy: bool, plan: Plan, facts: Facts) -> None:
     """Bind the current folder (or a copy of it) at its own path, and work in it."""
-    if folder == "/":
+    if folder == "/" and box.care.connection:
         raise UserError(
             "The kernel was started in /, which can't be bound into a container.",
             "Open the notebook from a folder of yours, or leave --pwd out.",
         )
-    source = add_copy(box, folder, plan, facts) if copy else folder
-    box.binds.append(Bind(source, folder))
-    box.workdir = box.workdir or folder
+    if folder != "/":
+        source = add_copy(box, folder, plan, facts) if copy else folder
+        box.binds.append(Bind(source, folder))
+        box.workdir = box.workdir or folder
 
 
 def add_copy(box: Box, folder: str, plan: Plan, facts: Facts) -> str:
@@ -2316,9 +2317,12 @@ class ContainerEnd(Record):
 
         if status not in (137, 143):
             return None
-        argv = [self.program, "events", "--since=1h", f"--until={time.time():.0f}"]
+        argv = [self.program, "events", "--since=1h", f"--until={time.time():.9f}"]
         argv += [f"--filter=container={self.name}", "--format={{json .}}"]
-        events = os.fsdecode(facts.output(argv, os.environ).out).lower()
+        said = facts.output(argv, os.environ)
+        if said.status:
+            return engine_error(self.program, self.image, 125, "error waiting for container")
+        events = os.fsdecode(said.out).lower()
         events += '"action":"oom"' if facts.exists(self.mark) else ""
         engine = os.path.basename(self.program)
         reasons = [
@@ -2562,8 +2566,7 @@ def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
         launch = Launch([], [], {"name": "probe"})
         said = facts.try_plan(plan_engine(tried, Plan(["true"], environ), facts, launch))
         text, status = os.fsdecode(said.err), said.status
-        ran = status in (0, 126, 127) or "failed to exec pid1" in text  # so says podman's init of no `true`
-        if ran and "docker-init" not in text:
+        if status != 125 and "docker-init" not in text:  # 125: the engine itself failed
             return step.but(options=options)
         if not any(word in text for word in ("init", "source path", "statfs", "mount")):
             break

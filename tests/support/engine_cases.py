@@ -8,14 +8,16 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
 
-from support.containers import Engine
-from support.jupyter import Jupyter, Kernel
+from support import done
+from support.containers import USER, Engine, PlainUser, short_folder
+from support.jupyter import Jupyter, Kernel, run_protocol_tests
 
 ENDLESS = "import time\nwhile True: time.sleep(1)"
 
@@ -135,10 +137,10 @@ class EngineCases:
             "sys.exit(subprocess.run(sys.argv[1:], start_new_session=True).returncode)\n"
         )
         write = "from jupyter_client.connect import write_connection_file as w; import sys; w(sys.argv[1])"
-        subprocess.run([os.sys.executable, "-c", write, str(connection)], check=True)
+        subprocess.run([sys.executable, "-c", write, str(connection)], check=True)
         argv = [word.replace("{connection_file}", str(connection)) for word in spec["argv"]]
         jupyter = subprocess.Popen(
-            [os.sys.executable, "-c", starter, *argv], env={**place.environ, **spec.get("env", {})}
+            [sys.executable, "-c", starter, *argv], env={**place.environ, **spec.get("env", {})}
         )
         children = Path(f"/proc/{jupyter.pid}/task/{jupyter.pid}/children")
         assert until(children.read_text)
@@ -328,3 +330,108 @@ class EngineCases:
         engine.call("rm", "-f", *seen[:1])
         for path in (Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}").rglob("*.lock"):
             path.unlink()
+
+    def test_podkernels_example(self, place: Jupyter, engine: Engine) -> None:
+        """An image that starts the kernel itself, told where the connection file is by a variable."""
+        shell = "exec python3 -m ipykernel_launcher -f $PODKERNEL_CONNECTION_FILE"
+        arguments = ["--kernel=image", "-e", "PODKERNEL_CONNECTION_FILE=/run/envkernel/connection.json"]
+        arguments += [self.image, "--entrypoint=/bin/sh", "--", "-c", shell]
+        place.setup(engine.name, "podkernel", *arguments)
+        with place.kernel("podkernel") as kernel:
+            assert kernel.value("__import__('os').environ['ENVKERNEL_CONNECTION_FILE']").endswith(".json")
+
+    def test_an_image_is_built_and_built_again(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+        folder = tmp_path / "image"
+        folder.mkdir()
+        file = folder / "Dockerfile"
+        file.write_text(f"FROM {self.image}\nARG A\nENV BUILT=$A\n")
+        self.setup(place, engine, "built", "--build", folder, "--build-arg", "A=one")
+        first = place.spec("built")["argv"]
+        with place.kernel("built") as kernel:
+            assert kernel.value("__import__('os').environ['BUILT']") == "one"
+        file.write_text(f"FROM {self.image}\nENV BUILT=two\n")
+        place.envkernel("update", "built")
+        assert place.spec("built")["argv"] != first
+        with place.kernel("built") as kernel:
+            assert kernel.value("__import__('os').environ['BUILT']") == "two"
+        for image in (first, place.spec("built")["argv"]):
+            engine.call("rmi", next(word for word in image if word.startswith("sha256:")))
+
+    def test_files_belong_to_the_user(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+        """A plain user who may talk to root's daemon; without network, so through sockets of the user's."""
+        with short_folder("user") as folder:
+            seen = self.as_user(PlainUser(folder, engine.environ), engine)
+            assert seen == {"inside": USER, "owner": [USER, USER], "left": []}
+
+    def as_user(self, user: PlainUser, engine: Engine) -> Any:
+        return user.run(AS_USER, engine.name, self.image)
+
+    def test_grading_without_network(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+        """nbgrader autograde of a submission, as the document of envkernel 1.x describes it."""
+        course = tmp_path / "course"
+        code = (
+            "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 1))\n"
+            "except OSError as e:\n    seen = e.errno\n"
+            "names = [n for _, n in socket.if_nameindex()]"
+        )
+        for stage in ("source/ps1", "submitted/bitdiddle/ps1"):
+            (course / stage).mkdir(parents=True)
+            solution = code if "bitdiddle" in stage else "pass"
+            (course / stage / "p1.ipynb").write_text(graded_notebook(solution))
+        self.setup(place, engine, "course", "--network=none", "--pwd", self.image)
+        tool = [sys.executable, "-m", "nbgrader"]
+        base = [f"--CourseDirectory.root={course}", "--CourseDirectory.course_id=c"]
+        for command in (
+            ["generate_assignment", "ps1", "--force"],
+            ["autograde", "ps1", "--ExecutePreprocessor.kernel_name=course"],
+        ):
+            environ = {**place.environ, "PATH": f"{sys.prefix}/bin:{place.environ['PATH']}"}
+            done(*tool, *command, *base, env=environ, cwd=course)
+        (graded,) = (course / "autograded").rglob("p1.ipynb")
+        outputs = json.loads(graded.read_text())["cells"][-1]["outputs"]
+        assert [output.get("text") for output in outputs] == [["['lo']\n"]]
+        assert until(lambda: engine.ids() == [])
+
+    def test_the_suite_of_jupyter_kernel_test(
+        self, place: Jupyter, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.setup(place, engine, "suite", "--network=none", self.image)
+        for name, value in place.environ.items():
+            monkeypatch.setenv(name, value)
+        run_protocol_tests("suite")
+
+
+def graded_notebook(solution: str) -> str:
+    """Return a notebook with a solution and a test of it."""
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    def cell(source: str, name: str, **told: Any) -> Any:
+        about = {"grade": False, "locked": False, "solution": False, "task": False}
+        about.update(points=1, schema_version=3)
+        return new_code_cell(source, metadata={"nbgrader": {**about, "grade_id": name, **told}})
+
+    cells = [cell(solution, "answer", solution=True), cell("print(names)", "test", grade=True, locked=True)]
+    kernelspec = {"name": "python3", "display_name": "Python 3"}
+    return nbformat.writes(new_notebook(cells=cells, metadata={"kernelspec": kernelspec}))
+
+
+AS_USER = """
+import json, os, sys
+from pathlib import Path
+from support.jupyter import Jupyter
+place = Jupyter(Path(os.environ["HOME"]) / "j")
+place.environ.update({n: v for n, v in os.environ.items() if n.startswith(("DOCKER", "CONTAINERS", "XDG"))})
+os.environ.update(place.environ)
+work = Path(os.environ["HOME"]) / "work"
+work.mkdir()
+place.setup(sys.argv[1], "mine", "--python=python3", "--network=none", "--pwd", sys.argv[2])
+with place.kernel("mine", cwd=str(work)) as kernel:
+    kernel.value("open('made', 'w').write('x')")
+    kernel.value("open(__import__('os').path.expanduser('~/x'), 'w').write('x')")
+    uid = int(kernel.value("__import__('os').getuid()"))
+    kernel.interrupt_in("import time; time.sleep(60)")
+made = (work / "made").stat()
+left = os.listdir(place.environ["TMPDIR"])
+print(json.dumps({"inside": uid, "owner": [made.st_uid, made.st_gid], "left": left}))
+"""
