@@ -6350,18 +6350,18 @@ def reap(
         pid = int(line)
         programs.append((pid, process_birth(pid), time.monotonic()))
     killed = [start for pid, birth, start in programs if end_program(pid, birth)]
-    for command in care.cleanup:
-        insist(command, environ)
+    failed = [command for command in care.cleanup if not insist(command, environ, (0, 1))]
     for path in [*care.remove, *(copy for _, copy in care.copies), care.folder]:
         remove_tree(path)
         remove_empty(os.path.dirname(path) if path not in care.remove else path)
     release_lock(care.folder + ".lock", lock)
     if membership:
         membership.leave(environ)
-    elif care.cleanup and any(time.monotonic() - start < 10 for start in killed):
-        time.sleep(2)  # the engine may have been about to create what had to be removed
-        for command in care.cleanup:
-            insist(command, environ)
+    elif any(time.monotonic() - start < 10 for start in killed):
+        failed = care.cleanup  # the engine may have been about to create what had to be removed
+        time.sleep(2 * bool(failed))
+    for command in failed:
+        insist(command, environ)
 
 
 def spawn(argv: Sequence[str], environ: Mapping[str, str], out: int = 1, err: int = 2) -> int:
@@ -6439,17 +6439,25 @@ def signal_members(group: int, number: int) -> None:
             send_signals([pid], number)
 
 
-def insist(command: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Run a command that cleans up until it succeeds or patience ends: a daemon may be restarting."""
+def insist(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    waits: Sequence[float] = (0, 1, 2, 4, 8, 15, 30, 60),
+) -> bool:
+    """Run a command that cleans up until it succeeds or patience ends: a daemon may be restarting.
+
+    waits: seconds before each attempt.  Tells whether it succeeded.
+    """
     import time
 
-    for wait in (0, 1, 2, 4, 8, 15, 30, 60):
+    for wait in waits:
         time.sleep(wait)
         try:
             if os.waitpid(spawn(command, environ), 0)[1] == 0:
-                return
+                return True
         except UserError:
-            pass
+            continue
+    return False
 
 
 def release_lock(path: str, lock: int) -> None:

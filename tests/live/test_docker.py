@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from support import done
-from support.docker import Docker
+from support.containers import short_folder
+from support.docker import Daemon, Docker
 from support.engine_cases import EngineCases, listeners, until
 from support.jupyter import Jupyter
 
@@ -21,24 +22,27 @@ class TestDocker(EngineCases):
     def engine(self, docker: Docker) -> Docker:
         return docker
 
-    def test_a_daemon_that_goes_and_comes_back(self, place: Jupyter, engine: Docker) -> None:
-        self.setup(place, engine, "restarted", self.image)
-        try:
-            with self.watched(place, "restarted") as (kernel, log):
-                engine.daemon.stop()
+    def test_a_daemon_that_goes_and_comes_back(self, jupyter: Jupyter, python_rootfs: Path) -> None:
+        with short_folder("docker") as folder, Daemon(folder, "ekdown").running() as daemon:
+            engine = Docker(daemon)
+            engine.add_image(python_rootfs, "python")
+            jupyter.environ.update(engine.environ)
+            self.setup(jupyter, engine, "restarted", "python")
+            with self.watched(jupyter, "restarted", alone=False) as (kernel, log):
+                daemon.stop()
                 assert until(lambda: not kernel.manager.is_alive())
-                assert "The container engine went away" in log.read_text()
-                said = place.envkernel("docker", "--name=down", "--user", self.image, status=1)
-                assert "The Docker daemon does not answer." in said.stderr
-                assert not (place.kernels / "down").exists()
-                with place.kernel("restarted") as broken:
-                    _, error = broken.execute("1")
-                    assert error is not None
-                    assert "The Docker daemon does not answer." in error
-                engine.daemon.start()
-        finally:
-            if engine.daemon.process is None:
-                engine.daemon.start()
+            assert "The container engine went away" in log.read_text()
+            said = jupyter.envkernel("docker", "--name=down", "--user", "python", status=1)
+            assert "The Docker daemon does not answer." in said.stderr
+            assert not (jupyter.kernels / "down").exists()
+            with jupyter.kernel("restarted", alone=False) as broken:
+                _, error = broken.execute("1")
+                assert error is not None
+                assert "The Docker daemon does not answer." in error
+            assert until(lambda: not list(Path(jupyter.environ["TMPDIR"]).iterdir()))
+            daemon.start()
+            assert jupyter.leftovers(patience=20) == ""  # who cleans up has waited for the daemon
+            assert engine.ids() == []
 
     @pytest.mark.parametrize("options", [["--network=bridge"], ["--network=bridge", "--transport=tcp"]])
     def test_a_network_of_its_own(self, place: Jupyter, engine: Docker, options: list[str]) -> None:

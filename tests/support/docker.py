@@ -20,10 +20,10 @@ from support.images import make_rootfs
 class Daemon:
     """A dockerd in a folder, with a bridge of its own and no rules for iptables."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bridge: str = "ek") -> None:
         self.folder = folder
         self.socket = folder / "docker.sock"
-        self.bridge = f"ek{os.getpid()}"
+        self.bridge = f"{bridge}{os.getpid()}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -32,7 +32,9 @@ class Daemon:
         options += [f"--pidfile={self.folder}/pid", f"--host=unix://{self.socket}", f"--bridge={self.bridge}"]
         options += [f"--{name}=false" for name in ("iptables", "ip6tables", "ip-masq", "ip-forward")]
         with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(["dockerd", *options], stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                ["dockerd", *options], stdout=log, stderr=log, env={"PATH": os.environ["PATH"]}
+            )
         deadline = time.monotonic() + 60
         while not self.answers():
             assert self.process.poll() is None, (self.folder / "log").read_text()
@@ -56,14 +58,21 @@ class Daemon:
                 done("umount", line.split()[1])
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Iterator[Daemon]:
         """Have the daemon with its network run for as long as the context lasts."""
         done("ip", "link", "add", "name", self.bridge, "type", "bridge")
         try:
-            done("ip", "address", "add", f"10.213.{os.getpid() % 250}.1/24", "dev", self.bridge)
+            done(
+                "ip",
+                "address",
+                "add",
+                f"10.{213 + len(self.bridge) % 8}.{os.getpid() % 250}.1/24",
+                "dev",
+                self.bridge,
+            )
             done("ip", "link", "set", self.bridge, "up")
             self.start()
-            yield
+            yield self
         finally:
             self.stop()
             done("ip", "link", "delete", self.bridge)
