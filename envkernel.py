@@ -2741,18 +2741,24 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
             "Bring it back; if it was fetched or built at setup: envkernel update NAME.",
         )
     network = shares_network(step.engine, plan.environ)
-    box = container_box(step, plan, facts, rest, shares_network=network, **apptainer_place(step))
+    shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
+    place = apptainer_place(step)
+    box = container_box(step, plan, facts, rest, shares_network=network, shared=shared, **place)
     gpu = "--rocm" if facts.exists("/dev/kfd") and not facts.exists("/dev/nvidiactl") else "--nv"
-    head = [gpu] if step.options.get("gpu") else []
-    head += step.engine
-    binds = [Bind(box.folder, box.inside), *box.binds]
-    mounts = [*map(bind_token, binds), *mount_options(step, box, plan, facts)]
-    mounts += ["--pwd=" + box.workdir] if box.workdir else []
+    head = [*([gpu] if step.options.get("gpu") else []), *step.engine]
+    bound = Bind(os.path.dirname(box.folder), INSIDE) if shared else Bind(box.folder, box.inside)
+    mounts = [*map(bind_token, [bound, *box.binds]), *mount_options(step, box, plan, facts)]
+    workdir = ["--pwd=" + box.workdir] if box.workdir else []
     box.care.leader = False  # it passes signals on to the kernel, which has them already
     box.care.explain = ApptainerEnd(image)
-    verb = "run" if step.options.get("runscript") else "exec"
+    argv = [program, "run" if step.options.get("runscript") else "exec"]
+    if shared:
+        box.care.shared = apptainer_instance(step, program, "envkernel-" + shared, [*head, *mounts, image])
+        argv += [*workdir, "instance://envkernel-" + shared, *box.command]
+    else:
+        argv += [*head, *mounts, *workdir, image, *box.command]
     return plan.but(
-        argv=[program, verb, *head, *mounts, image, *box.command],
+        argv=argv,
         environ=apptainer_environ(box, plan.environ),
         search=None,
         where=f"the image {image}",
@@ -2760,6 +2766,14 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         care=box.care,
         inside=[program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image],
     )
+
+
+def apptainer_instance(step: Step, program: str, name: str, words: Sequence[str]) -> Shared:
+    """Return how the instance that all kernels of a kernelspec share is found, started and stopped."""
+    stop = ["/bin/sh", "-c", '"$@" || true', "sh", program, "instance", "stop", name]
+    alive = [program, "exec", "instance://" + name, "echo", "true"]
+    start = [program, "instance", "start", *words, name]
+    return Shared(alive, start, stop, bool(step.options.get("keep")))
 
 
 class ApptainerEnd(Record):
@@ -2826,6 +2840,9 @@ def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common
     engine = [absolute_value(token, facts) for token in step.engine if token not in for_build]
     check_values(common, [program, "exec", "--help"], facts, environ)
     step = step.but(options=options, engine=engine)
+    refuse_options(step)
+    if step.options.get("shared") and step.options.get("runscript"):
+        raise usage_error("--kernel=image has a container of its own.", "Leave --shared out.")
     return probe_apptainer(need_sif(step, facts, environ, common), facts, environ)
 
 
@@ -2921,8 +2938,8 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
     Raises UserError for what is wrong.
     """
     said = ""
-    skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript")
-    for extra in ({}, {"place": "tmp"}):
+    skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
+    for extra in ({}, *([] if step.options.get("shared") else [{"place": "tmp"}])):
         options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
         start = Plan(["/no/such/program"], environ)
         output = facts.try_plan(

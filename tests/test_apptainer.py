@@ -136,6 +136,30 @@ def test_names_with_odd_characters(facts: FakeFacts, bind: str, token: str) -> N
     assert plan(facts, *envkernel.launch_to_argv(launch)).argv[3] == token
 
 
+def test_a_shared_container_is_an_instance(facts: FakeFacts) -> None:
+    made = plan(
+        facts,
+        *run("--shared", "--workdir=/srv", "--bind=/data", "--pass=--contain", "--env=A"),
+        environ={"A": "1"},
+    )
+    assert made.care is not None
+    shared = made.care.shared
+    assert shared is not None
+    name = shared.alive[2][len("instance://") :]
+    folder, key = made.care.folder.rsplit("/", 1)
+    assert made.argv[:4] == [ENGINE, "exec", "--pwd=/srv", "instance://" + name]
+    assert made.argv[-1] == f"/run/envkernel/{key}/connection.json"
+    assert shared == envkernel.Shared(
+        [ENGINE, "exec", "instance://" + name, "echo", "true"],
+        [ENGINE, "instance", "start", "--contain", f"--bind={folder}:/run/envkernel", "--bind=/data:/data"]
+        + ["/images/a.sif", name],
+        ["/bin/sh", "-c", '"$@" || true', "sh", ENGINE, "instance", "stop", name],
+    )
+    assert made.environ["APPTAINERENV_A"] == "1"
+    assert not made.care.leader
+    assert not made.care.cleanup
+
+
 @pytest.mark.parametrize(
     ("devices", "flag"), [([], "--nv"), (["/dev/kfd"], "--rocm"), (["/dev/kfd", "/dev/nvidiactl"], "--nv")]
 )

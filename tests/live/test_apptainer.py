@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 import unittest
+import uuid
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import jupyter_kernel_test
 import pytest
@@ -20,7 +21,7 @@ from jupyter_client.connect import write_connection_file
 
 from support import SCRIPT, missing
 from support.apptainer import Apptainer
-from support.jupyter import Jupyter
+from support.jupyter import Jupyter, Kernel
 
 pytestmark = pytest.mark.live
 
@@ -355,6 +356,46 @@ def test_ten_at_once(place: Jupyter, sif: Path) -> None:
             manager.shutdown_kernel(now=True)
             manager.cleanup_resources()
     assert until(lambda: not private_folders(place))
+
+
+@contextlib.contextmanager
+def started(place: Jupyter, name: str) -> Iterator[Kernel]:
+    """Start one of several kernels."""
+    file = place.root / "runtime" / f"kernel-{uuid.uuid4().hex}.json"
+    manager = KernelManager(kernel_name=name, connection_file=str(file))
+    manager.start_kernel(env=place.environ)
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        yield Kernel(manager, client)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+        manager.cleanup_resources()
+
+
+@pytest.mark.parametrize("options", [[], ["--contain", "--network=none"]], ids=" ".join)
+def test_kernels_share_an_instance(
+    place: Jupyter, apptainer: Apptainer, sif: Path, options: list[str]
+) -> None:
+    def instances() -> list[str]:
+        said = apptainer.run("instance", "list", "--json")
+        return [row["instance"] for row in json.loads(said.stdout)["instances"]]
+
+    place.setup("apptainer", "shared", *SETUP, "--shared", *options, sif)
+    before = instances()
+    with started(place, "shared") as first, started(place, "shared") as second:
+        assert len(set(instances()) - set(before)) == 1
+        assert first.interrupt_in("while True: pass")[0] == "KeyboardInterrupt"
+        assert second.value("6 * 7") == "42"
+        first.client.execute(ENDLESS)
+        time.sleep(0.3)
+        assert first.restart(now=True) < 10
+        first.shutdown()
+        assert second.value("6 * 7") == "42"
+        assert until(lambda: len(list(place.root.glob("user/envkernel/*/*/connection.json"))) == 1)
+    assert until(lambda: instances() == before)
 
 
 def test_the_kernelspec_of_1x(place: Jupyter, sif: Path, tmp_path: Path) -> None:
