@@ -5681,9 +5681,10 @@ class Inside(Facts):
             return None
 
     def listdir(self, path: str) -> list[str]:
-        """Return the names in a folder of a kernelspec, none for other folders."""
+        """Return the names in a folder of a kernelspec or on PATH, none for other folders."""
         start = path + "/"
-        return sorted({file[len(start) :].split("/")[0] for file in self.files if file.startswith(start)})
+        known = self.files | self.programs
+        return sorted({file[len(start) :].split("/")[0] for file in known if file.startswith(start)})
 
     def read(self, path: str) -> bytes | None:
         """Return what a file holds."""

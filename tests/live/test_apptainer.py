@@ -437,6 +437,10 @@ def test_what_is_missing_is_said_at_setup(
 
     assert "pip install ipykernel (a line for %post" in refused(bare_rootfs)
     assert "There is no image /no/such.sif" in refused("/no/such.sif")
+    assert (
+        "choose one of them with --python"
+        in place.envkernel("apptainer", "--name=no", "--user", sif, status=1).stderr
+    )
     assert "there is no /no/such" in refused("--bind=/no/such:/a", sif)
     assert "Did you mean --contain" in refused("--contian", sif, status=2)
     junk = place.root / "junk.sif"
