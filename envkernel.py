@@ -1576,7 +1576,7 @@ def missing_hint(program: str, plan: Plan, facts: Facts) -> str:
         if is_python(name) and facts.is_executable(f"{folder}/{name}")
     ]
     if is_python(program) and pythons:
-        return f"It has {', '.join(sorted(pythons))}: choose one of them with --python."
+        return f"It has {', '.join(sorted(set(pythons)))}: choose one of them with --python."
     if is_python(program) and " -m pip " in plan.install:
         return f"Its Python is gone; make {plan.where} anew."
     if is_python(program):
