@@ -294,24 +294,9 @@ def test_tunnel_through_ssh(
 
 @pytest.fixture
 def sshd(cluster: Slurm, tmp_path: Path) -> Iterator[Path]:
-    """An sshd on the far node; yields a folder with an ``ssh`` that has the right key and address."""
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
-    os.makedirs("/run/sshd", exist_ok=True)
-    server = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", "2222", "-h", str(tmp_path / "host")]
-    for option in (f"AuthorizedKeysFile={tmp_path}/user.pub", "PidFile=none", "StrictModes=no", "UsePAM=no"):
-        server += ["-o", option]
-    config = f"Host far\n HostName {cluster.far}\n Port 2222\n IdentityFile {tmp_path}/user\n"
-    config += f" UserKnownHostsFile {tmp_path}/known\n StrictHostKeyChecking accept-new\n"
-    (tmp_path / "config").write_text(config)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {tmp_path}/config "$@"\n')
-    (tmp_path / "bin" / "ssh").chmod(0o755)
-    inside = ["nsenter", f"--net=/run/netns/{cluster.netns}"]
-    with subprocess.Popen([*inside, *server], stderr=subprocess.DEVNULL) as daemon:
-        wait_for(lambda: ":2222" in cluster.on_far("ss", "-ltnH"), "sshd", 5)
-        yield tmp_path / "bin"
-        daemon.terminate()
+    """A folder with an ``ssh`` that reaches the far node."""
+    with cluster.sshd(tmp_path) as folder:
+        yield folder
 
 
 # ---- the queue -----------------------------------------------------------------------------------

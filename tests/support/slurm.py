@@ -212,6 +212,28 @@ class Slurm:
             ["ip", "netns", "exec", self.netns, *argv], capture_output=True, text=True, check=True
         ).stdout
 
+    @contextlib.contextmanager
+    def sshd(self, folder: Path) -> Iterator[Path]:
+        """Run an sshd on the far node; yields a folder with an ``ssh`` that has the right key and address."""
+        for name in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        os.makedirs("/run/sshd", exist_ok=True)
+        server = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", "2222", "-h", str(folder / "host")]
+        keys = f"AuthorizedKeysFile={folder}/user.pub"
+        for option in (keys, "PidFile=none", "StrictModes=no", "UsePAM=no"):
+            server += ["-o", option]
+        config = f"Host far\n HostName {self.far}\n Port 2222\n IdentityFile {folder}/user\n"
+        config += f" UserKnownHostsFile {folder}/known\n StrictHostKeyChecking accept-new\n"
+        (folder / "config").write_text(config)
+        (folder / "bin").mkdir()
+        (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/config "$@"\n')
+        (folder / "bin" / "ssh").chmod(0o755)
+        inside = ["nsenter", f"--net=/run/netns/{self.netns}"]
+        with subprocess.Popen([*inside, *server], stderr=subprocess.DEVNULL) as daemon:
+            wait_for(lambda: ":2222" in self.on_far("ss", "-ltnH"), "sshd", 5)
+            yield folder / "bin"
+            daemon.terminate()
+
     def logs(self) -> str:
         """The ends of all logs, for a failure's message."""
         lines = []

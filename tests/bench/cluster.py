@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""What a kernel on a Slurm node costs: its start, each message, memory and CPU of what stands beside it.
+
+    tests/bench/cluster.py [--rounds=N]
+
+The node is in a network namespace, so that every byte crosses a network.  ``direct`` is the same kernel
+on the same node, listening on the node's address, with no relay; ``ssh -L`` leads to that one.  Every
+round measures all of them in turn; a ratio is the median of the ratios of each round (1 means as fast as
+what it is held against).  Needs root and Debian's Slurm.  Ends with 1 where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import psutil  # noqa: E402
+from jupyter_client import BlockingKernelClient, KernelManager  # noqa: E402
+
+from support.jupyter import Jupyter  # noqa: E402
+from support.slurm import Slurm, free_ports  # noqa: E402
+
+COMMAND = (sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}")
+PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
+LOADS = {
+    "200 round trips": ("pass", 200),
+    "100 MB in one message": ("print('x' * 100_000_000)", 1),
+    "100 x 1 MB": ("for i in range(100): display({'text/plain': 'x' * 1_000_000}, raw=True)", 1),
+    "5,000 small displays": ("for i in range(5_000): display(i)", 1),
+}
+"""What is executed, and how often."""
+
+
+def execute(client: BlockingKernelClient, code: str) -> None:
+    """Execute code and take all that it publishes."""
+    message = client.execute(code)
+    while True:
+        published = client.get_iopub_msg(timeout=60)
+        state = published["content"].get("execution_state")
+        if published["parent_header"].get("msg_id") == message and state == "idle":
+            break
+    client.get_shell_msg(timeout=60)
+
+
+def timed(client: BlockingKernelClient, code: str, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        execute(client, code)
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def kernel(name: str, environ: dict[str, str]) -> Iterator[tuple[KernelManager, BlockingKernelClient, float]]:
+    """Start a kernel; yields manager, client and the seconds to the first reply."""
+    start = time.perf_counter()
+    manager = KernelManager(kernel_name=name)
+    manager.start_kernel(env=environ, stderr=subprocess.DEVNULL)
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        yield manager, client, time.perf_counter() - start
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+        manager.cleanup_resources()
+
+
+@contextlib.contextmanager
+def direct(slurm: Slurm, folder: Path) -> Iterator[dict[str, Any]]:
+    """The same kernel on the far node, on the node's own address; yields its connection."""
+    told: dict[str, Any] = dict(zip(PORTS, free_ports(5)))
+    told |= {"ip": slurm.far, "transport": "tcp", "key": "bench", "signature_scheme": "hmac-sha256"}
+    path = folder / "direct.json"
+    path.write_text(json.dumps(told))
+    command = [word.replace("{connection_file}", str(path)) for word in COMMAND]
+    inside = ["nsenter", f"--net=/run/netns/{slurm.netns}"]
+    null = subprocess.DEVNULL
+    with subprocess.Popen([*inside, *command], stdin=null, stdout=null, stderr=null) as process:
+        yield told
+        process.kill()
+
+
+def connected(told: dict[str, Any]) -> BlockingKernelClient:
+    client = BlockingKernelClient()
+    client.load_connection_info(told)
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    return client
+
+
+@contextlib.contextmanager
+def through_ssh(slurm: Slurm, folder: Path, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The direct kernel's five ports, led through one ssh."""
+    ports = dict(zip(PORTS, free_ports(5)))
+    with slurm.sshd(folder) as programs:
+        leads = [word for name in PORTS for word in ("-L", f"{ports[name]}:{slurm.far}:{told[name]}")]
+        with subprocess.Popen([programs / "ssh", "-N", *leads, "far"]) as ssh:
+            time.sleep(1)
+            yield {**told, **ports, "ip": "127.0.0.1"}
+            ssh.terminate()
+
+
+def beside(manager: KernelManager) -> list[psutil.Process]:
+    """The processes that stand beside a kernel: run process, keeper and srun here, the agent there."""
+    run = psutil.Process(manager.provisioner.process.pid)
+    agents = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any("m.agent_main(f)" in word for word in process.info["cmdline"] or ())
+        and process.name() != "srun"
+    ]
+    return [run, *run.children(recursive=True), *agents]
+
+
+def usage(processes: list[psutil.Process]) -> list[tuple[str, float, float, int]]:
+    """Name, PSS in MB, CPU seconds and voluntary switches of each process."""
+    rows = []
+    for process in processes:
+        cpu = process.cpu_times()
+        pss = process.memory_full_info().pss / 1e6
+        rows.append((process.name(), pss, cpu.user + cpu.system, process.num_ctx_switches().voluntary))
+    return rows
+
+
+def report(name: str, theirs: str, ratios: list[float], goal: float | None, least: bool) -> bool:
+    """Print a ratio with its goal; tell whether it is met."""
+    ratio = statistics.median(ratios)
+    met = goal is None or (ratio >= goal if least else ratio <= goal)
+    wanted = "" if goal is None else f"   goal {'>=' if least else '<='} {goal}: {'met' if met else 'MISSED'}"
+    print(f"{name:42} against {theirs:24} {ratio:6.2f}{wanted}", flush=True)
+    return met
+
+
+def bench_starts(slurm: Slurm, environ: dict[str, str], rounds: int) -> bool:
+    """Start to first reply against the native kernel and ``srun true``."""
+    ratios = []
+    for _ in range(rounds):
+        with kernel("native", environ) as (_, _, native):
+            pass
+        start = time.perf_counter()
+        slurm.run("srun", "--partition=far", "true")
+        submit = time.perf_counter() - start
+        with kernel("far", environ) as (_, _, far):
+            pass
+        ratios.append(far / (native + submit))
+        print(f"  native {native:.3f} s, srun true {submit:.3f} s, slurm {far:.3f} s")
+    return report("start to first reply", "native + srun true", ratios, 1.15, least=False)
+
+
+def bench_messages(ways: dict[str, BlockingKernelClient], rounds: int) -> bool:
+    """Each load over each way, as a fraction of the direct connection's speed."""
+    met = True
+    for load, (code, times) in LOADS.items():
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, client in ways.items():
+                taken[way].append(timed(client, code, times))
+        print("  " + ", ".join(f"{way} {statistics.median(taken[way]):.3f} s" for way in ways))
+        for way in ways:
+            if way != "direct":
+                ratios = [one / other for one, other in zip(taken["direct"], taken[way])]
+                met &= report(f"{load}: {way}", "direct", ratios, 0.9 if way == "relay" else None, least=True)
+    return met
+
+
+def bench_idle(manager: KernelManager, client: BlockingKernelClient) -> bool:
+    """Memory, and CPU and wake-ups per second, of an idle kernel's company."""
+    processes = beside(manager)
+    before = usage(processes)
+    time.sleep(10)
+    after = usage(processes)
+    here = 0.0
+    for (name, _, cpu, switches), (_, pss, cpu_after, switches_after) in zip(before, after):
+        wakes = (switches_after - switches) / 10
+        print(
+            f"  {name:12} {pss:6.1f} MB PSS, {(cpu_after - cpu) * 10:5.2f} % CPU idle, {wakes:.1f} wake-ups/s"
+        )
+        here += pss if "python" in name else 0
+    start = usage(processes)
+    seconds = timed(client, LOADS["100 MB in one message"][0], 3)
+    load = sum(row[2] for row in usage(processes)) - sum(row[2] for row in start)
+    print(f"  under load (3 x 100 MB): {load / seconds * 100:.0f} % of a CPU")
+    print(f"Python processes beside the kernel, node included: {here:.1f} MB PSS")
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    slurm = Slurm()
+    with tempfile.TemporaryDirectory(prefix="ekb") as name, contextlib.ExitStack() as stack:
+        stack.callback(slurm.stop)
+        slurm.start()
+        folder = Path(name)
+        jupyter = Jupyter(folder / "j")
+        jupyter.environ.update(slurm.environ)
+        os.environ.update(
+            {key: value for key, value in jupyter.environ.items() if key.startswith("JUPYTER_")}
+        )
+        jupyter.setup("slurm", "far", "--partition=far", "--linger=0", "--", *COMMAND)
+        native = jupyter.kernels / "native"
+        native.mkdir()
+        spec = {"argv": list(COMMAND), "display_name": "native", "language": "python"}
+        (native / "kernel.json").write_text(json.dumps(spec))
+        met = bench_starts(slurm, jupyter.environ, rounds)
+        told = stack.enter_context(direct(slurm, folder))
+        ways = {"direct": connected(told)}
+        manager, ways["relay"], _ = stack.enter_context(kernel("far", jupyter.environ))
+        ways["ssh -L"] = connected(stack.enter_context(through_ssh(slurm, folder, told)))
+        met &= bench_messages(ways, rounds)
+        met &= bench_idle(manager, ways["relay"])
+        for way in ("direct", "ssh -L"):
+            ways[way].stop_channels()
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
