@@ -2998,7 +2998,7 @@ NODE_BOOT = (
     "import marshal,sys;from _frozen_importlib_external import MAGIC_NUMBER as M;f=sys.stdin.buffer;"
     "g,a,b=f.readline().split();c=f.read(int(a));s=f.read(int(b));m=type(sys)('envkernel');"
     "sys.modules['envkernel']=m;exec(marshal.loads(c) if g==M.hex().encode() else "
-    "compile(s,'envkernel.py','exec'),m.__dict__);sys.exit(m.agent_main(f))"
+    "compile(s,'envkernel.py','exec'),m.__dict__);c=s=b'';sys.exit(m.agent_main(f))"
 )
 """What a node's Python gets with ``-c``: read this file from stdin and be the agent.
 
@@ -7457,12 +7457,12 @@ def bind_agent(sock: Any, address: str, ports: str) -> None:
 
 def make_node_folder() -> str:
     """Make the private folder in which a node's kernel binds its sockets; it is gone when it has."""
-    import tempfile
-
     root = os.environ.get("TMPDIR", "/tmp")
     if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
         root = "/tmp"
-    return tempfile.mkdtemp(prefix="envkernel-node-", dir=root)
+    path = f"{root}/envkernel-node-{os.urandom(8).hex()}"
+    os.mkdir(path, 0o700)
+    return path
 
 
 def agent_main(stdin: Any) -> int:
@@ -7585,6 +7585,7 @@ class Keeper:
         except OSError:
             self.feed = memoryview(b"")
         if not self.feed:
+            self.feed = memoryview(b"")  # an empty slice would hold all of it
             self.loop.forget(self.stdin)
 
     def read(self, file: int, hear: Callable[[bytes], None]) -> None:
@@ -7845,7 +7846,8 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
     except OSError:
         sock.close()
     lock = take_lock(folder + ".lock")
-    remove_tree(folder)
+    if os.path.exists(folder):  # its keeper was killed
+        remove_tree(folder)
     private_folder(folder)
     sock, visitor = socket.socketpair()
     if os.fork():
