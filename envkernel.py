@@ -7197,7 +7197,9 @@ def become_node_kernel(
         facts = Facts()
         plan = plan_launch(launch, facts, environ)
         if not launch.steps:
-            plan = plan.but(search=path_entries(environ), where=f"the PATH of node {node_name(environ)}")
+            where = f"the PATH of node {node_name(environ)}"
+            install = "install %s on the nodes"
+            plan = plan.but(search=path_entries(environ), where=where, install=install)
         status = execute(finish_plan(plan, launch, facts), launch, facts)
     except UserError as error:
         status = error.status

@@ -513,4 +513,5 @@ def test_missing_ipykernel_on_the_node(jupyter: Jupyter, cluster: Slurm) -> None
     install(jupyter, "bare", "--partition=far", chain=("/usr/bin/python3", "-S", *COMMAND))
     with jupyter.kernel("bare") as kernel:
         text, error = kernel.execute("1")
-        assert "Install what it misses: `install ipykernel on the nodes`" in str(error) + text
+        assert "There is no ipykernel_launcher in the PATH of node far" in str(error) + text
+        assert "install ipykernel on the nodes" in str(error) + text
