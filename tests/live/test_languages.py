@@ -1,7 +1,9 @@
 """Kernels of other languages, found by --kernel in the environment itself."""
 
+import contextlib
 import json
 import os
+import queue
 import shutil
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support import done, missing
+from support.images import make_rootfs
 from support.venvs import BASE_PYTHON, ENVIRON, UV, install
 
 pytestmark = pytest.mark.live
@@ -67,11 +70,26 @@ def check_files(jupyter, name, folder, mode):
     assert b"<circle" in installed["logo-svg.svg"]
 
 
+def nudge(client):
+    """Ask until something is heard on iopub: what IRkernel published before it was subscribed to is lost.
+
+    jupyter_server does the same for its clients; `execute_interactive` would wait for ever.
+    """
+    for _ in range(60):
+        client.kernel_info(reply=True, timeout=20)
+        with contextlib.suppress(queue.Empty):
+            while client.get_iopub_msg(timeout=0.3)["content"].get("execution_state") != "idle":
+                pass
+            return
+    raise AssertionError("nothing was heard on iopub")
+
+
 def check_kernel(jupyter, name, case):
     """Run code in a kernel, interrupt it, and go on."""
     language, code, printed, sleep, error = CASES[case]
     assert jupyter.spec(name)["language"] == language
     with jupyter.kernel(name) as kernel:
+        nudge(kernel.client)
         assert kernel.execute(code) == (printed, None)
         if not sleep:
             return
@@ -113,3 +131,24 @@ def test_r_by_its_name_alone(jupyter, r_environment):
     finally:
         hidden.rename(kernels)
     check_kernel(jupyter, "plain-r", "ir")
+
+
+@pytest.fixture(scope="session")
+def r_image(docker_engine):
+    """An image with Debian's IRkernel, its kernelspec where IRkernel::installspec puts it."""
+    docker_engine.add_image(make_rootfs("r", "r-cran-irkernel"), "r-plain")
+    copy = "mkdir -p /usr/share/jupyter/kernels; cp -r /usr/lib/R/site-library/IRkernel/kernelspec $_/ir"
+    docker_engine.call("run", "--name=r-setup", "--pull=never", "r-plain", "sh", "-c", copy)
+    docker_engine.call("commit", "r-setup", "r")
+    docker_engine.call("rm", "r-setup")
+    return "r"
+
+
+def test_r_inside_of_a_container(jupyter, docker, r_image, tmp_path):
+    jupyter.environ.update(docker.environ)
+    jupyter.setup("docker", "boxed-r", "--kernel=ir", r_image)
+    docker.call("create", "--name=look", r_image)
+    docker.call("cp", "look:/usr/share/jupyter/kernels/ir", str(tmp_path / "ir"))
+    docker.call("rm", "look")
+    check_files(jupyter, "boxed-r", tmp_path / "ir", "docker")
+    check_kernel(jupyter, "boxed-r", "ir")
