@@ -5134,9 +5134,22 @@ class Check:
         self.step("leftovers", self.leftovers)
 
     def wait(self) -> str:
-        """Wait for the first answer."""
+        """Wait for the first answer, then until the kernel is heard on its iopub channel as well.
+
+        What it publishes before that is lost, so it is asked again, as jupyter_server does.
+        """
+        from queue import Empty
+
         self.client.wait_for_ready(timeout=60)
-        return ""
+        for _ in range(60):
+            self.client.kernel_info(reply=True, timeout=30)
+            try:
+                while self.client.get_iopub_msg(timeout=0.5)["content"].get("execution_state") != "idle":
+                    pass
+                return ""
+            except Empty:
+                continue
+        return "nothing is heard on the kernel's iopub channel"
 
     def execute(self) -> str:
         """Let the kernel compute something."""
