@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support import SCRIPT, difference
+from support import SCRIPT, difference, missing
 from support.jupyter import PRINT_ENVIRON, Jupyter
 from support.modules import BYTES, QUOTED, Modules
 
@@ -209,7 +209,7 @@ def test_a_module_that_goes_missing_is_named_in_the_notebook(
 def test_no_module_system_is_an_error(jupyter: Jupyter, tmp_path: Path) -> None:
     """With paths that lead nowhere, in a root of its own where neither system is installed."""
     if os.geteuid() != 0:
-        pytest.skip("a mount namespace of one's own needs root")
+        missing("the right to mount something over Lmod")
     script = f"mount -t tmpfs none /usr/share/lmod && exec {sys.executable} {SCRIPT} lmod --name=x a"
     environ = {**jupyter.environ, "LMOD_CMD": "/nowhere", "MODULEPATH": "/nowhere"}
     said = subprocess.run(
