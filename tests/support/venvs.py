@@ -33,7 +33,8 @@ RELEASES += ("virtualenv==21.0.0", "virtualenv", "uv==0.5.31", "uv")
 def found_pythons() -> dict[str, str]:
     """Return every CPython >= 3.6 of this machine that can make environments, by its version."""
     home = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    paths = [BASE_PYTHON, *map(str, home.glob("versions/3.*/bin/python"))]
+    beside = Path(BASE_PYTHON).resolve().parents[2]  # pyenv keeps its versions side by side
+    paths = [BASE_PYTHON, *map(str, [*home.glob("versions/3.*/bin/python"), *beside.glob("3.*/bin/python")])]
     paths += [f"/usr/bin/python3.{minor}" for minor in range(6, 20)]
     pythons = {}
     for path in paths:
