@@ -7082,7 +7082,6 @@ class NodeKernel:
         self.pid = 0
         self.file = -1
         self.sockets: list[int] = []
-        self.bound = False
         self.tail = b""
         self.problem: dict[str, Any] | None = None
 
@@ -7090,7 +7089,7 @@ class NodeKernel:
         """Start the kernel; return the ends of pipes with what went wrong before it and its stderr."""
         import json
 
-        self.bound, self.tail, self.problem = False, b"", None
+        self.tail, self.problem = b"", None
         transport = self.orders.get("transport", "ipc")
         self.folder = make_node_folder() if transport == "ipc" else ""
         self.connection = node_connection(connection, transport, self.folder)
@@ -7346,7 +7345,6 @@ class Agent:
             wait = 0.01 if tries < 100 else 0.1
             self.loop.after(wait, lambda: self.join(number, sock, tries + 1))
             return
-        self.kernel.bound = True
         pair = Pair(self.loop, sock, end, lambda: self.pairs.discard(pair))
         self.pairs.add(pair)
 
@@ -7429,7 +7427,7 @@ class Agent:
 def kernel_end(kernel: NodeKernel, status: int) -> dict[str, Any]:
     """Return the news of a kernel that has ended."""
     tail = kernel.tail.decode(errors="replace")
-    return {"ended": status, "tail": tail, "bound": kernel.bound, "problem": kernel.problem}
+    return {"ended": status, "tail": tail, "problem": kernel.problem}
 
 
 def node_name(environ: Mapping[str, str]) -> str:
@@ -8021,7 +8019,7 @@ class RemoteKernel:
         if "ended" in message:
             self.status = message["ended"]
             problem = message["problem"]
-            self.answered = self.answered or bool(message["bound"])
+            self.listen_back(ANSWER if self.status else 1)
             if problem:
                 self.error = UserError(**problem)
             elif not self.answered:
@@ -8100,14 +8098,18 @@ class RemoteKernel:
 
     def forget(self, pair: Pair) -> None:
         """A pair has ended."""
-        self.answered = self.answered or pair.heard >= ANSWER
+        self.listen_back(ANSWER)
         self.pairs.discard(pair)
         if self.ending and not self.pairs:
             self.loop.stop()
 
+    def listen_back(self, enough: int) -> None:
+        """Note that the kernel has answered if one connection brought that many bytes from it."""
+        self.answered = self.answered or any(pair.heard >= enough for pair in self.pairs)
+
     def drain(self) -> None:
         """Let Jupyter have the last that the kernel said, then stop."""
-        self.answered = self.answered or any(pair.heard >= ANSWER for pair in self.pairs)
+        self.listen_back(ANSWER)
         self.relay.close()
         self.ending = True
         self.loop.after(self.DRAIN if self.pairs else 0, self.loop.stop)

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from jupyter_client import KernelManager
 
+from support.apptainer import Apptainer
 from support.clusters import Errors, alive, run_process
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.modules import Modules
@@ -155,6 +156,25 @@ def test_chain_of_modules_and_virtualenv(
         assert kernel.value("__import__('sys').prefix") == str(kernel_venv)
         assert kernel.environ()["VIRTUAL_ENV"] == str(kernel_venv)
         assert kernel.environ()["SLURMD_NODENAME"] == "far"
+
+
+def test_chain_with_a_container(
+    jupyter: Jupyter, cluster: Slurm, apptainer: Apptainer, python_rootfs: Path
+) -> None:
+    """The container's own clean-up works on the node, below the agent."""
+    jupyter.environ["PATH"] = f"{apptainer.folder}:{jupyter.environ['PATH']}"
+    box = ("apptainer", "--contain", str(python_rootfs))
+    install(jupyter, "boxed", "--partition=far", chain=(*box, "--", "python3", *COMMAND))
+    install(jupyter, "empty", "--partition=far", chain=(*box, "--", "nosuch", "{connection_file}"))
+    with jupyter.kernel("empty") as kernel:
+        text, error = kernel.execute("1")
+        assert "has no such program" in str(error) + text
+    with jupyter.kernel("boxed") as kernel:
+        assert kernel.environ()["SLURMD_NODENAME"] == "far"
+        assert kernel.value("__import__('os').path.exists('/work')") == "False"
+        assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
+        kernel.restart(now=True)
+        assert kernel.value("1 + 1") == "2"
 
 
 def test_two_nodes_at_once(jupyter: Jupyter, other: Jupyter, cluster: Slurm) -> None:
