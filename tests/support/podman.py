@@ -28,6 +28,7 @@ _STORAGE = """
 [storage]
 driver = "overlay"
 graphroot = "{folder}/storage"
+rootless_storage_path = "{folder}/storage"
 runroot = "{folder}/run"
 """
 

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""How kernels in containers compare with the best hand-written kernel.json of the same engine.
+
+    tests/bench/containers.py [--rounds=N] [docker] [podman]
+
+Starts engines of its own (as root).  Every round measures every kernelspec once, in turn, so that what else
+the machine does hits all alike; a ratio is the median of the ratios of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import psutil  # noqa: E402
+from jupyter_client import KernelManager  # noqa: E402
+
+from support.containers import Engine, short_folder  # noqa: E402
+from support.docker import Daemon, Docker  # noqa: E402
+from support.images import make_rootfs  # noqa: E402
+from support.jupyter import Jupyter  # noqa: E402
+from support.podman import need_podman, podman_environ  # noqa: E402
+
+KERNEL = ["python3", "-m", "ipykernel_launcher", "-f"]
+OUTPUT = "import sys\nfor _ in range(100): sys.stdout.write('x' * (1 << 20)); sys.stdout.flush()"
+MEASURES = ("start", "round trip", "100 MB", "shutdown", "ten at once")
+
+
+class Kernel:
+    """A kernel that is started, timed and ended."""
+
+    def __init__(self, name: str, environ: dict[str, str]) -> None:
+        self.manager = KernelManager(kernel_name=name)
+        self.manager.start_kernel(env=environ, stdout=-3, stderr=-3)
+        self.client = self.manager.blocking_client()
+        self.client.start_channels()
+
+    def execute(self, code: str) -> None:
+        reply = self.client.execute_interactive(code, timeout=120, output_hook=lambda message: None)
+        assert reply["content"]["status"] == "ok", reply["content"]
+
+    def ready(self) -> None:
+        self.client.wait_for_ready(timeout=120)
+
+    def end(self) -> None:
+        self.client.stop_channels()
+        self.manager.shutdown_kernel()
+        self.manager.cleanup_resources()
+
+
+def measure(name: str, environ: dict[str, str], ten: bool) -> dict[str, float]:
+    """Return seconds by measure, and what stands beside the kernel in MB."""
+    begin = time.perf_counter()
+    kernel = Kernel(name, environ)
+    kernel.ready()
+    kernel.execute("1")
+    took = {"start": time.perf_counter() - begin}
+    begin = time.perf_counter()
+    for _ in range(100):
+        kernel.execute("1")
+    took["round trip"] = (time.perf_counter() - begin) / 100
+    begin = time.perf_counter()
+    kernel.execute(OUTPUT)
+    took["100 MB"] = time.perf_counter() - begin
+    took["MB beside"] = beside(kernel.manager.connection_file)
+    begin = time.perf_counter()
+    kernel.end()
+    took["shutdown"] = time.perf_counter() - begin
+    if ten:
+        begin = time.perf_counter()
+        kernels = [Kernel(name, environ) for _ in range(10)]
+        for kernel in kernels:
+            kernel.ready()
+        took["ten at once"] = time.perf_counter() - begin
+        for kernel in kernels:
+            kernel.end()
+    return took
+
+
+def beside(connection_file: str) -> float:
+    """Return the proportional memory (PSS) of envkernel's processes for one kernel, in MB."""
+    found = 0.0
+    for process in psutil.process_iter():
+        try:
+            command = process.cmdline()
+            if connection_file in command and "--format=2" in command:
+                found += process.memory_full_info().pss / 1e6
+        except psutil.Error:
+            continue
+    return found
+
+
+def write_spec(place: Jupyter, name: str, argv: list[str]) -> None:
+    """Install a hand-written kernel.json."""
+    folder = place.kernels / name
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": name, "language": "python"})
+    )
+
+
+def compare(place: Jupyter, engine: Engine, image: str, rounds: int) -> None:
+    """Measure an engine's kernels and print the ratios to the hand-written one."""
+    by_hand = [engine.program, "run", "--rm", "--network=host", "-v", "{connection_file}:/connection_file"]
+    write_spec(place, "reference", [*by_hand, image, *KERNEL, "/connection_file"])
+    names = {"reference": ()}
+    names.update({"host": ("--network=host",), "none": ("--network=none",), "shared": ("--shared", "--keep")})
+    for name, options in names.items():
+        if options:
+            place.setup(engine.name, name, "--python=python3", *options, image)
+    os.environ.update(place.environ)
+    measure("shared", place.environ, False)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name, rows in results.items():
+            rows.append(measure(name, place.environ, number == 0))
+    for name, rows in results.items():
+        cells = []
+        for what in MEASURES:
+            values = [row[what] for row in rows if what in row]
+            pairs = zip(rows, results["reference"])
+            ratios = [row[what] / other[what] for row, other in pairs if what in row and what in other]
+            cells.append(f"{what} {statistics.median(values):.4f} s ({statistics.median(ratios):.2f} x)")
+        print(
+            f"{engine.name} {name}: {', '.join(cells)}, {rows[0]['MB beside']:.1f} MB beside it", flush=True
+        )
+    for container in engine.ids():
+        engine.call("rm", "-f", container)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("engines", nargs="*", default=["docker", "podman"])
+    options = parser.parse_args()
+    rootfs = make_rootfs("python", "python3-ipykernel")
+    for name in options.engines:
+        with short_folder("bench") as folder, tempfile.TemporaryDirectory() as private:
+            place = Jupyter(Path(private) / name)
+            if name == "docker":
+                with Daemon(folder, "ekbench").running() as daemon:
+                    run(place, Docker(daemon), rootfs, "python", options.rounds)
+            else:
+                engine = Engine("podman", need_podman(), podman_environ(folder))
+                run(place, engine, rootfs, "localhost/python", options.rounds)
+                engine.call("rmi", "-f", "-a")
+
+
+def run(place: Jupyter, engine: Engine, rootfs: Path, image: str, rounds: int) -> None:
+    """Compare the kernels of an engine that runs."""
+    engine.add_image(rootfs, image)
+    place.environ.update(engine.environ)
+    compare(place, engine, image, rounds)
+
+
+if __name__ == "__main__":
+    main()
