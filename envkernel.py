@@ -6826,7 +6826,9 @@ class Supervisor:
         if self.care.explain and self.status and not self.wanted:
             reason = self.care.explain(self.status, said, self.facts)
         if not self.wanted and not self.answered():
-            raise reason or ended_error(self.status, self.plan.where, said, self.plan.install)
+            reason = reason or ended_error(self.status, self.plan.where, said, self.plan.install)
+            reason.detail = reason.detail or said.strip()
+            raise reason
         if reason:
             tell_error(reason)
         return self.status if self.status >= 0 else 128 - self.status

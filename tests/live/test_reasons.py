@@ -109,7 +109,7 @@ def test_a_missing_module(jupyter, lmod, kernel_venv):
         (lmod.root / "core/gcc/.12").rename(lmod.root / "core/gcc/12")
     assert "`module load gcc/12` failed." in reply["evalue"]
     assert "gcc/12" in "\n".join(reply["traceback"][3:]), "what Lmod said"
-    assert "<code>module spider</code>" in published["display_data"]["data"]["text/html"]
+    assert "module spider" in published["display_data"]["data"]["text/html"]
 
 
 @pytest.mark.parametrize("change", ["--format=99", "--nonsense=1"])
@@ -121,6 +121,29 @@ def test_a_broken_kernelspec(jupyter, kernel_venv, change):
     evalue = reason(jupyter, "broken")[0]["evalue"]
     assert "kernelspec" in evalue
     assert "envkernel update" in evalue
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("exit 3", "(exit status 3)"),
+        ("kill -9 $$", "was killed (SIGKILL)"),
+        ("exec /no/such/kernel", "can't run the kernel's program"),
+    ],
+    ids=["fails", "killed", "missing"],
+)
+def test_a_kernel_that_ends_in_its_container_before_it_answers(jupyter, docker, end, words):
+    jupyter.environ.update(docker.environ)
+    command = ["sh", "-c", f"echo no licence >&2; {end}", "{connection_file}"]
+    jupyter.setup("docker", "ends", "python", "--", *command)
+    reply, published = reason(jupyter, "ends")
+    shown = "\n".join(reply["traceback"])
+    assert words in reply["evalue"]
+    assert "no licence" in shown
+    assert "no licence" in published["display_data"]["data"]["text/html"]
+    log = jupyter.envkernel("log", "ends").stdout
+    assert "stderr:\n  no licence\n" in log
+    assert "\nended: exit status " in log
 
 
 def manager_of(jupyter, name, **traits):
