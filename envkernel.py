@@ -7257,7 +7257,7 @@ class Agent:
         self.control: Lines | None = None
         self.news: dict[str, Any] = {}
         self.wanted: Mapping[str, Any] | None = None
-        self.status = self.outcome = 0
+        self.status = self.outcome = self.strangers = 0
         self.lost: object = self.loop.after(LOST + 10, self.end)
         self.pairs: set[Pair] = set()
         self.kernel = NodeKernel(orders, dict(os.environ))
@@ -7323,10 +7323,15 @@ class Agent:
             sock, _ = self.listener.accept()
         except OSError:
             return
+        if self.strangers >= 64:  # whoever floods the port takes no more than that many files
+            sock.close()
+            return
+        self.strangers += 1
         Handshake(self.loop, sock, self.secret, None, self.proved)
 
     def proved(self, sock: Any, number: int) -> None:
         """Use a connection that has proved itself: orders, or one of the kernel's streams."""
+        self.strangers -= 1
         if sock is None:
             return
         if number < CONTROL:

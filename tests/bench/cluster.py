@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -201,6 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(1))  # clean up when it is told to end
     slurm = Slurm()
     with tempfile.TemporaryDirectory(prefix="ekb") as name, contextlib.ExitStack() as stack:
         stack.callback(slurm.stop)

@@ -179,7 +179,7 @@ class Slurm:
         log = (self.dir / f"{name}.out").open("ab")
         with log:
             self.daemons[name] = subprocess.Popen(
-                argv,
+                ["setpriv", "--pdeathsig=TERM", *argv],
                 env={**os.environ, **self.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

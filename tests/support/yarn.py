@@ -25,6 +25,7 @@ from support import cache_dir, done, missing
 from support.slurm import free_ports, wait_for
 
 PROGRAMS = ("java", "mvn")
+LEASH = ["setpriv", "--pdeathsig=TERM"]  # ends with the tests, however they end
 HADOOP = "3.4.1"
 RM = "org.apache.hadoop.yarn.server.resourcemanager"
 POM = Path(__file__).with_name("yarn-pom.xml")
@@ -123,7 +124,15 @@ class Yarn:
         classpath = f"{self.conf}:{self.jars}/*"
         with (self.dir / f"{name}.log").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
-                [*JAVA, f"-Dhadoop.log.dir={self.dir}", "-cp", classpath, main],
+                [
+                    "setpriv",
+                    "--pdeathsig=TERM",
+                    *JAVA,
+                    f"-Dhadoop.log.dir={self.dir}",
+                    "-cp",
+                    classpath,
+                    main,
+                ],
                 env={**os.environ, **self.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
