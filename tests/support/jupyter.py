@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -96,7 +97,7 @@ class Kernel:
         """Restart the kernel; return the seconds until it answers again."""
         start = time.monotonic()
         self.manager.restart_kernel(now=now)
-        self.client.wait_for_ready(timeout=60)
+        wait_for(self.client)
         return time.monotonic() - start
 
     def shutdown(self) -> float:
@@ -104,6 +105,26 @@ class Kernel:
         start = time.monotonic()
         self.manager.shutdown_kernel()
         return time.monotonic() - start
+
+
+def wait_for(client: Any, timeout: float = 60) -> None:
+    """Wait until a kernel answers and what it publishes is heard.
+
+    A subscription may reach the kernel after its first answer; what it published before is lost then.
+    """
+    client.wait_for_ready(timeout=timeout)
+    for asked in range(1, 41):
+        request = client.kernel_info()
+        with contextlib.suppress(queue.Empty):
+            message = client.get_iopub_msg(timeout=0.5)
+            for _ in range(asked):
+                client.get_shell_msg(timeout=10)
+            while message["parent_header"].get("msg_id") != request or message["content"].get(
+                "execution_state"
+            ) not in ("idle", "starting"):
+                message = client.get_iopub_msg(timeout=10)
+            return
+    raise TimeoutError("the kernel publishes nothing")
 
 
 class Jupyter:
@@ -229,7 +250,7 @@ class Jupyter:
         client = manager.blocking_client()
         try:
             client.start_channels()
-            client.wait_for_ready(timeout=60)
+            wait_for(client)
             yield Kernel(manager, client)
         finally:
             client.stop_channels()
