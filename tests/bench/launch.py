@@ -59,9 +59,10 @@ class Bench:
 
     def launch(self, mode: str, *words: str | Path) -> list[str]:
         """Return the argv that a setup writes, with /bin/true as the kernel."""
-        typed = [mode, "--name=bench", "--dry-run", *map(str, words), "--", "/bin/true", "{connection_file}"]
-        said = done(sys.executable, SCRIPT, *typed, env=self.environ)
-        argv: list[str] = json.loads(said.stdout)["argv"]
+        typed = [mode, "--name=bench", "--user", "--replace", *map(str, words)]
+        done(sys.executable, SCRIPT, *typed, "--", "/bin/true", "{connection_file}", env=self.environ)
+        spec = json.loads((self.folder / "jupyter/kernels/bench/kernel.json").read_text())
+        argv: list[str] = spec["argv"]
         return [word.replace("{connection_file}", "/tmp/connection.json") for word in argv]
 
     def rows(self) -> Iterator[Row]:
