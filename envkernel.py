@@ -4909,6 +4909,22 @@ def state_of(kernel: Installed, facts: Facts) -> str:
     return "ok"
 
 
+def running_containers(kernel: Installed, facts: Facts) -> list[str]:
+    """Return the names of the containers that run for a kernel; none where its engine does not answer."""
+    found: list[str] = []
+    label = "--filter=label=envkernel=" + kernel.name
+    try:
+        steps = launch_from_argv(kernel.tokens).steps if kernel.tokens else []
+    except UserError:
+        return []
+    for step in steps:
+        program = step.options.get("program", "")
+        if step.mode in ("docker", "podman") and facts.is_executable(program):
+            said = facts.output([program, "ps", label, "--format={{.Names}}"], launch_environ(facts))
+            found += os.fsdecode(said.out).split()
+    return found
+
+
 def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
     """Return what `list` says of a kernel."""
     import contextlib
@@ -4918,12 +4934,13 @@ def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
         steps = launch_from_argv(kernel.tokens).steps
         mode = "+".join(step.mode for step in steps)
         target = " -- ".join(" ".join(step.targets) for step in steps)
+    runs = running_containers(kernel, facts)
     return {
         "name": kernel.name,
         "mode": mode,
         "target": target,
         "folder": kernel.folder,
-        "state": state_of(kernel, facts),
+        "state": state_of(kernel, facts) + ", running: {}".format(" ".join(runs)) * bool(runs),
     }
 
 
@@ -5056,6 +5073,7 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     import shutil
 
     kernel = our_kernel(options["NAME"], facts)
+    runs = running_containers(kernel, facts)
     try:
         if os.path.islink(kernel.folder):
             os.unlink(kernel.folder)
@@ -5067,6 +5085,8 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
             "Ask whoever installed it.",
         ) from None
     print(f"Removed the kernel {kernel.name} from {kernel.folder}")
+    if runs:
+        print("Still running, until their notebooks are shut down: " + ", ".join(runs))
     return 0
 
 

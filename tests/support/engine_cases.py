@@ -99,6 +99,7 @@ class EngineCases:
             (container,) = engine.containers()
             assert container["Name"].strip("/").startswith("envkernel-life-")
             assert container["Config"]["Labels"]["envkernel"] == "life"
+            assert f"running: {container['Name'].strip('/')}" in place.envkernel("list").stdout
             # Nothing leaks into it.
             environ = kernel.environ()
             leaks = ("JPY_", "JUPYTER", "PYTHON", "LD_", "TMPDIR", "XDG_", "ENVKERNEL_TEST")
@@ -316,6 +317,13 @@ class EngineCases:
             assert b.value("x") == "1"
             assert [one["Id"] for one in engine.containers()] == [container["Id"]]
         assert until(lambda: engine.ids() == [])
+
+    def test_remove_says_what_still_runs(self, place: Jupyter, engine: Engine) -> None:
+        self.setup(place, engine, "removed", "--network=none", self.image)
+        with place.kernel("removed") as kernel:
+            said = place.envkernel("remove", "removed").stdout
+            assert "Still running, until their notebooks are shut down: envkernel-removed-" in said
+            assert kernel.value("6 * 7") == "42"
 
     def test_a_shared_container_that_is_kept(self, place: Jupyter, engine: Engine) -> None:
         self.setup(place, engine, "kept", "--shared", "--keep", self.image)
