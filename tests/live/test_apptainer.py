@@ -9,19 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-import unittest
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Iterator
 
-import jupyter_kernel_test
 import pytest
 from jupyter_client import KernelManager
 from jupyter_client.connect import write_connection_file
 
 from support import SCRIPT, missing
 from support.apptainer import Apptainer
-from support.jupyter import Jupyter, Kernel
+from support.engine_cases import listeners, until
+from support.jupyter import Jupyter, Kernel, run_protocol_tests
 
 pytestmark = pytest.mark.live
 
@@ -74,21 +73,6 @@ def test_variables_are_evaluated_unless_told_otherwise(
 
 SETUP = ("--python=python3",)
 ENDLESS = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: time.sleep(1)"
-
-
-def until(true: Callable[[], Any], seconds: float = 10) -> Any:
-    """Wait until something is true; return it."""
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.05)
-    return true()
-
-
-def listeners() -> set[tuple[str, int]]:
-    """Return the addresses (IP, port) on which something listens on this machine, by ``ss``."""
-    lines = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout.splitlines()
-    addresses = [line.split()[3].rpartition(":") for line in lines]
-    return {(ip, int(port)) for ip, _, port in addresses}
 
 
 def readers_of(secret: str) -> list[str]:
@@ -150,6 +134,12 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
         time.sleep(0.3)
         assert kernel.restart(now=True) < 8
         assert kernel.restart() < 8
+        # Debian's ipykernel sometimes sends no output to a client that stays connected through two restarts,
+        # with a hand-written kernel.json as well (1 of 15 on a busy machine).
+        kernel.client.stop_channels()
+        kernel.client = kernel.manager.blocking_client()
+        kernel.client.start_channels()
+        kernel.client.wait_for_ready(timeout=60)
         assert kernel.value("6 * 7") == "42"
         assert path.read_bytes() == original
         assert len(private_folders(place)) == 1
@@ -497,38 +487,8 @@ def test_an_image_from_a_definition(place: Jupyter, apptainer: Apptainer, sif: P
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".part") == []
 
 
-def test_the_suite_of_jupyter_kernel_test(place: Jupyter, sif: Path) -> None:
+def test_the_suite_of_jupyter_kernel_test(place: Jupyter, sif: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place.setup("apptainer", "suite", *SETUP, "--contain", "--network=none", sif)
-
-    class Suite(jupyter_kernel_test.KernelTests):
-        kernel_name = "suite"
-        language_name = "python"
-        file_extension = ".py"
-        code_hello_world = "print('hello, world')"
-        code_stderr = "import sys; print('test', file=sys.stderr)"
-        completion_samples = ({"text": "zi", "matches": {"zip"}},)
-        complete_code_samples = ("1", "print('hello, world')")
-        incomplete_code_samples = ("for i in range(3):",)
-        invalid_code_samples = ("import = 7q",)
-        code_execute_result = ({"code": "1+2+3", "result": "6"},)
-        code_display_data = (
-            {
-                "code": "from IPython.display import HTML, display; display(HTML('<b>t</b>'))",
-                "mime": "text/html",
-            },
-        )
-        code_generate_error = "raise ValueError"
-        code_inspect_sample = "zip"
-        supported_history_operations = ("tail", "search")
-
-    environ = dict(os.environ)
-    os.environ.update(place.environ)
-    try:
-        result = unittest.TestResult()
-        unittest.defaultTestLoader.loadTestsFromTestCase(Suite).run(result)
-    finally:
-        os.environ.clear()
-        os.environ.update(environ)
-    Suite.km.cleanup_resources()
-    assert not result.errors + result.failures
-    assert result.testsRun >= 12
+    for name, value in place.environ.items():
+        monkeypatch.setenv(name, value)
+    run_protocol_tests("suite")
