@@ -5,7 +5,6 @@ pytest_plugins = [
     "support.venvs",
     "support.modules",
     "support.conda",
-    "support.browser",
     "support.images",
     "support.apptainer",
     "support.slurm",
@@ -13,4 +12,5 @@ pytest_plugins = [
     "support.yarn",
     "support.docker",
     "support.podman",
+    "support.browser",  # imports others of these
 ]
