@@ -20,6 +20,7 @@ default_ulimits = ["nofile=10000:10000", "nproc=30000:30000"]
 runtime = "runc"
 events_logger = "file"
 cgroup_manager = "cgroupfs"
+tmp_dir = "{folder}/tmp"
 [network]
 network_config_dir = "{folder}/networks"
 """
