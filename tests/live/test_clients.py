@@ -188,8 +188,12 @@ class Console:
 def test_the_console(kernel, desk):
     with Console(desk, kernel) as console:
         console.child.expect(r"In \[1\]: ")
+        time.sleep(1)  # the console's subscription to what the kernel publishes may come after its prompt
         console.ask("6 * 7", r"Out\[1\]: 42")
-        console.ask("name = input('who? ')\rme\r", "who\\?")
+        console.child.sendline("name = input('who? ')")
+        console.child.expect(r"who\? (?!')")
+        console.ask("me", "me")
+        console.ask("name + name", "meme")
         console.ask("import sys; sys.prefix", str(desk.prefixes[kernel]))
 
 
