@@ -8,8 +8,9 @@ Two phases.  *Setup* (``envkernel conda --name=x /path/to/env``) writes a kernel
 this file.  *Run* (``... conda run ... -- python -m ipykernel_launcher -f FILE``, called by Jupyter)
 builds the environment and executes the kernel.
 
-The file reads top to bottom: constants, errors, records, kernelspec tokens, command line,
-environment modes, container modes, cluster modes, registry, kernelspecs, managing, effects, main.
+The file reads top to bottom: constants, errors, records with the registry of modes, kernelspec tokens,
+command line, environment modes, container modes, cluster modes, kernelspecs, logos, completion, managing,
+effects (facts, launch log, relay, supervising, the agent on a node, error kernel), main.
 Planning is apart from effect: a mode is a function from options, facts and environment to a `Plan`;
 only the last sections touch the world.
 
