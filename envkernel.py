@@ -594,7 +594,7 @@ COMMON_OPTIONS = [
     Option("--check", "Start the new kernel once and use it in every way, as `envkernel check` does."),
     Option("--dry-run", "Print the kernel.json and write nothing."),
 ]
-"""Options of every mode; they stand before the first ``--``."""
+"""Options of every mode; they stand before the first ``--`` (``--env`` behind any mode)."""
 
 # ---- command line -------------------------------------------------------------------------------
 
@@ -648,7 +648,7 @@ def parse_setup(tokens: Sequence[str], facts: Facts) -> Request:
     rest: Sequence[str] | None = tokens
     while rest and (not steps or rest[0] in MODES):
         mode = find_mode(rest[0])
-        step, rest = parse_step(mode, rest[1:], facts, None if steps else common)
+        step, rest = parse_step(mode, rest[1:], facts, common, first=not steps)
         check_targets(mode, step)
         steps.append(step)
     if rest is not None and not rest:
@@ -678,15 +678,16 @@ def check_targets(mode: Mode, step: Step) -> None:
 
 
 def parse_step(
-    mode: Mode, tokens: Sequence[str], facts: Facts, common: dict[str, Any] | None
+    mode: Mode, tokens: Sequence[str], facts: Facts, common: dict[str, Any], first: bool = True
 ) -> tuple[Step, list[str] | None]:
     """Read one mode's part of a command line, up to ``--``.
 
-    common: where options of the kernel go; None after the first mode, where they have no place.
+    common: where options of the kernel go.  first: the first mode of a chain; after another one only
+    ``--env`` of these has a place, because an engine's own would show the value in its argv.
     Returns the step and what follows the ``--`` (None where there was none).
     """
     engine = mode.engine(tokens, facts) if mode.engine else {}
-    shared = COMMON_OPTIONS if common is not None else []
+    shared = [option for option in COMMON_OPTIONS if first or option.kind == "env"]
     flags = {flag: option for option in [*shared, *mode.options] for flag in option.flags}
     own = {option.name for option in mode.options}
     step = Step(mode.name)
@@ -700,7 +701,7 @@ def parse_step(
         if not token.startswith("-") or token == "-":
             step.targets.append(token)
         elif option and not _is_for_engine(option, flag, equals, engine):
-            values = step.options if option.name in own or common is None else common
+            values = step.options if option.name in own else common
             store_value(values, option, read_value(option, token, queue))
         elif engine_takes(token, engine) is not None:
             step.engine.append(token)
@@ -711,7 +712,7 @@ def parse_step(
         elif mode.minus and not token.startswith("--") and "-" + token not in flags:
             step.targets.append(token)
         else:
-            raise unknown_option(mode, flag, flags, engine, common is not None)
+            raise unknown_option(mode, flag, flags, engine, first)
     return step, None
 
 

@@ -69,6 +69,16 @@ def test_env_is_taken_as_one_word_and_as_two():
     assert request.common["env"] == ["A=1", "B=2", "C=3=4"]
 
 
+@pytest.mark.usefixtures("engine_mode")
+def test_env_is_envkernels_after_any_mode_of_a_chain(monkeypatch):
+    monkeypatch.setitem(ENGINE, "--env", True)
+    request = parse(
+        "lmod", "--name=x", "--env=A=1", "m", "--", "box", "--env", "B=2", "img", "--env", "C", "3"
+    )
+    assert request.common == {"name": "x", "env": ["A=1", "B=2", "C=3"]}
+    assert request.steps[1] == Step("box", {}, ["img"])
+
+
 @pytest.mark.parametrize(
     ("typed", "engine", "targets"),
     [
