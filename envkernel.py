@@ -3128,8 +3128,12 @@ class Job(Record):
         """Return the command that says why a job ended whose program has ended before it."""
         raise NotImplementedError
 
-    def explain(self, status: int, said: str, known: str) -> UserError:
+    def explain(self, status: int, said: str, known: str, facts: Facts) -> UserError:
         """Return why the job ended, from the program's exit status and the end of its stderr."""
+        raise NotImplementedError
+
+    def lost(self, node: str, said: str, known: str, facts: Facts) -> UserError:
+        """Return why the agent on a node is gone while the program that holds the job lives on."""
         raise NotImplementedError
 
     def digest(self) -> str:
@@ -3219,9 +3223,45 @@ class SlurmJob(Job):
         except UserError:  # no scancel: srun was killed, which ends the job too
             return
 
-    def explain(self, status: int, said: str, number: str) -> UserError:
-        """Return why the job ended."""
-        return slurm_end(status, said, number)
+    def explain(self, status: int, said: str, number: str, facts: Facts) -> UserError:
+        """Return why the job ended; Slurm itself is asked where srun has not said it."""
+        told = srun_lines(said)
+        if not slurm_reason(told)[0]:
+            told += self.outcome(number, facts)
+        return slurm_end(status, told, number)
+
+    def outcome(self, number: str, facts: Facts) -> str:
+        """Return a line with the state in which a job has ended; empty where Slurm can't say it."""
+        import time
+
+        argv = [self.tool("squeue"), "-h", "-t", "all", "-j", number, "-o", "%T"]
+        for wait in (0.1, 0.2, 0.5, 1):
+            try:
+                said = facts.output(argv, self.environ)
+            except UserError:
+                return ""
+            state = os.fsdecode(said.out).strip()
+            if said.status or state not in ("RUNNING", "COMPLETING"):
+                break
+            time.sleep(wait)
+        return f"\nstate of the job: {state}" if state else ""
+
+    def lost(self, node: str, said: str, number: str, facts: Facts) -> UserError:
+        """Return why the agent is gone while srun lives on: what Slurm thinks of the job and the node."""
+        told = srun_lines(said) + self.outcome(number, facts)
+        if slurm_reason(told)[0]:
+            return slurm_end(1, told, number)
+        try:
+            sinfo = facts.output([self.tool("sinfo"), "-h", "-n", node, "-o", "%T"], self.environ).out
+        except UserError:
+            sinfo = b""
+        state = os.fsdecode(sinfo).split("\n")[0]
+        about = f" (Slurm: {state})" if state else ""
+        return UserError(
+            f"The node {node} broke off the connection without a word{about}.",
+            "The node failed, or somebody killed what ran there.  Start the kernel again.",
+            detail=told,
+        )
 
     def tool(self, name: str) -> str:
         """Return the path of another of Slurm's programs."""
@@ -3255,50 +3295,73 @@ def pending_text(number: str, reason: str, start: str) -> str:
 
 SLURM_ENDS = (
     (
-        "DUE TO TIME LIMIT",
+        ("DUE TO TIME LIMIT", "job: TIMEOUT", "job: DEADLINE"),
         "The Slurm job {} has reached its time limit.",
         "Ask for more: --time=HOURS:00:00.",
     ),
     (
-        "DUE TO NODE FAILURE",
+        ("DUE TO NODE FAILURE", "Node failure", "job: NODE_FAIL", "job: BOOT_FAIL"),
         "The node of Slurm job {} has failed.",
         "Start the kernel again: it gets another node.",
     ),
-    ("Node failure", "The node of Slurm job {} has failed.", "Start the kernel again: it gets another node."),
-    ("DUE TO PREEMPTION", "The Slurm job {} had to make way for another.", "Start the kernel again."),
-    ("oom", "The Slurm job {} has used more memory than it asked for.", "Ask for more: --mem=8G."),
-    ("emory limit", "The Slurm job {} has used more memory than it asked for.", "Ask for more: --mem=8G."),
-    ("emory lim", "The Slurm job {} has used more memory than it asked for.", "Ask for more: --mem=8G."),
-    ("has been revoked", "The Slurm job {} was cancelled.", "Start the kernel again."),
-    ("was cancelled", "The Slurm job {} was cancelled.", "Start the kernel again."),
-    ("Job cancelled", "The Slurm job {} was cancelled.", "Start the kernel again."),
-    ("CANCELLED AT", "The Slurm job {} was cancelled.", "Start the kernel again."),
-    ("step aborted", "The Slurm job {} was cancelled.", "Start the kernel again."),
-    ("execve()", "The node of Slurm job {} has no such Python.", "Name one that it has: --node-python=PATH."),
     (
-        "Unable to contact slurm controller",
+        ("DUE TO PREEMPTION", "job: PREEMPTED"),
+        "The Slurm job {} had to make way for another.",
+        "Start the kernel again.",
+    ),
+    (
+        ("oom", "emory lim", "OUT_OF_MEMORY"),
+        "The Slurm job {} has used more memory than it asked for.",
+        "Ask for more: --mem=8G.",
+    ),
+    (
+        ("has been revoked", "was cancelled", "Job cancelled", "CANCELLED AT", "job: CANCELLED"),
+        "The Slurm job {} was cancelled.",
+        "Start the kernel again.",
+    ),
+    (
+        ("execve()",),
+        "The node of Slurm job {} has no such Python.",
+        "Name one that it has: --node-python=PATH.",
+    ),
+    (
+        ("Unable to contact slurm controller",),
         "Slurm does not answer.",
         "Ask whether it is down; `sinfo` has to work where Jupyter runs.",
     ),
 )
-"""What srun says when a job ends, the message and the hint for it, the most telling first."""
+"""What srun says when a job ends (or the state it then is in), message and hint; the most telling first."""
 
 
-def slurm_end(status: int, said: str, number: str) -> UserError:
-    """Return why a job ended or never began, from srun's exit status and the end of its stderr."""
-    tail = "\n".join(line for line in said.splitlines() if line.startswith(("srun:", "slurmstepd")))
-    for sign, message, hint in SLURM_ENDS:
-        if sign in tail:
-            return UserError(message.format(number).replace("  ", " "), hint, detail=tail)
-    refused = tail.rpartition("Unable to allocate resources: ")[2] if "Unable to allocate" in tail else ""
-    if refused:
-        return refused_by_slurm(refused.splitlines()[0], tail)
+def srun_lines(said: str) -> str:
+    """Return what srun and Slurm's daemons said, apart from the kernel's own lines.
+
+    One of theirs begins in the middle of a line where the kernel has not ended its last.
+    """
+    lines = []
+    for line in said.splitlines():
+        starts = [line.find(sign) for sign in ("srun: ", "slurmstepd: ", "slurmstepd-") if sign in line]
+        lines += [line[min(starts) :]] if starts else []
+    return "\n".join(lines)
+
+
+def slurm_reason(told: str) -> tuple[str, str]:
+    """Return message and hint for what Slurm told of a job's end; both empty where that says too little."""
+    for signs, message, hint in SLURM_ENDS:
+        if any(sign in told for sign in signs):
+            return message, hint
+    return ("Slurm refuses the job: {}.", "") if "Unable to allocate resources: " in told else ("", "")
+
+
+def slurm_end(status: int, told: str, number: str) -> UserError:
+    """Return why a job ended or never began, from srun's exit status and what Slurm told of it."""
+    message, hint = slurm_reason(told)
+    if message and not hint:
+        return refused_by_slurm(told.rpartition("Unable to allocate resources: ")[2].splitlines()[0], told)
     words = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return UserError(
-        f"The Slurm job {number} has ended (srun: {words}).".replace("  ", " "),
-        "What srun said is below; `sacct` may know more.",
-        detail=tail,
-    )
+    message = message or f"The Slurm job {{}} has ended (srun: {words})."
+    hint = hint or "What srun said is below; `sacct` may know more."
+    return UserError(message.format(number).replace("  ", " "), hint, detail=told)
 
 
 def refused_by_slurm(reason: str, said: str) -> UserError:
@@ -3352,9 +3415,8 @@ def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Ma
     test = facts.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
     if test.status:
         said = os.fsdecode(test.err).strip()
-        raise slurm_end(
-            test.status, said.replace("allocation failure:", "srun: error: Unable to allocate resources:"), ""
-        )
+        said = said.replace("allocation failure:", "srun: error: Unable to allocate resources:")
+        raise slurm_end(test.status, srun_lines(said), "")
     return step.but(options={**find_tunnel(step.options, facts, environ), "srun": srun})
 
 
@@ -3422,7 +3484,7 @@ class YarnJob(Job):
         """Return the command that says what became of the application."""
         return [*self.argv[:-1], "report", known]
 
-    def explain(self, status: int, said: str, known: str) -> UserError:
+    def explain(self, status: int, said: str, known: str, facts: Facts) -> UserError:
         """Return why the application ended, where the helper could not say."""
         return UserError(
             f"The YARN application {known} has ended.".replace("  ", " "),
@@ -7107,6 +7169,7 @@ class NodeKernel:
         self.file = -1
         self.sockets: list[int] = []
         self.tail = b""
+        self.killed = 0
         self.problem: dict[str, Any] | None = None
 
     def start(self, connection: Mapping[str, Any]) -> tuple[int, int]:
@@ -7114,6 +7177,7 @@ class NodeKernel:
         import json
 
         self.tail, self.problem = b"", None
+        self.killed = memory_kills(Facts())
         transport = self.orders.get("transport", "ipc")
         self.folder = make_node_folder() if transport == "ipc" else ""
         self.connection = node_connection(connection, transport, self.folder)
@@ -7424,10 +7488,16 @@ class Agent:
             return
         if self.wanted is not None:
             self.start(self.wanted)
-        elif not self.status:
+        else:
             self.outcome = max(status, 0)
-            # what is left of its stderr first
-            self.loop.after(0, lambda: self.tell(**kernel_end(self.kernel, status)))
+            # What is left of its stderr comes first.  And Slurm signals all processes of a job, one by
+            # one: a kernel may be the first that is ended, and then the job is what is over.
+            self.loop.after(0.3 if status else 0, lambda: self.farewell(status))
+
+    def farewell(self, status: int) -> None:
+        """Tell how the kernel ended, unless the job ends as well or there is a new kernel already."""
+        if not self.status and not self.kernel.pid:
+            self.tell(**kernel_end(self.kernel, status))
 
     def tell(self, **news: Any) -> None:
         """Tell the run process, now or as soon as it is there."""
@@ -7456,7 +7526,26 @@ class Agent:
 def kernel_end(kernel: NodeKernel, status: int) -> dict[str, Any]:
     """Return the news of a kernel that has ended."""
     tail = kernel.tail.decode(errors="replace")
-    return {"ended": status, "tail": tail, "problem": kernel.problem}
+    problem = kernel.problem
+    if status == -9 and memory_kills(Facts()) > kernel.killed:
+        option = "--mem=8G" if "SLURM_JOB_ID" in kernel.environ else "--memory=8192"
+        error = UserError("The kernel has used more memory than its job has.", f"Ask for more: {option}.")
+        problem = vars(error)
+    return {"ended": status, "tail": tail, "problem": problem}
+
+
+def memory_kills(facts: Facts) -> int:
+    """Return how many processes of this one's control group were killed for want of memory.
+
+    See cgroups(7), memory.events of version 2 and memory.oom_control of version 1.
+    """
+    for line in (facts.read("/proc/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
+        _, controllers, path = line.split(":", 2)
+        places = {"": f"{path}/memory.events", "memory": f"/memory{path}/memory.oom_control"}
+        for word in (facts.read("/sys/fs/cgroup" + places.get(controllers, "")) or b"").splitlines():
+            if word.startswith(b"oom_kill "):
+                return int(word.split()[1])
+    return 0
 
 
 def node_name(environ: Mapping[str, str]) -> str:
@@ -7561,6 +7650,9 @@ class Keeper:
     It says of the job what there is to say, ends it when no run process has come for `linger`
     seconds, and tells why it ended.
     """
+
+    NOTICE = 4.0
+    """Seconds in which the program that holds the job has to notice that its agent is gone."""
 
     def __init__(
         self, job: Job, orders: Mapping[str, Any], folder: str, lock: int, visitor: Any, facts: Facts
@@ -7729,7 +7821,9 @@ class Keeper:
         if message.get("do") == "end" or message.get("adopt", self.digest) != self.digest:
             self.end()
         elif message.get("do") == "explain":
-            if self.job.detached and not self.child:
+            if not self.job.detached:
+                self.loop.after(self.NOTICE, self.overdue)
+            elif not self.child:
                 self.place = None
                 self.start_child(self.job.report(self.id), b"")
         elif "adopt" in message:
@@ -7752,6 +7846,13 @@ class Keeper:
             limit = f"{self.job.queue_timeout:g} s, the --queue-timeout"
             hint = "Try again later, ask for less, or for a partition or queue that has room."
             self.gone(UserError(f"The job did not start within {limit}.", hint, detail=self.state))
+            self.end()
+
+    def overdue(self) -> None:
+        """The agent is gone, but the program that holds its job has not noticed."""
+        if self.child and self.place and not self.ending:
+            said = self.said.decode(errors="replace")
+            self.gone(self.job.lost(self.place["node"], said, self.id, self.facts))
             self.end()
 
     def gone(self, error: UserError | None) -> None:
@@ -7803,7 +7904,7 @@ class Keeper:
             self.loop.stop()
         elif not self.job.detached or not self.place:
             said = self.said.decode(errors="replace")
-            self.gone(self.failure or self.job.explain(exit_status(status), said, self.id))
+            self.gone(self.failure or self.job.explain(exit_status(status), said, self.id, self.facts))
             self.ending = True
             self.loop.stop()
 

@@ -174,10 +174,54 @@ def test_pending_in_words() -> None:
             "Slurm refuses the job: Requested node configuration is not available.",
         ),
         ("srun: something else", "The Slurm job 4 has ended (srun: exit status 1)."),
+        ("the kernel's last wordssrun: Job allocation 4 has been revoked", "The Slurm job 4 was cancelled."),
+        ("a kernel's oom", "The Slurm job 4 has ended (srun: exit status 1)."),
     ],
 )
 def test_why_a_job_ended(said: str, message: str) -> None:
-    assert envkernel.slurm_end(1, said + "\na line of the kernel", "4").message == message
+    told = envkernel.srun_lines(said + "\na line of the kernel")
+    assert "kernel" not in told
+    assert envkernel.slurm_end(1, told, "4").message == message
+
+
+ABORTED = "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n"
+STATE = ("/opt/slurm/bin/squeue", "-h", "-t", "all", "-j", "4", "-o", "%T")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (b"CANCELLED\n", "The Slurm job 4 was cancelled."),
+        (b"TIMEOUT\n", "The Slurm job 4 has reached its time limit."),
+        (b"NODE_FAIL\n", "The node of Slurm job 4 has failed."),
+        (b"OUT_OF_MEMORY\n", "The Slurm job 4 has used more memory than it asked for."),
+        (b"FAILED\n", "The Slurm job 4 has ended (srun: signal 9)."),
+        (b"", "The Slurm job 4 has ended (srun: signal 9)."),
+    ],
+)
+def test_slurm_is_asked_where_srun_does_not_say_why(state: bytes, message: str) -> None:
+    job = plan({}, [], {}).job
+    assert job is not None
+    world = facts(answers={STATE: Output(0, state)})
+    assert job.explain(-9, ABORTED, "4", world).message == message
+
+
+def test_agent_that_is_gone_while_srun_lives() -> None:
+    job = plan({}, [], {}).job
+    assert job is not None
+    asked = (SRUN.replace("srun", "sinfo"), "-h", "-n", "far", "-o", "%T")
+    world = facts(answers={STATE: Output(1), asked: Output(0, b"down*\ndown*\n")})
+    error = job.lost("far", ABORTED, "4", world)
+    assert error.message == "The node far broke off the connection without a word (Slurm: down*)."
+    world = facts(answers={STATE: Output(0, b"NODE_FAIL\n")})
+    assert job.lost("far", "", "4", world).message == "The node of Slurm job 4 has failed."
+
+
+def test_kills_for_want_of_memory_are_counted() -> None:
+    one = {"/proc/self/cgroup": b"5:devices:/x\n4:memory:/slurm/a b\n0::/\n"}
+    one["/sys/fs/cgroup/memory/slurm/a b/memory.oom_control"] = b"under_oom 0\noom_kill 3\n"
+    two = {"/proc/self/cgroup": b"0::/job\n", "/sys/fs/cgroup/job/memory.events": b"oom 9\noom_kill 2\n"}
+    assert [envkernel.memory_kills(facts(files=files)) for files in (one, two, {})] == [3, 2, 0]
 
 
 PACKED = ["bin/activate", "./bin/python", "lib/python3.11/site-packages/skein/__init__.py"]
