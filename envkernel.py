@@ -2015,11 +2015,9 @@ def read_connection(launch: Launch, facts: Facts) -> tuple[str, bytes, dict[str,
     path = launch.options.get("connection-file") or CONNECTION_FILE
     if path == CONNECTION_FILE:
         return path, b"", {}
-    import json
-
     text = facts.read(path)
     try:
-        said = json.loads(text or b"")
+        said = from_json(text or b"")
         if not all(said[name + "_port"] for name in STREAMS):
             raise ValueError("no ports")
     except (ValueError, KeyError, TypeError):
@@ -2036,8 +2034,6 @@ def connection_inside(box: Box, shares_network: bool, transport: str) -> bytes |
     On the host's network the ports are Jupyter's.  Elsewhere the kernel listens on unix sockets in its
     private folder and a relay carries the ports there, or (``tcp``) the engine publishes them.
     """
-    import json
-
     told = box.care.connection
     is_tcp = told.get("transport", "tcp") == "tcp"
     if not told or (shares_network and is_tcp):
@@ -2050,7 +2046,7 @@ def connection_inside(box: Box, shares_network: bool, transport: str) -> bytes |
         numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
         own.update(numbers, transport="ipc", ip=f"{box.inside}/s")
         box.care.relay = box.path("s")
-    return json.dumps(own).encode()
+    return to_json(own)
 
 
 def container_box(
@@ -3138,10 +3134,7 @@ class Job(Record):
 
     def digest(self) -> str:
         """Return what two launches have in common that may use the same job after each other."""
-        import hashlib
-
-        what = repr((self.argv, vars(self.launch)))
-        return hashlib.sha256(what.encode(errors="surrogatepass")).hexdigest()
+        return sha256(repr((self.argv, vars(self.launch))).encode(errors="surrogatepass")).hex()
 
 
 def read_seconds(options: Mapping[str, Any], name: str, default: float) -> float:
@@ -3186,15 +3179,9 @@ class SlurmJob(Job):
 
     def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
         """Return this file and the agent's orders."""
-        import json
-
         magic, code, source = own()
         return (
-            b"%s %d %d\n" % (magic.encode(), len(code), len(source))
-            + code
-            + source
-            + json.dumps(orders).encode()
-            + b"\n"
+            b"%s %d %d\n" % (magic.encode(), len(code), len(source)) + code + source + to_json(orders) + b"\n"
         )
 
     def read_state(self, said: str, known: str) -> tuple[str, bool]:
@@ -3469,9 +3456,7 @@ class YarnJob(Job):
 
     def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
         """Return what the helper gets on stdin: the application, and the orders for its agent."""
-        import json
-
-        return json.dumps({"spec": self.spec, "orders": dict(orders)}).encode() + b"\n"
+        return to_json({"spec": self.spec, "orders": dict(orders)}) + b"\n"
 
     def read_state(self, said: str, known: str) -> tuple[str, bool]:
         """Return the application's id and whether it waits, from what the helper said on stderr."""
@@ -3564,11 +3549,9 @@ def yarn_client() -> list[str]:
 
 def client_error(said: Output) -> UserError:
     """Return the error that the helper has reported."""
-    import json
-
     for line in said.out.splitlines():
         if line.startswith(FAILED):
-            return UserError(**json.loads(line[len(FAILED) :]))
+            return UserError(**from_json(line[len(FAILED) :]))
     return UserError(
         "Skein could not speak with YARN.",
         "See below; `yarn application -list` has to work here.",
@@ -5824,6 +5807,61 @@ def _read_all(file: int) -> bytes:
     return b"".join(iter(lambda: os.read(file, 1 << 16), b""))
 
 
+def sha256(data: bytes) -> bytes:
+    """Return the SHA-256 digest of some bytes; ``hashlib`` would load OpenSSL."""
+    try:
+        from _sha2 import sha256 as digest  # type: ignore[import-not-found]
+    except ImportError:
+        try:
+            from _sha256 import sha256 as digest  # type: ignore[import-not-found]  # before Python 3.12
+        except ImportError:
+            from hashlib import sha256 as digest
+    return bytes(digest(data).digest())
+
+
+class _JsonRules:
+    """What the scanner of ``_json`` has to know: what it makes of numbers and objects."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float = parse_constant = float
+    parse_int = int
+
+
+def from_json(text: bytes | str) -> Any:
+    """Return what a JSON text says.  Raises ValueError where it is none.
+
+    The C half of ``json`` alone: in a process that stays, the rest of it (re, enum) is memory for nothing.
+    """
+    text = (text if isinstance(text, str) else text.decode()).strip()
+    try:
+        from _json import make_scanner
+    except ImportError:
+        import json
+
+        return json.loads(text)
+    try:
+        value, end = make_scanner(_JsonRules)(text, 0)  # type: ignore[arg-type]
+    except StopIteration:
+        raise ValueError("This is no JSON.") from None
+    if end < len(text):
+        raise ValueError("There is more than one JSON value.")
+    return value
+
+
+def to_json(value: Any) -> bytes:
+    """Return a value of dicts, lists, strings, numbers, bools and None as JSON, in ASCII."""
+    try:
+        from _json import encode_basestring_ascii, make_encoder
+    except ImportError:
+        import json
+
+        return json.dumps(value).encode()
+    rules = (None, ": ", ", ", False, False, True)  # no indent, the separators, keys unsorted, ...
+    encode = make_encoder(None, repr, encode_basestring_ascii, *rules)
+    return "".join(encode(value, 0)).encode()
+
+
 def exit_status(status: int) -> int:
     """Return a wait status as an exit status, negative for a signal."""
     return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
@@ -5989,14 +6027,14 @@ class Loop:
 
     def signals(self, numbers: Sequence[int], call: Callable[[int], None]) -> None:
         """Call `call` with the number of each signal of `numbers` that arrives, from inside the loop."""
-        import signal
+        import _signal  # type: ignore[import-not-found]  # signal itself costs an enum
 
         read, write = os.pipe()
         for file in (read, write):
             os.set_blocking(file, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        _signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         for number in numbers:
-            signal.signal(number, _ignore)
+            _signal.signal(number, _ignore)
 
         def arrived(mask: int) -> None:
             for number in os.read(read, 64):
@@ -6123,12 +6161,12 @@ class Pair:
             self._watch(self.peer[file])
 
     def _half_close(self, other: int) -> None:
-        import socket
+        import _socket
 
         if not self.open:
             self.close()
             return
-        self.socks[other].shutdown(socket.SHUT_WR)
+        self.socks[other].shutdown(_socket.SHUT_WR)
         self._watch(self.peer[other])
 
     def close(self) -> None:
@@ -6145,10 +6183,17 @@ class Pair:
 
 def no_delay(sock: Any) -> None:
     """Let small messages leave a TCP socket at once."""
-    import socket
+    import _socket
 
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sock.family != _socket.AF_UNIX:
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+
+
+def accept(listener: Any) -> Any:
+    """Return a socket to the next client of a listening one.  Raises OSError where none can be had."""
+    import _socket
+
+    return _socket.socket(fileno=listener._accept()[0])
 
 
 class Relay:
@@ -6178,19 +6223,19 @@ class Relay:
             ) from None
 
     def _listen(self, number: int, connection: Mapping[str, Any], port: int) -> None:
-        import socket
+        import _socket
 
         ip = str(connection["ip"])
         if connection.get("transport") == "ipc":
-            sock = socket.socket(socket.AF_UNIX)
+            sock = _socket.socket(_socket.AF_UNIX)
             self.listeners.append(sock)
             path = f"{ip}-{port}"
             sock.bind(path)
             self.paths.append(path)
         else:
-            sock = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+            sock = _socket.socket(_socket.AF_INET6 if ":" in ip else _socket.AF_INET)
             self.listeners.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
             sock.bind((ip, int(port)))
         sock.listen(64)
         sock.setblocking(False)
@@ -6198,7 +6243,7 @@ class Relay:
 
     def _accept(self, number: int, listener: Any) -> None:
         try:
-            client, _ = listener.accept()
+            client = accept(listener)
         except OSError:  # it has gone again, or there are too many open files: the next event tries again
             return
         if self.is_ready:
@@ -6399,13 +6444,30 @@ def private_folder(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a file or a folder with all that is in it, as far as that is allowed."""
-    import shutil
-
+    """Remove a file or a folder with all that is in it, as far as that is allowed.  Follows no links."""
     try:
         os.unlink(path)
+        return
+    except FileNotFoundError:
+        return
     except OSError:
-        shutil.rmtree(path, ignore_errors=True)
+        pass
+    for _, folders, files, folder in os.fwalk(path, topdown=False):
+        for name in files:
+            _try(os.unlink, name, folder)
+        for name in folders:
+            if not _try(os.rmdir, name, folder):
+                _try(os.unlink, name, folder)  # it may be a link to a folder
+    remove_empty(path)
+
+
+def _try(remove: Callable[..., None], name: str, folder: int) -> bool:
+    """Remove a name from an open folder; tell whether that could be done."""
+    try:
+        remove(name, dir_fd=folder)
+    except OSError:
+        return False
+    return True
 
 
 def process_birth(pid: int) -> bytes:
@@ -6451,11 +6513,11 @@ def reap(
     care: Care, environ: Mapping[str, str], leash: int, lock: int, membership: Membership | None
 ) -> None:
     """Wait until the supervising process is gone, then end the program and remove what it left."""
-    import signal
+    import _signal
     import time
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
+    for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGPIPE):
+        _signal.signal(number, _signal.SIG_IGN)
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for file in (0, 1, 2):
@@ -6484,7 +6546,7 @@ def spawn(argv: Sequence[str], environ: Mapping[str, str], out: int = 1, err: in
 
     out, err: what it writes to.  Raises UserError (status 127, 126) where it can't be started.
     """
-    import _signal  # type: ignore[import-not-found]  # signal itself costs an enum
+    import _signal
 
     actions: list[Any] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -6712,9 +6774,9 @@ class SocketRelay:
 
         A socket appears a moment before it listens.
         """
-        import socket
+        import _socket
 
-        end = socket.socket(socket.AF_UNIX)
+        end = _socket.socket(_socket.AF_UNIX)
         try:
             end.connect(self.path(number))
         except OSError as error:
@@ -6807,13 +6869,14 @@ class Supervisor:
 
     def stand_by(self) -> None:
         """Serve until the program has ended or has to; its exit status is in `status`."""
-        import signal
-        import threading
+        import _signal
+        import _thread
 
-        names = (*self.PASSED_ON, "CHLD", "IO")
-        self.loop.signals([getattr(signal, "SIG" + name) for name in names], self.take_signal)
-        self.listener = threading.Thread(target=self.listen_to_stderr, daemon=True)
-        self.listener.start()
+        self.names = {getattr(_signal, "SIG" + name): name for name in (*self.PASSED_ON, "CHLD", "IO")}
+        self.loop.signals(list(self.names), self.take_signal)
+        self.listening = _thread.allocate_lock()
+        self.listening.acquire()
+        _thread.start_new_thread(self.listen_to_stderr, ())
         if self.care.relay:
             self.relay = SocketRelay(self.loop, self.care.connection, self.care.relay)
         watch_jupyter(self.loop, os.getppid(), self.give_up)
@@ -6822,7 +6885,7 @@ class Supervisor:
             self.loop.run()
         if self.relay:
             self.relay.drain(1)
-        self.listener.join(1)
+        self.listening.acquire(timeout=1)
 
     def listen_to_stderr(self) -> None:
         """Keep beginning and end of what the program says on stderr, and pass it on."""
@@ -6834,12 +6897,11 @@ class Supervisor:
                     text = text[os.write(2, text) :]
             except OSError:  # nobody reads it
                 pass
+        self.listening.release()
 
     def take_signal(self, number: int) -> None:
         """Act on a signal; those that Jupyter or a user sends are passed on to the kernel."""
-        import signal
-
-        name = signal.Signals(number).name[3:]
+        name = self.names[number]
         if name == "CHLD":
             self.collect()
         elif name == "IO":
@@ -6919,13 +6981,13 @@ class Supervisor:
 
     def close(self) -> None:
         """Leave the rest to the reaper, and the ports and signals to whoever comes next."""
-        import signal
+        import _signal
 
         if self.relay:
             self.relay.close()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGIO):
-            signal.signal(number, signal.SIG_DFL)
+        _signal.set_wakeup_fd(-1)
+        for number in (_signal.SIGCHLD, _signal.SIGIO):
+            _signal.signal(number, _signal.SIG_DFL)
         if self.membership:
             self.membership.release()
         os.close(self.leash)
@@ -6981,10 +7043,20 @@ TAIL = 4000
 
 
 def mac(secret: bytes, *parts: bytes) -> bytes:
-    """Return the HMAC-SHA256 of some parts of known length."""
-    import hmac
+    """Return the HMAC-SHA256 (RFC 2104) of some parts of known length; the secret has at most 64 bytes.
 
-    return hmac.new(secret, b"".join(parts), "sha256").digest()
+    ``hmac`` would load OpenSSL, 1.5 MB.
+    """
+    key = secret.ljust(64, b"\0")
+    inner = sha256(bytes(byte ^ 0x36 for byte in key) + b"".join(parts))
+    return sha256(bytes(byte ^ 0x5C for byte in key) + inner)
+
+
+def is_same(one: bytes, other: bytes) -> bool:
+    """Compare two proofs in a time that tells nothing of them."""
+    from _operator import _compare_digest  # what hmac and secrets hand on
+
+    return bool(_compare_digest(one, other))
 
 
 class Handshake:
@@ -7055,9 +7127,7 @@ class Handshake:
 
     def verify(self, answer: bytes) -> None:
         """Connecting side: check the agent's proof and give the own one."""
-        import hmac
-
-        if not hmac.compare_digest(answer[32:], mac(self.secret, b"agent", self.hello, answer[:32])):
+        if not is_same(answer[32:], mac(self.secret, b"agent", self.hello, answer[:32])):
             self.fail()
             return
         self.sock.send(mac(self.secret, b"relay", self.hello, answer[:32]))
@@ -7065,9 +7135,7 @@ class Handshake:
 
     def check(self, proof: bytes) -> None:
         """Listening side: check the other's proof."""
-        import hmac
-
-        if hmac.compare_digest(proof, mac(self.secret, b"relay", self.hello, self.nonce)):
+        if is_same(proof, mac(self.secret, b"relay", self.hello, self.nonce)):
             self.finish(self.sock)
         else:
             self.fail()
@@ -7101,8 +7169,6 @@ class Lines:
 
     def event(self, mask: int) -> None:
         """Read and write what can be."""
-        import json
-
         try:
             if mask & WRITE:
                 self.flush()
@@ -7119,14 +7185,12 @@ class Lines:
             return
         *lines, self.coming = self.coming.split(b"\n")
         for line in lines:
-            self.heard(json.loads(line))
+            self.heard(from_json(line))
 
     def tell(self, **message: Any) -> None:
         """Send a message; one that can't be sent any more is dropped."""
-        import json
-
         if self.sock:
-            self.going += json.dumps(message).encode() + b"\n"
+            self.going += to_json(message) + b"\n"
             try:
                 self.flush()
             except OSError:  # the event that follows closes it
@@ -7174,8 +7238,6 @@ class NodeKernel:
 
     def start(self, connection: Mapping[str, Any]) -> tuple[int, int]:
         """Start the kernel; return the ends of pipes with what went wrong before it and its stderr."""
-        import json
-
         self.tail, self.problem = b"", None
         self.killed = memory_kills(Facts())
         transport = self.orders.get("transport", "ipc")
@@ -7183,7 +7245,7 @@ class NodeKernel:
         self.connection = node_connection(connection, transport, self.folder)
         self.file = os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
-        os.write(self.file, json.dumps(self.connection).encode())
+        os.write(self.file, to_json(self.connection))
         problem, problem_end = os.pipe()
         stderr, stderr_end = os.pipe()
         path = f"/proc/{os.getpid()}/fd/{self.file}"
@@ -7239,14 +7301,14 @@ class NodeKernel:
 
     def connect(self, number: int) -> Any:
         """Return a socket to the kernel's stream, or None while it does not listen."""
-        import socket
+        import _socket
 
         place: Any = ("127.0.0.1", self.connection[STREAMS[number] + "_port"])
         if self.connection["transport"] == "ipc":
             if not self.sockets:
                 return None
             place = f"/proc/self/fd/{self.sockets[number]}"
-        sock = socket.socket(socket.AF_UNIX if isinstance(place, str) else socket.AF_INET)
+        sock = _socket.socket(_socket.AF_UNIX if isinstance(place, str) else _socket.AF_INET)
         try:
             sock.connect(place)
         except OSError:
@@ -7261,9 +7323,9 @@ def node_connection(connection: Mapping[str, Any], transport: str, folder: str) 
     if transport == "ipc":
         own.update({name + "_port": number for number, name in enumerate(STREAMS, 1)})
         return {**own, "transport": "ipc", "ip": folder + "/kernel"}
-    import socket
+    import _socket
 
-    socks = [socket.socket() for _ in STREAMS]
+    socks = [_socket.socket() for _ in STREAMS]
     for name, sock in zip(STREAMS, socks):
         sock.bind(("127.0.0.1", 0))
         own[name + "_port"] = sock.getsockname()[1]
@@ -7276,18 +7338,17 @@ def become_node_kernel(
     orders: Mapping[str, Any], path: str, environ: Mapping[str, str], problem: int, stderr: int
 ) -> NoReturn:
     """In the agent's child: run the rest of the chain on the node.  An error goes to `problem`."""
-    import json
-    import signal
+    import _signal
 
     status = 1
     try:
         agent = os.getppid()
         os.setsid()
         die_with_parent(agent)
-        signal.set_wakeup_fd(-1)
+        _signal.set_wakeup_fd(-1)
         for number in AGENT_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            _signal.signal(number, _signal.SIG_DFL)
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(stderr, 2)
         launch = launch_from_data(orders["launch"])
@@ -7303,7 +7364,7 @@ def become_node_kernel(
         status = execute(finish_plan(plan, launch, facts), launch, facts)
     except UserError as error:
         status = error.status
-        os.write(problem, json.dumps(vars(error)).encode())
+        os.write(problem, to_json(vars(error)))
     except BaseException:
         import traceback
 
@@ -7335,7 +7396,7 @@ class Agent:
     """
 
     def __init__(self, orders: Mapping[str, Any], stdin: int, said: Callable[[dict[str, Any]], None]) -> None:
-        import socket
+        import _socket
 
         self.orders = orders
         self.secret = bytes.fromhex(orders["secret"])
@@ -7349,7 +7410,7 @@ class Agent:
         self.kernel = NodeKernel(orders, dict(os.environ))
         self.loop.signals(AGENT_SIGNALS, self.signal)
         address = agent_address(orders, os.environ)
-        self.listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self.listener = _socket.socket(_socket.AF_INET6 if ":" in address else _socket.AF_INET)
         bind_agent(self.listener, address, orders.get("node-ports", ""))
         self.listener.listen(64)
         self.listener.setblocking(False)
@@ -7385,13 +7446,11 @@ class Agent:
 
     def problem(self, file: int) -> None:
         """Hear what kept the kernel from starting (nothing, in most cases)."""
-        import json
-
         text = os.read(file, 1 << 16)
         self.loop.forget(file)
         os.close(file)
         if text:
-            self.kernel.problem = json.loads(text)
+            self.kernel.problem = from_json(text)
 
     def stderr(self, file: int) -> None:
         """Pass on what the kernel says on stderr, and keep the end of it."""
@@ -7406,7 +7465,7 @@ class Agent:
     def accept(self, mask: int) -> None:
         """Let a connection prove itself."""
         try:
-            sock, _ = self.listener.accept()
+            sock = accept(self.listener)
         except OSError:
             return
         if self.strangers >= 64:  # whoever floods the port takes no more than that many files
@@ -7443,14 +7502,12 @@ class Agent:
 
     def hear(self, message: Mapping[str, Any]) -> None:
         """Follow an order of the run process."""
-        import signal
-
         self.loop.cancel(self.lost)
         self.lost = self.loop.after(LOST, self.left)
         if message["do"] == "ping" and self.control:
             self.control.tell(pong=1)
         elif message["do"] == "interrupt":
-            self.kernel.signal(signal.SIGINT)
+            self.kernel.signal(2)
         elif message["do"] == "greet" and "connection" not in message:
             self.tell(**self.news)
         elif message["do"] == "greet":
@@ -7559,19 +7616,22 @@ def agent_address(orders: Mapping[str, Any], environ: Mapping[str, str]) -> str:
     Slurm: that from which this node reaches the host srun runs on, as srun's own connections do.
     YARN: that of the NodeManager.  With ``--tunnel=ssh`` loopback, for ssh ends on this node.
     """
-    import socket
+    import _socket
 
     if orders.get("tunnel"):
         return "127.0.0.1"
     peer = environ.get("SLURM_LAUNCH_NODE_IPADDR")
     try:
         if not peer:
-            return socket.gethostbyname(node_name(environ))
-        with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            return _socket.gethostbyname(node_name(environ))
+        probe = _socket.socket(_socket.AF_INET6 if ":" in peer else _socket.AF_INET, _socket.SOCK_DGRAM)
+        try:
             probe.connect((peer, 9))  # sends nothing: it asks the routing table
             return str(probe.getsockname()[0])
+        finally:
+            probe.close()
     except OSError:
-        return socket.gethostbyname(socket.gethostname())
+        return _socket.gethostbyname(_socket.gethostname())
 
 
 def bind_agent(sock: Any, address: str, ports: str) -> None:
@@ -7598,17 +7658,13 @@ def make_node_folder() -> str:
 
 def agent_main(stdin: Any) -> int:
     """What srun runs on the node: read the orders, say where the agent listens, serve."""
-    import json
-
-    orders = json.loads(stdin.readline())
+    orders = from_json(stdin.readline())
     return Agent(orders, 0, say_hello).run()
 
 
 def say_hello(place: Mapping[str, Any]) -> None:
     """Say on stdout where the agent listens."""
-    import json
-
-    os.write(1, HELLO + json.dumps(place).encode() + b"\n")
+    os.write(1, HELLO + to_json(place) + b"\n")
 
 
 # ---- the submit host's side -----------------------------------------------------------------------
@@ -7657,8 +7713,8 @@ class Keeper:
     def __init__(
         self, job: Job, orders: Mapping[str, Any], folder: str, lock: int, visitor: Any, facts: Facts
     ) -> None:
-        import signal
-        import socket
+        import _signal
+        import _socket
 
         self.job, self.orders, self.folder, self.lock, self.facts = job, orders, folder, lock, facts
         self.digest = job.digest()
@@ -7673,11 +7729,11 @@ class Keeper:
         self.failure: UserError | None = None
         self.linger: object = None
         self.visitor: Lines | None = Lines(self.loop, visitor, self.hear, self.left)
-        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener = _socket.socket(_socket.AF_UNIX)
         self.listener.bind(folder + "/keeper")
         self.listener.listen(8)
         self.loop.watch(self.listener.fileno(), READ, self.accept)
-        self.loop.signals((signal.SIGCHLD, signal.SIGTERM), self.signal)
+        self.loop.signals((_signal.SIGCHLD, _signal.SIGTERM), self.signal)
 
     def run(self) -> None:
         """Submit the job and keep it until it is over."""
@@ -7736,17 +7792,15 @@ class Keeper:
 
     def hear_out(self, text: bytes) -> None:
         """Pass stdout on, but for the line on which the agent says where it is."""
-        import json
-
         if self.place:
             self.tell(out=text.decode("latin-1"))
             return
         *lines, self.line = (self.line + text).split(b"\n")
         for line in lines:
             if line.startswith(HELLO) and not self.place:
-                self.found(json.loads(line[len(HELLO) :]))
+                self.found(from_json(line[len(HELLO) :]))
             elif line.startswith(FAILED):
-                self.failure = UserError(**json.loads(line[len(FAILED) :]))
+                self.failure = UserError(**from_json(line[len(FAILED) :]))
             else:
                 self.tell(out=(line + b"\n").decode("latin-1"))
 
@@ -7811,7 +7865,7 @@ class Keeper:
 
     def accept(self, mask: int) -> None:
         """Let a new run process in: the kernel was restarted."""
-        sock, _ = self.listener.accept()
+        sock = accept(self.listener)
         if self.visitor:
             self.visitor.close()
         self.visitor = Lines(self.loop, sock, self.hear, self.left)
@@ -7913,12 +7967,12 @@ def execute_below(
     argv: Sequence[str], environ: Mapping[str, str], files: Sequence[int], parent: int
 ) -> NoReturn:
     """In a child: become the program `argv`, with `files` as its 0, 1 and 2; it dies with `parent`."""
-    import signal
+    import _signal
 
     try:
-        signal.set_wakeup_fd(-1)
+        _signal.set_wakeup_fd(-1)
         for name in ("CHLD", "TERM", "INT", "PIPE", "HUP"):
-            signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
+            _signal.signal(getattr(_signal, "SIG" + name), _signal.SIG_DFL)
         for number, file in enumerate(files):
             os.dup2(file, number)
         die_with_parent(parent)
@@ -7980,9 +8034,9 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
     One that keeps the same job for a restart is used again; else waits until an older one has gone
     and starts one, in a session of its own.
     """
-    import socket
+    import _socket
 
-    sock = socket.socket(socket.AF_UNIX)
+    sock = _socket.socket(_socket.AF_UNIX)
     try:
         sock.connect(folder + "/keeper")
         return sock, True
@@ -7992,7 +8046,7 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
     if os.path.exists(folder):  # its keeper was killed
         remove_tree(folder)
     private_folder(folder)
-    sock, visitor = socket.socketpair()
+    sock, visitor = _socket.socketpair()
     if os.fork():
         os.close(lock)
         visitor.close()
@@ -8006,10 +8060,9 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
             os.dup2(null, file)
         Keeper(job, orders, folder, lock, visitor, facts).run()
     except Exception:
-        import json
         import traceback
 
-        visitor.send(json.dumps({"err": traceback.format_exc()}).encode() + b"\n")
+        visitor.send(to_json({"err": traceback.format_exc()}) + b"\n")
     finally:
         os._exit(0)
 
@@ -8038,11 +8091,11 @@ class RemoteKernel:
 
         Raises UserError for a kernel that ended before it ever answered.
         """
-        import signal
+        import _signal
 
         sock, adopted = self.find_keeper()
         self.loop = Loop()
-        self.loop.signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD), self.signal)
+        self.loop.signals((_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGCHLD), self.signal)
         self.greet_keeper(sock, adopted)
         self.relay = Relay(self.loop, self.connection, self.join)
         watch_jupyter(self.loop, os.getppid(), self.jupyter_gone)
@@ -8050,7 +8103,7 @@ class RemoteKernel:
             self.loop.run()
         finally:
             self.relay.close()
-            signal.set_wakeup_fd(-1)
+            _signal.set_wakeup_fd(-1)
             self.keeper.close()
             self.hang_up()
         if self.error and self.answered:
@@ -8263,12 +8316,12 @@ class RemoteKernel:
 
 def connect_place(place: Mapping[str, Any]) -> Any:
     """Return a socket that is connecting to the agent, or None where that failed at once."""
-    import socket
+    import _socket
 
     if "path" in place:
-        sock, target = socket.socket(socket.AF_UNIX), place["path"]
+        sock, target = _socket.socket(_socket.AF_UNIX), place["path"]
     else:
-        sock = socket.socket(socket.AF_INET6 if ":" in place["address"] else socket.AF_INET)
+        sock = _socket.socket(_socket.AF_INET6 if ":" in place["address"] else _socket.AF_INET)
         target = (place["address"], place["port"])
     sock.setblocking(False)
     try:
@@ -8313,9 +8366,7 @@ def yarn_main(words: Sequence[str]) -> int:
 
 def report_failure(error: UserError) -> None:
     """Tell the keeper, or setup, why something failed."""
-    import json
-
-    write_all(1, FAILED + json.dumps(vars(error)).encode() + b"\n")
+    write_all(1, FAILED + to_json(vars(error)) + b"\n")
 
 
 def open_skein() -> Any:
@@ -8367,10 +8418,9 @@ def client_submit(words: Sequence[str]) -> int:
 
     When stdin ends before that is done, nobody waits any more: the application is killed.
     """
-    import json
     import threading
 
-    asked = json.loads(sys.stdin.buffer.readline())
+    asked = from_json(sys.stdin.buffer.readline())
     skein, client = open_skein()
     spec = asked["spec"]
     files = {name: skein.File(source="file://" + path, type="file") for name, path in spec["files"].items()}
@@ -8397,8 +8447,8 @@ def client_submit(words: Sequence[str]) -> int:
     await_running(client, number)
     try:
         running = client.connect(number)
-        running.kv[ORDERS_KEY] = json.dumps(asked["orders"]).encode()
-        place = json.loads(running.kv.wait(AGENT_KEY))
+        running.kv[ORDERS_KEY] = to_json(asked["orders"])
+        place = from_json(running.kv.wait(AGENT_KEY))
     except Exception as error:
         raise application_end(client, number, str(error)) from None
     say_hello({**place, "job": number})
@@ -8465,8 +8515,6 @@ def yarn_agent() -> int:
 
     Skein's client needs 50 MB; it lives in a process of its own, for as long as it takes.
     """
-    import json
-
     orders, orders_end = os.pipe()
     place_end, place = os.pipe()
     if not os.fork():
@@ -8484,10 +8532,10 @@ def yarn_agent() -> int:
         return 1
 
     def said(where: dict[str, Any]) -> None:
-        write_all(place, json.dumps(where).encode())
+        write_all(place, to_json(where))
         os.close(place)
 
-    return Agent(json.loads(text), -1, said).run()
+    return Agent(from_json(text), -1, said).run()
 
 
 def yarn_channel(orders_end: int, place_end: int) -> NoReturn:
