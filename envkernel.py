@@ -1725,7 +1725,7 @@ CONTAINER_OPTIONS = [
     ),
     Option(
         "--pull",
-        "Fetch the image: if it is missing (default), always, or never.",
+        "Fetch the image: if it is missing, always, or never (default: a missing one, asked at a terminal).",
         metavar="WHEN",
         choices=("missing", "always", "never"),
         example="--pull=never",
@@ -1938,6 +1938,13 @@ BUILD_FLAGS = (
 )
 """Options of their builds that are not options of their runs as well."""
 
+PULL_FLAGS = frozenset(
+    option_table(
+        "arch= authfile= cert-dir= creds= decryption-key= disable-content-trust os= platform= quiet "
+        "tls-verify variant="
+    )
+)
+"""Options of their runs that are about how an image is fetched."""
 
 ENGINE_OPTIONS = [
     Option(
@@ -2168,7 +2175,9 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     image = step.targets[0]
     head = [program, "run", "--rm", "--pull=never"]
     head += ["--init"] if step.options.get("init") else []
-    look = [*head, *([] if network else ["--network=none"]), *user, *gpu_tokens(step), *step.engine, image]
+    binds = ["--mount=" + mount_token(one) for one in read_binds(step.options.get("bind", []))]
+    offline = [] if network else ["--network=none"]
+    look = [*head, *offline, *user, *gpu_tokens(step), *binds, *step.engine, image]
     head += [f"--name={name}", *label_tokens(rest, plan, facts)]
     head += ["--network=host"] if shares and not network else []
     head += [f"--publish=127.0.0.1:{port}:{port}" for port in box.publish]
@@ -2508,16 +2517,22 @@ def need_image(
 ) -> str:
     """Return the image of a step once it is here; fetched, with the engine's progress, where it is not.
 
-    Raises UserError where it can't be had.
+    Without ``--pull`` a person at a terminal is asked first.  Raises UserError where it can't be had.
     """
-    image = step.targets[0]
-    if not facts.output([program, "image", "inspect", image], environ).status:
+    image, when = step.targets[0], step.options.get("pull")
+    is_here = not facts.output([program, "image", "inspect", image], environ).status
+    if is_here and (when != "always" or common.get("dry-run")):
         return image
     engine = os.path.basename(program)
-    if step.options.get("pull") == "never" or common.get("dry-run"):
-        raise UserError(f"There is no image {image} here.", f"Fetch it: {engine} pull {image}")
-    print(f"There is no image {image} here yet: {engine} pull {image}", flush=True)
-    if facts.show([program, "pull", image], environ):
+    for_pull = [token for token in step.engine if token.partition("=")[0] in PULL_FLAGS]
+    missing = UserError(f"There is no image {image} here.", f"Fetch it: {engine} pull {image}")
+    if when == "never" or common.get("dry-run"):
+        raise missing
+    if not is_here:
+        print(f"There is no image {image} here yet.", flush=True)
+    if not when and not facts.agrees(f"Fetch it now ({engine} pull {image})?"):
+        raise missing
+    if facts.show([program, "pull", *for_pull, image], environ):
         raise UserError(
             f"The image {image} can't be fetched: {engine} pull failed.",
             "See above; mend its name, or build it: --build DIR.",
@@ -5498,6 +5513,13 @@ class Facts:
         except OSError as error:
             raise cannot_start(argv[0], error) from None
         return done.returncode
+
+    def agrees(self, question: str) -> bool:
+        """Ask the person at the terminal, whose Enter means yes; without a terminal nobody is asked."""
+        if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+            return True
+        print(question + " [Y/n] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")
 
     def produce(
         self, argv: Sequence[str], path: str, environ: Mapping[str, str], folder: str | None = None

@@ -14,6 +14,7 @@ pytest_plugins = [
     "support.yarn",
     "support.docker",
     "support.podman",
+    "support.registry",
     "support.browser",  # imports others of these
 ]
 

@@ -223,6 +223,38 @@ def test_a_daemon_that_is_down() -> None:
     assert "systemctl start docker" in caught.value.hint
 
 
+INSPECT, QUESTION = ["/d", "image", "inspect", "image"], "Fetch it now (d pull image)?"
+PULL = ["/d", "pull", "--platform=linux/arm64", "image"]
+
+
+@pytest.mark.parametrize(
+    ("when", "here", "asked"),
+    [
+        (None, True, []),
+        (None, False, [QUESTION, PULL]),
+        ("missing", False, [PULL]),
+        ("always", True, [PULL]),
+        ("always", False, [PULL]),
+        ("never", True, []),
+    ],
+)
+def test_when_an_image_is_fetched(when: str | None, here: bool, asked: list[Any]) -> None:
+    facts = FakeFacts(answers={tuple(INSPECT): Output(not here), tuple(PULL): Output(0)})
+    step = Step("docker", {"pull": when}, ["image"], ["--cpus=1", "--platform=linux/arm64"])
+    assert envkernel.need_image(step, "/d", facts, {}, {}) == "image"
+    assert facts.asked == [INSPECT, *asked]
+
+
+@pytest.mark.parametrize(("when", "common"), [(None, {}), ("never", {}), (None, {"dry-run": True})])
+def test_when_no_image_is_fetched(when: str | None, common: dict[str, Any]) -> None:
+    facts = FakeFacts(answers={tuple(INSPECT): Output(1)})
+    facts.agreed = False
+    with pytest.raises(UserError, match="There is no image image here") as caught:
+        envkernel.need_image(Step("docker", {"pull": when}, ["image"]), "/d", facts, {}, common)
+    assert caught.value.hint == "Fetch it: d pull image"
+    assert facts.asked == ([INSPECT] if when or common else [INSPECT, QUESTION])
+
+
 @pytest.mark.parametrize(
     "tokens",
     [

@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from support import done
+from support import SCRIPT, done
 from support.containers import USER, Engine, PlainUser, short_folder
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 
@@ -58,6 +58,26 @@ def commands_below(pid: str) -> str:
     with contextlib.suppress(OSError):
         return "\n".join(Path(f"/proc/{child}/cmdline").read_text() for child in children)
     return ""
+
+
+def at_a_terminal(place: Jupyter, words: list[str], answer: str) -> tuple[int, str]:
+    """Run envkernel at a terminal where a person answers; return its exit status and what was to be seen."""
+    screen, terminal = os.openpty()
+    with os.fdopen(screen, "r+b", buffering=0) as person:
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *words],
+            env=place.environ,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+        )
+        os.close(terminal)
+        person.write(answer.encode())
+        seen = b""
+        with contextlib.suppress(OSError):  # EIO: nobody holds the terminal any more
+            while more := os.read(screen, 1 << 16):
+                seen += more
+        return process.wait(60), seen.decode()
 
 
 class EngineCases:
@@ -274,6 +294,45 @@ class EngineCases:
             _, error = kernel.execute("1")
             assert error is not None
             assert "There is no image no/such:image here." in error
+
+    def test_an_image_is_fetched_from_a_registry(
+        self, place: Jupyter, engine: Engine, registry: str, python_rootfs: Path, tmp_path: Path
+    ) -> None:
+        """An image of some links; what they lead to is shown from outside."""
+        for name in ("bin", "lib", "lib64", "sbin"):
+            (tmp_path / "rootfs" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "rootfs" / name).symlink_to(f"usr/{name}")
+        image = f"{registry}/{engine.name}/links"
+        plain = ["--tls-verify=false"] if engine.name == "podman" else []
+        engine.add_image(tmp_path / "rootfs", image)
+        engine.call("push", *plain, image)
+        engine.call("rmi", image)
+        words = [
+            engine.name,
+            "--name=fetched",
+            "--user",
+            *plain,
+            f"--bind={python_rootfs}/usr:/usr:ro",
+            image,
+        ]
+        missing = f"There is no image {image} here"
+        assert missing in place.envkernel(*words, "--pull=never", status=1).stderr
+        status, screen = at_a_terminal(place, words, "n\n")
+        assert status == 1
+        assert f"Fetch it now ({engine.name} pull {image})? [Y/n]" in screen
+        assert screen.count(missing) == 2
+        assert not (place.kernels / "fetched").exists()
+        status, screen = at_a_terminal(place, [*words, "--python=python3"], "\n")
+        assert status == 0, screen
+        assert ("Pull complete" if engine.name == "docker" else "Writing manifest") in screen, screen
+        with place.kernel("fetched") as kernel:
+            assert kernel.value("__import__('os').readlink('/bin')") == "usr/bin"
+        engine.call("rmi", image)
+        said = place.envkernel(
+            *words, "--replace", "--kernel=image"
+        )  # as `docker run` does where nobody can be asked
+        assert "[Y/n]" not in said.stdout + said.stderr
+        engine.call("rmi", image)
 
     def test_jupyters_own_unix_sockets(self, place: Jupyter, engine: Engine) -> None:
         from jupyter_client import KernelManager

@@ -23,6 +23,7 @@ class FakeFacts(envkernel.Facts):
         self.cwd = cwd
         self.asked = []
         self.told = b""
+        self.agreed = True
 
     def _paths(self):
         return [*self.files, *self.programs]
@@ -71,6 +72,10 @@ class FakeFacts(envkernel.Facts):
     def show(self, argv, environ):
         self.asked.append(list(argv))
         return self.answers[tuple(argv)].status
+
+    def agrees(self, question):
+        self.asked.append(question)
+        return self.agreed
 
     def produce(self, argv, path, environ, folder=None):
         status = self.show(argv, environ)
