@@ -17,7 +17,7 @@ import pytest
 
 from support import SCRIPT, done
 from support.containers import USER, Engine, PlainUser, short_folder
-from support.jupyter import Jupyter, Kernel, run_protocol_tests
+from support.jupyter import Jupyter, Kernel, run_protocol_tests, wait_for
 
 ENDLESS = "import time\nwhile True: time.sleep(1)"
 
@@ -137,6 +137,10 @@ class EngineCases:
             assert kernel.value("6 * 7") == "42"
             assert path.read_bytes() == original
             assert len(engine.ids()) == 1
+            # It can ask, and be debugged.
+            assert kernel.answer("print(input('name? '))", "Ada") == ("name? ", "Ada\n")
+            code = "def twice(n):\n    m = 2 * n\n    return m\n\ntwice(21)"
+            assert kernel.stop_in(code, 3) == ("twice", 3, "42")
             assert kernel.shutdown() < 5
             assert until(lambda: engine.ids() == [])
         assert not {port for _, port in listeners()} & ports
@@ -209,7 +213,7 @@ class EngineCases:
         with contextlib.ExitStack() as stack:
             kernels = [stack.enter_context(self.started(place, "many")) for _ in range(10)]
             for number, (_, client) in enumerate(kernels):
-                client.wait_for_ready(timeout=90)
+                wait_for(client, 90)
                 reply = client.execute_interactive(f"assert {number} + 1", timeout=30)
                 assert reply["content"]["status"] == ("ok" if number + 1 else "error")
             assert len(engine.ids()) == 10
@@ -217,11 +221,11 @@ class EngineCases:
                 manager.request_shutdown()
 
     @contextlib.contextmanager
-    def started(self, place: Jupyter, name: str) -> Iterator[tuple[Any, Any]]:
-        """Start a kernel without waiting for it."""
+    def started(self, place: Jupyter, name: str, **traits: Any) -> Iterator[tuple[Any, Any]]:
+        """Start a kernel without waiting for it.  traits: of its KernelManager."""
         from jupyter_client import KernelManager
 
-        manager = KernelManager(kernel_name=name)
+        manager = KernelManager(kernel_name=name, **traits)
         manager.start_kernel(env=place.environ)
         client = manager.blocking_client()
         client.start_channels()
@@ -335,28 +339,29 @@ class EngineCases:
         engine.call("rmi", image)
 
     def test_jupyters_own_unix_sockets(self, place: Jupyter, engine: Engine) -> None:
-        from jupyter_client import KernelManager
-
         self.setup(place, engine, "ipc", self.image)
-        manager = KernelManager(kernel_name="ipc", transport="ipc", ip=str(place.root / "ipc"))
-        manager.start_kernel(env=place.environ)
-        client = manager.blocking_client()
-        client.start_channels()
-        try:
-            client.wait_for_ready(timeout=60)
-            assert client.execute_interactive("1", timeout=20)["content"]["status"] == "ok"
-        finally:
-            client.stop_channels()
-            manager.shutdown_kernel()
-            manager.cleanup_resources()
+        with self.started(place, "ipc", transport="ipc", ip=str(place.root / "ipc")) as (manager, client):
+            wait_for(client)
+            assert Kernel(manager, client).value("6 * 7") == "42"
         assert until(lambda: not list(place.root.glob("ipc-*")))
+
+    def test_encrypted_end_to_end(self, place: Jupyter, engine: Engine, new_ipykernel: Path) -> None:
+        """CurveZMQ, whose keys Jupyter puts into the connection file where the kernel says that it can."""
+        newer = [f"--bind={new_ipykernel}:/new:ro", "-e", "PYTHONPATH=/new"]
+        spec = self.setup(place, engine, "curve", "--network=none", *newer, self.image)
+        assert spec["metadata"]["supported_encryption"] == ["curve"]
+        with self.started(place, "curve", transport_encryption="required") as (manager, client):
+            wait_for(client)
+            told = json.loads(Path(manager.connection_file).read_text())
+            assert secrets_seen(engine, told["curve_secretkey"]) == []
+            assert Kernel(manager, client).value("6 * 7") == "42"
 
     def test_kernels_that_share_a_container(self, place: Jupyter, engine: Engine) -> None:
         """They start at once, and what is done to one does not touch the other."""
         self.setup(place, engine, "both", "--shared", "--network=none", self.image)
         with self.started(place, "both") as (first, one), self.started(place, "both") as (second, two):
-            one.wait_for_ready(timeout=60)
-            two.wait_for_ready(timeout=60)
+            wait_for(one)
+            wait_for(two)
             (container,) = engine.containers()
             assert container["Name"].strip("/").startswith("envkernel-both-shared-")
             a, b = Kernel(first, one), Kernel(second, two)
@@ -387,7 +392,7 @@ class EngineCases:
         seen = []
         for _ in range(2):
             with self.started(place, "kept") as (_, client):
-                client.wait_for_ready(timeout=60)
+                wait_for(client)
                 seen += engine.ids()
             time.sleep(0.5)
             assert engine.ids() == seen[-1:]

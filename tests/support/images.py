@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support import cache_dir
+from support import cache_dir, done
+from support.venvs import BASE_PYTHON, ENVIRON, UV
 
 PYTHON = ("python3-ipykernel",)
 
@@ -36,6 +37,16 @@ def make_rootfs(name: str, *packages: str) -> Path:
 def python_rootfs() -> Path:
     """A root file system with Python and ipykernel.  Not to be changed."""
     return make_rootfs("python", *PYTHON)
+
+
+@pytest.fixture(scope="session")
+def new_ipykernel(tmp_path_factory: pytest.TempPathFactory, python_rootfs: Path) -> Path:
+    """The newest ipykernel in a folder for PYTHONPATH, for the Python of `python_rootfs`."""
+    folder = tmp_path_factory.mktemp("ipykernel") / "new"
+    version = max((python_rootfs / "usr/bin").glob("python3.*[0-9]")).name[len("python") :]
+    words = ["pip", "install", "-q", "--target", folder, "--python", BASE_PYTHON, "--python-version", version]
+    done(UV, *words, "ipykernel", env=ENVIRON)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,57 @@ class Kernel:
             if reply["parent_header"].get("msg_id") == message:
                 return reply["content"].get("ename", reply["content"]["status"]), time.monotonic() - start
 
+    def answer(self, code: str, text: str) -> tuple[str, str]:
+        """Run code that asks for input and gets `text`: what it asked, and what it printed."""
+        printed: list[str] = []
+        asked: list[str] = []
+
+        def reply(message: dict[str, Any]) -> None:
+            asked.append(message["content"]["prompt"])
+            self.client.input(text)
+
+        def keep(message: dict[str, Any]) -> None:
+            printed.append(message["content"].get("text", ""))
+
+        self.client.execute_interactive(
+            code, timeout=20, output_hook=keep, stdin_hook=reply, allow_stdin=True
+        )
+        return "".join(asked), "".join(printed)
+
+    def debug(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send a message of the Debug Adapter Protocol over the control channel; return the answer's body."""
+        content = {"type": "request", "seq": 0, "command": command, "arguments": arguments}
+        message = self.client.session.msg("debug_request", content)
+        self.client.control_channel.send(message)
+        while True:
+            reply = self.client.get_control_msg(timeout=20)
+            if reply["parent_header"].get("msg_id") == message["header"]["msg_id"]:
+                assert reply["content"]["success"], reply["content"]
+                return dict(reply["content"].get("body") or {})
+
+    def stop_in(self, code: str, line: int) -> tuple[str, int, str]:
+        """Run code with a breakpoint, then on to its end: function, line and variable m where it stopped."""
+        self.debug("initialize", clientID="test", adapterID="", pathFormat="path")
+        self.debug("attach")
+        source = {"path": self.debug("dumpCell", code=code)["sourcePath"]}
+        points = self.debug("setBreakpoints", source=source, breakpoints=[{"line": line}], lines=[line])
+        assert [point["verified"] for point in points["breakpoints"]] == [True]
+        self.debug("configurationDone")
+        request = self.client.execute(code)
+        while True:
+            published = self.client.get_iopub_msg(timeout=20)
+            if published["content"].get("event") == "stopped":
+                thread = published["content"]["body"]["threadId"]
+                break
+        frame = self.debug("stackTrace", threadId=thread)["stackFrames"][0]
+        scope = self.debug("scopes", frameId=frame["id"])["scopes"][0]
+        rows = self.debug("variables", variablesReference=scope["variablesReference"])["variables"]
+        self.debug("continue", threadId=thread)
+        while self.client.get_shell_msg(timeout=20)["parent_header"].get("msg_id") != request:
+            pass
+        self.debug("disconnect")
+        return frame["name"], frame["line"], {row["name"]: row["value"] for row in rows}["m"]
+
     def restart(self, now: bool = False) -> float:
         """Restart the kernel; return the seconds until it answers again."""
         start = time.monotonic()
