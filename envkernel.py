@@ -1933,8 +1933,11 @@ ENGINE_FLAGS = (
 """Options of ``docker run`` (28) and ``podman run`` (4, 5)."""
 
 BUILD_FLAGS = (
-    "build-arg= build-context= cache-from= cache-to= f,file= force-rm ignorefile= layers no-cache "
-    "output= progress= squash squash-all ssh= tag= target="
+    "all-platforms build-arg= build-context= cache-from= cache-to= cache-ttl= compress cpp-flag= "
+    "D,disable-compression f,file= force-rm format= from= hooks-dir= identity-label ignorefile= jobs= layers "
+    "logfile= logsplit manifest= no-cache omit-history os-feature= os-version= o,output= progress= "
+    "runtime-flag= sign-by= skip-unused-stages squash squash-all ssh= stdin tag= target= timestamp= "
+    "userns-gid-map= userns-gid-map-group= userns-uid-map= userns-uid-map-user="
 )
 """Options of their builds that are not options of their runs as well."""
 

@@ -15,6 +15,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+import envkernel
 from support import SCRIPT, done
 from support.containers import USER, Engine, PlainUser, short_folder
 from support.jupyter import Jupyter, Kernel, run_protocol_tests, wait_for
@@ -400,6 +401,50 @@ class EngineCases:
         engine.call("rm", "-f", *seen[:1])
         for path in (Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}").rglob("*.lock"):
             path.unlink()
+
+    def test_the_tables_of_options_are_those_of_the_installed_engine(self, engine: Engine) -> None:
+        run = envkernel.parse_engine_help(engine.call("run", "--help"))
+        assert len(run) > 100
+        table = envkernel.option_table(envkernel.ENGINE_FLAGS)
+        assert {flag: takes for flag, takes in run.items() if table.get(flag) != takes} == {"--help": False}
+        build = envkernel.parse_engine_help(engine.call("build", "--help"))
+        table = {**table, **envkernel.option_table(envkernel.BUILD_FLAGS)}
+        differ = {flag for flag, takes in build.items() if table.get(flag, takes) != takes}
+        assert differ - {"-t", "--pull"} == set()  # -t is run's, --pull envkernel's
+
+    def test_a_kernelspec_of_envkernel_1(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+        """As it was written, and after an update."""
+        data = tmp_path / "data"
+        data.mkdir()
+        (data / "file").write_text("text")
+        argv = [sys.executable, str(SCRIPT), engine.name, "run", "--connection-file", "{connection_file}"]
+        argv += [
+            "--pwd",
+            "--bind",
+            f"{data}:/coursedata",
+            "--network",
+            "none",
+            "-e",
+            "OLD=1",
+            self.image,
+            "--",
+        ]
+        argv += ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (place.kernels / "old").mkdir(parents=True)
+        spec = {"argv": argv, "display_name": "old", "language": "python"}
+        (place.kernels / "old" / "kernel.json").write_text(json.dumps(spec))
+        for update in (False, True):
+            if update:
+                place.envkernel("update", "old")
+                assert place.spec("old")["metadata"]["envkernel"]["mode"] == engine.name
+            with place.kernel("old", cwd=str(tmp_path)) as kernel:
+                assert (
+                    kernel.value("open('/coursedata/file').read() + __import__('os').environ['OLD']")
+                    == "text1"
+                )
+                assert kernel.value("__import__('os').getcwd()") == str(tmp_path)
+                assert kernel.value("__import__('socket').if_nameindex()") == "[(1, 'lo')]"
+                assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
 
     def test_podkernels_example(self, place: Jupyter, engine: Engine) -> None:
         """An image that starts the kernel itself, told where the connection file is by a variable."""
