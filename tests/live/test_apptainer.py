@@ -129,17 +129,10 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
             name, seconds = kernel.interrupt_in("import time\nwhile True: time.sleep(0.1)")
             assert name == "KeyboardInterrupt"
             assert seconds < 2
-            time.sleep(0.2)  # after an error ipykernel drops what has already been sent to it
         kernel.client.execute(ENDLESS)
         time.sleep(0.3)
         assert kernel.restart(now=True) < 8
         assert kernel.restart() < 8
-        # Debian's ipykernel sometimes sends no output to a client that stays connected through two restarts,
-        # with a hand-written kernel.json as well (1 of 15 on a busy machine).
-        kernel.client.stop_channels()
-        kernel.client = kernel.manager.blocking_client()
-        kernel.client.start_channels()
-        kernel.client.wait_for_ready(timeout=60)
         assert kernel.value("6 * 7") == "42"
         assert path.read_bytes() == original
         assert len(private_folders(place)) == 1

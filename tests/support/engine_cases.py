@@ -130,7 +130,6 @@ class EngineCases:
                 name, seconds = kernel.interrupt_in("import time; time.sleep(60)")
                 assert name == "KeyboardInterrupt"
                 assert seconds < 2
-                time.sleep(0.2)  # after an error ipykernel drops what has already been sent to it
             # A kernel that hangs is restarted at once, on the same ports.
             kernel.client.execute(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{ENDLESS}")
             time.sleep(0.3)
@@ -368,7 +367,6 @@ class EngineCases:
             a, b = Kernel(first, one), Kernel(second, two)
             b.value("globals().update(x=1)")
             assert a.interrupt_in("import os; os.system('sleep 60')")[1] < 5
-            time.sleep(0.2)
             a.client.execute(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{ENDLESS}")
             time.sleep(0.3)
             assert a.restart(now=True) < 10

@@ -48,7 +48,11 @@ class Kernel:
         self.client = client
 
     def execute(self, code: str, timeout: float = 60) -> tuple[str, str | None]:
-        """Run code in the kernel: what it printed and returned, and the error it ended with."""
+        """Run code in the kernel: what it printed and returned, and the error it ended with.
+
+        An error does not abort what is sent next: ipykernel would do that (``stop_on_error``) until its
+        event loop comes round once more, and on a busy machine the next request is there before.
+        """
         texts: list[str] = []
 
         def keep(message: dict[str, Any]) -> None:
@@ -58,7 +62,9 @@ class Kernel:
             elif message["msg_type"] in ("execute_result", "display_data"):
                 texts.append(content["data"].get("text/plain", ""))
 
-        reply = self.client.execute_interactive(code, timeout=timeout, output_hook=keep, allow_stdin=False)
+        reply = self.client.execute_interactive(
+            code, timeout=timeout, output_hook=keep, allow_stdin=False, stop_on_error=False
+        )
         content = reply["content"]
         error = None if content["status"] == "ok" else f"{content.get('ename')}: {content.get('evalue')}"
         return "".join(texts), error
@@ -80,7 +86,7 @@ class Kernel:
 
     def interrupt_in(self, code: str, timeout: float = 20) -> tuple[str, float]:
         """Interrupt code once it runs: the name of the error it ends with, and the seconds until then."""
-        message = self.client.execute(f"print('started', flush=True)\n{code}")
+        message = self.client.execute(f"print('started', flush=True)\n{code}", stop_on_error=False)
         deadline = time.monotonic() + timeout
         while True:
             published = self.client.get_iopub_msg(timeout=deadline - time.monotonic())
