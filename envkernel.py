@@ -52,10 +52,12 @@ module = type(sys)('envkernel')
 module.__file__ = path
 sys.modules['envkernel'] = module
 try:
-    stamp, code, rest = marshal.loads(loader.get_data(cache_from_source(path, optimization='launch')))
+    store = open(cache_from_source(path, optimization='launch'), 'rb', 0)
+    stamp, parts = marshal.loads(store.read(int(store.read(8))))
     if stamp != sorted(loader.path_stats(path).items()):
         raise ValueError
-    module.REST = rest
+    module.STORE = store, store.tell(), parts
+    code = marshal.loads(store.read(parts['launch'][1]))
 except Exception:
     try:
         code = loader.get_code('envkernel')
@@ -67,9 +69,10 @@ sys.exit(module.main(sys.argv[2:]))
 """What the kernelspec gives to ``python -c``: load this file through cached bytecode.
 
 A script is compiled anew at each start (10 ms for 1,600 lines), an imported file is not.  Where setup
-could write it, there is a cache of our own: the code of `LAUNCH_SECTIONS`, and the rest as bytes that
-`load_rest` makes code of where it is needed.  Else Python's own cache serves; the loader is named
-outright because ``import`` wants a name that ends in ``.py`` and a search path."""
+could write it, there is a cache of our own, a file in `PARTS`: the first is loaded here, the others by
+`load` where they are needed, for what a process that stays beside a kernel has loaded is memory taken
+from the kernel's host.  Else Python's own cache serves; the loader is named outright because ``import``
+wants a name that ends in ``.py`` and a search path."""
 
 LAUNCH_SECTIONS = frozenset(
     (
@@ -86,21 +89,41 @@ LAUNCH_SECTIONS = frozenset(
 )
 """The sections of this file that start a kernel in an environment: all that such a launch loads."""
 
-OTHER_MODES = frozenset(("docker", "podman", "singularity", "apptainer", "slurm", "yarn"))
-"""The modes that need the rest of this file."""
+PARTS = {
+    "launch": LAUNCH_SECTIONS,
+    "containers": frozenset(("container modes", "relay", "supervising")),
+    "clusters": frozenset(
+        ("cluster modes", "node agent and keeper", "the agent's side", "the submit host's side")
+    ),
+    "rest": frozenset(),
+}
+"""What is loaded together, in this order, and its sections; the rest are those that no other part has."""
+
+OTHER_MODES = {
+    **dict.fromkeys(("docker", "podman", "singularity", "apptainer"), ("containers",)),
+    **dict.fromkeys(("slurm", "yarn"), ("containers", "clusters")),
+}
+"""The modes that need more than `LAUNCH_SECTIONS`, and the parts that they need."""
 
 
-def split_sections(source: str) -> tuple[str, str]:
-    """Return the source of `LAUNCH_SECTIONS` and that of the rest; lines keep their numbers."""
-    launch: list[str] = []
-    rest: list[str] = []
-    in_launch = True
+STORE: Any = globals().get("STORE")
+"""The open cache, where its parts begin, and beginning and length of each; None without that cache."""
+
+LOADED = {"launch"}
+"""The parts that were taken from it."""
+
+
+def split_sections(source: str) -> dict[str, str]:
+    """Return the source of each of `PARTS`; lines keep their numbers."""
+    lines: dict[str, list[str]] = {part: [] for part in PARTS}
+    current = "launch"
     for line in source.split("\n"):
         if line.startswith("# ---- "):
-            in_launch = line.strip("# -") in LAUNCH_SECTIONS
-        launch.append(line if in_launch else "")
-        rest.append("" if in_launch else line)
-    return "\n".join(launch), "\n".join(rest)
+            title = line.strip("# -")
+            current = next((part for part, titles in PARTS.items() if title in titles), "rest")
+        for part, own in lines.items():
+            own.append(line if part == current else "")
+    return {part: "\n".join(own) for part, own in lines.items()}
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -3013,8 +3036,8 @@ register(
 NODE_BOOT = (
     "import marshal,sys;from _frozen_importlib_external import MAGIC_NUMBER as M;f=sys.stdin.buffer;"
     "g,a,b=f.readline().split();c=f.read(int(a));s=f.read(int(b));m=type(sys)('envkernel');"
-    "sys.modules['envkernel']=m;exec(marshal.loads(c) if g==M.hex().encode() else "
-    "compile(s,'envkernel.py','exec'),m.__dict__);c=s=b'';sys.exit(m.agent_main(f))"
+    "sys.modules['envkernel']=m;p=map(marshal.loads,marshal.loads(c)) if g==M.hex().encode() else "
+    "[compile(s,'envkernel.py','exec')];[exec(x,m.__dict__) for x in p];c=s=p=0;sys.exit(m.agent_main(f))"
 )
 """What a node's Python gets with ``-c``: read this file from stdin and be the agent.
 
@@ -4151,11 +4174,8 @@ def image_kernel(request: Request, plan: Plan) -> Kernel:
 
 def compile_script(script: str) -> None:
     """Write the bytecode of envkernel.py where it can be written, so that no start compiles it."""
-    import __future__
-
     import contextlib
     import importlib.util
-    import marshal
     import py_compile
     import tempfile
     from importlib.machinery import SourceFileLoader
@@ -4167,12 +4187,9 @@ def compile_script(script: str) -> None:
     try:
         py_compile.compile(script, plain, doraise=True)
         stamp = sorted(loader.path_stats(script).items())
-        launch, rest = split_sections(importlib.util.decode_source(loader.get_data(script)))
-        annotations = __future__.annotations.compiler_flag
-        rest_code = compile(rest, script, "exec", annotations, dont_inherit=True)
-        content = marshal.dumps(
-            (stamp, compile(launch, script, "exec", dont_inherit=True), marshal.dumps(rest_code))
-        )
+        source = importlib.util.decode_source(loader.get_data(script))
+        parts = split_sections(source).items()
+        content = cache_text(stamp, {name: compile_part(part, script) for name, part in parts})
         cache = importlib.util.cache_from_source(script, optimization="launch")
         with tempfile.NamedTemporaryFile(dir=os.path.dirname(cache), delete=False) as file:
             file.write(content)
@@ -4187,6 +4204,27 @@ def compile_script(script: str) -> None:
             os.unlink(file.name)
     finally:
         sys.pycache_prefix = prefix
+
+
+def compile_part(source: str, script: str) -> bytes:
+    """Return the bytecode of a part of envkernel.py, without docstrings: nothing at run time reads one."""
+    import __future__
+
+    import marshal
+
+    flags = __future__.annotations.compiler_flag
+    return marshal.dumps(compile(source, script, "exec", flags, dont_inherit=True, optimize=2))
+
+
+def cache_text(stamp: Sequence[Any], codes: Mapping[str, bytes]) -> bytes:
+    """Return the cache that `BOOT` and `load` read: where each part begins and its length, then the parts."""
+    import marshal
+
+    places: dict[str, tuple[int, int]] = {}
+    for name, code in codes.items():
+        places[name] = (sum(size for _, size in places.values()), len(code))
+    head = marshal.dumps((list(stamp), places))
+    return b"%8d" % len(head) + head + b"".join(codes.values())
 
 
 def kernelspec_folder(common: Mapping[str, Any]) -> str:
@@ -6518,6 +6556,9 @@ def start_reaper(
     The reaper is no child of this process and in no session of Jupyter's, so that what kills either
     does not kill it.  It sleeps until then.  It alone holds `lock` from now on.
     """
+    import gc
+
+    gc.freeze()  # so that the reaper goes on sharing this process's memory
     leash, end = os.pipe()
     child = os.fork()
     if child:
@@ -6841,6 +6882,59 @@ class SocketRelay:
         if self.folder >= 0:
             os.close(self.folder)
             self.folder = -1
+
+
+def printable(text: str, secret: str = "") -> str:
+    """Return what a program said as it may be shown: no terminal codes, no `secret`."""
+    import re
+
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
+    text = re.sub(r"[^\n]*\r(?=[^\n])", "", text)  # a progress bar: the last state of its line
+    text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+    return text.replace(secret, "***") if secret else text
+
+
+def end_text(status: int, said: bytes, key: str) -> str:
+    """Return what the log of a launch says at its end.
+
+    status: as in `Output`.  said: the beginning of what the program said on stderr.  key: never shown.
+    """
+    lines = printable(said.decode("utf-8", "replace"), key).splitlines()
+    words = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return "\n".join(["stderr:", *("  " + line for line in lines), "ended: " + words])
+
+
+def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
+    """Return the error for a kernel that ended before it ever answered, the exit status in words.
+
+    status: as in `Output`.  where: what it ran in, in words.  said: the end of its stderr.
+    install: as in `Plan`.
+    """
+    import re
+    import signal
+
+    number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
+    words = f"exit status {status}"
+    hint = "What it said is below; start its command by hand to see more."
+    if number:
+        try:
+            words = f"signal {signal.Signals(number).name}"
+        except ValueError:
+            words = f"signal {number}"
+    missing = re.search(r"No module named '?([\w.]+)", said)
+    if missing:
+        package = missing[1].split(".")[0].replace("ipykernel_launcher", "ipykernel")
+        hint = f"Install what it misses: `{install % package}`."
+    elif status == 125:
+        words = "exit status 125: the engine itself failed"
+        hint = "What the engine said is below; mend the image's name or the engine's options."
+    elif status in (126, 127):
+        words += ": the command was not found" if status == 127 else ": the command can't be executed"
+        hint = "Check the kernel command and that its program is installed there."
+    elif number == 9:
+        words += ", killed: out of memory?"
+        hint = "Give it more memory, or ask whoever runs this machine what ended it."
+    return UserError(f"The kernel in {where} ended before it answered ({words}).", hint, max(status, 1), said)
 
 
 LOGGED_STDERR = 4096
@@ -7749,7 +7843,7 @@ class Keeper:
         self.state = ""
         self.said = b""
         self.line = b""
-        self.child = self.tunnel = 0
+        self.child = self.tunnel = self.feeder = 0
         self.ending = self.waits = False
         self.failure: UserError | None = None
         self.linger: object = None
@@ -7762,7 +7856,7 @@ class Keeper:
 
     def run(self) -> None:
         """Submit the job and keep it until it is over."""
-        self.start_child(self.job.argv, self.job.feed(self.orders, lambda: own_code(self.facts)))
+        self.start_child(self.job.argv, lambda: self.job.feed(self.orders, lambda: own_code(self.facts)))
         if self.job.queue_timeout:
             self.loop.after(self.job.queue_timeout, self.too_late)
         self.loop.run()
@@ -7773,7 +7867,7 @@ class Keeper:
         remove_tree(self.folder)
         release_lock(self.folder + ".lock", self.lock)
 
-    def start_child(self, argv: Sequence[str], feed: bytes) -> None:
+    def start_child(self, argv: Sequence[str], feed: Callable[[], bytes]) -> None:
         """Start the program that holds the job and give it `feed` on stdin, which stays open."""
         stdin, self.stdin = os.pipe()
         out, out_end = os.pipe()
@@ -7782,26 +7876,15 @@ class Keeper:
         self.child = os.fork()
         if not self.child:
             execute_below(argv, self.job.environ, (stdin, out_end, err_end), keeper)
-        for file in (stdin, out_end, err_end):
-            os.close(file)
-        os.set_blocking(self.stdin, False)
-        self.feed = memoryview(feed)
-        self.loop.watch(self.stdin, WRITE, self.write)
+        os.close(stdin)
+        os.close(err_end)
+        self.feeder = os.fork()
+        if not self.feeder:
+            feed_program(self.stdin, feed, out_end, keeper)
+        os.close(out_end)
         self.loop.watch(out, READ, lambda mask: self.read(out, self.hear_out))
         self.loop.watch(err, READ, lambda mask: self.read(err, self.hear_err))
         self.files = {out, err}
-
-    def write(self, mask: int) -> None:
-        """Feed the program as it takes it."""
-        try:
-            self.feed = self.feed[os.write(self.stdin, self.feed) :]
-        except BlockingIOError:
-            return
-        except OSError:
-            self.feed = memoryview(b"")
-        if not self.feed:
-            self.feed = memoryview(b"")  # an empty slice would hold all of it
-            self.loop.forget(self.stdin)
 
     def read(self, file: int, hear: Callable[[bytes], None]) -> None:
         """Hear what the program says; when it has said all and ended, so does the job."""
@@ -7904,7 +7987,7 @@ class Keeper:
                 self.loop.after(self.NOTICE, self.overdue)
             elif not self.child:
                 self.place = None
-                self.start_child(self.job.report(self.id), b"")
+                self.start_child(self.job.report(self.id), bytes)
         elif "adopt" in message:
             self.loop.cancel(self.linger)
             self.tell(adopted=bool(self.place), say="" if self.place else self.state)
@@ -7946,7 +8029,8 @@ class Keeper:
         self.loop.forget(self.listener.fileno())
         self.listener.close()
         remove_tree(self.folder + "/keeper")
-        self.loop.forget(self.stdin)
+        if self.feeder:
+            os.kill(self.feeder, 9)
         os.close(self.stdin)
         if not self.child:
             self.loop.stop()
@@ -7968,6 +8052,8 @@ class Keeper:
 
     def collect(self) -> None:
         """Reap children; when the program has ended and all it said was heard, so has the job."""
+        if self.feeder and os.waitpid(self.feeder, os.WNOHANG)[0]:
+            self.feeder = 0
         if self.tunnel and os.waitpid(self.tunnel, os.WNOHANG)[0]:
             self.tunnel = 0
             if not self.ending:
@@ -7986,6 +8072,21 @@ class Keeper:
             self.gone(self.failure or self.job.explain(exit_status(status), said, self.id, self.facts))
             self.ending = True
             self.loop.stop()
+
+
+def feed_program(stdin: int, feed: Callable[[], bytes], out: int, keeper: int) -> NoReturn:
+    """In a child of the keeper: write `feed` to a program's stdin; what goes wrong before, to its stdout.
+
+    What is written, this file among it, would stay a part of the keeper's memory (malloc keeps 1 MB).
+    """
+    try:
+        die_with_parent(keeper)
+        write_all(stdin, feed())
+    except UserError as error:
+        os.dup2(out, 1)
+        report_failure(error)
+    finally:
+        os._exit(0)
 
 
 def execute_below(
@@ -8030,7 +8131,7 @@ def tunnel_error(said: str) -> UserError:
 
 
 def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
-    """Return this file for a node: magic number (hex) and bytecode, and source for another Python.
+    """Return this file for a node: magic number (hex), bytecode in parts, and source for another Python.
 
     Raises UserError where it can't be read.
     """
@@ -8041,8 +8142,10 @@ def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
     if source is None:
         hint = "Install envkernel again, or set the kernel up again."
         raise UserError(f"The file {__file__} can't be read.", hint)
-    code = SourceFileLoader("envkernel", __file__).get_code("envkernel")
-    return MAGIC_NUMBER.hex(), marshal.dumps(code), source
+    codes = [part_code(name) for name in ("launch", "containers", "clusters")]
+    if not all(codes):
+        codes = [marshal.dumps(SourceFileLoader("envkernel", __file__).get_code("envkernel"))]
+    return MAGIC_NUMBER.hex(), marshal.dumps(codes), source
 
 
 def job_folder(launch: Launch, facts: Facts) -> str:
@@ -8060,6 +8163,7 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
     and starts one, in a session of its own.
     """
     import _socket
+    import gc
 
     sock = _socket.socket(_socket.AF_UNIX)
     try:
@@ -8072,6 +8176,7 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
         remove_tree(folder)
     private_folder(folder)
     sock, visitor = _socket.socketpair()
+    gc.freeze()  # so that the two go on sharing their memory
     if os.fork():
         os.close(lock)
         visitor.close()
@@ -8359,6 +8464,11 @@ def connect_place(place: Mapping[str, Any]) -> Any:
     return sock
 
 
+def report_failure(error: UserError) -> None:
+    """Tell the keeper, or setup, why something failed."""
+    write_all(1, FAILED + to_json(vars(error)) + b"\n")
+
+
 def write_all(file: int, data: bytes) -> None:
     """Write to stdout or stderr; nobody may be reading any more."""
     try:
@@ -8387,11 +8497,6 @@ def yarn_main(words: Sequence[str]) -> int:
     except UserError as error:
         report_failure(error)
         return error.status
-
-
-def report_failure(error: UserError) -> None:
-    """Tell the keeper, or setup, why something failed."""
-    write_all(1, FAILED + to_json(vars(error)) + b"\n")
 
 
 def open_skein() -> Any:
@@ -8620,26 +8725,6 @@ class Failure(Record):
     def heading(self) -> str:
         """The failure in one line."""
         return f"The kernel {self.kernel} did not start." if self.kernel else "The kernel did not start."
-
-
-def printable(text: str, secret: str = "") -> str:
-    """Return what a program said as it may be shown: no terminal codes, no `secret`."""
-    import re
-
-    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
-    text = re.sub(r"[^\n]*\r(?=[^\n])", "", text)  # a progress bar: the last state of its line
-    text = "".join(c for c in text if c in "\n\t" or c.isprintable())
-    return text.replace(secret, "***") if secret else text
-
-
-def end_text(status: int, said: bytes, key: str) -> str:
-    """Return what the log of a launch says at its end.
-
-    status: as in `Output`.  said: the beginning of what the program said on stderr.  key: never shown.
-    """
-    lines = printable(said.decode("utf-8", "replace"), key).splitlines()
-    words = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return "\n".join(["stderr:", *("  " + line for line in lines), "ended: " + words])
 
 
 def failure_lines(failure: Failure) -> list[str]:
@@ -8889,39 +8974,6 @@ def import_from_here() -> None:
         site.addsitedir(folder)
 
 
-def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
-    """Return the error for a kernel that ended before it ever answered, the exit status in words.
-
-    status: as in `Output`.  where: what it ran in, in words.  said: the end of its stderr.
-    install: as in `Plan`.
-    """
-    import re
-    import signal
-
-    number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
-    words = f"exit status {status}"
-    hint = "What it said is below; start its command by hand to see more."
-    if number:
-        try:
-            words = f"signal {signal.Signals(number).name}"
-        except ValueError:
-            words = f"signal {number}"
-    missing = re.search(r"No module named '?([\w.]+)", said)
-    if missing:
-        package = missing[1].split(".")[0].replace("ipykernel_launcher", "ipykernel")
-        hint = f"Install what it misses: `{install % package}`."
-    elif status == 125:
-        words = "exit status 125: the engine itself failed"
-        hint = "What the engine said is below; mend the image's name or the engine's options."
-    elif status in (126, 127):
-        words += ": the command was not found" if status == 127 else ": the command can't be executed"
-        hint = "Check the kernel command and that its program is installed there."
-    elif number == 9:
-        words += ", killed: out of memory?"
-        hint = "Give it more memory, or ask whoever runs this machine what ended it."
-    return UserError(f"The kernel in {where} ended before it answered ({words}).", hint, max(status, 1), said)
-
-
 def salvage_launch(tokens: Sequence[str]) -> Launch:
     """Return what can be told of a launch whose kernelspec is broken: connection file and name."""
     options: dict[str, Any] = {}
@@ -9142,25 +9194,46 @@ def setup_or_manage(argv: Sequence[str]) -> int:
         raise
 
 
+def load(*names: str) -> None:
+    """Load more of `PARTS`; nothing is to be done for what is here, and where the whole file was loaded.
+
+    From the open cache: the file at its path may be another one by now.
+    """
+    import marshal
+
+    for name in names:
+        code = part_code(name) if name not in LOADED else b""
+        LOADED.add(name)
+        if code:
+            exec(marshal.loads(code), globals())
+
+
+def part_code(name: str) -> bytes:
+    """Return the bytecode of a part as it is in the open cache; nothing where the whole file was loaded."""
+    if STORE is None:
+        return b""
+    store, base, places = STORE
+    start, size = places[name]
+    return os.pread(store.fileno(), size, base + start)
+
+
 def load_rest() -> None:
-    """Make code of what `BOOT` has left out; nothing is to be done where the whole file was loaded."""
-    rest = globals().pop("REST", None)
-    if rest:
-        import marshal
-
-        exec(marshal.loads(rest), globals())
+    """Load all that is not loaded."""
+    load(*PARTS)
 
 
-def is_light(argv: Sequence[str]) -> bool:
-    """Tell whether a command line starts a kernel in an environment, which `LAUNCH_SECTIONS` suffice for."""
-    parts = [*argv[:1], *(after for before, after in zip(argv, argv[1:]) if before == "--")]
-    return argv[1:3] == ["run", "--format=" + FORMAT] and OTHER_MODES.isdisjoint(parts)
+def needed_parts(argv: Sequence[str]) -> list[str]:
+    """Return the parts that a command line needs: all but for a canonical launch."""
+    if argv[1:3] != ["run", "--format=" + FORMAT]:
+        return list(PARTS)
+    words = [*argv[:1], *(after for before, after in zip(argv, argv[1:]) if before == "--")]
+    wanted = {part for word in words for part in OTHER_MODES.get(word, ())}
+    return [part for part in PARTS if part in wanted]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line `argv` (without the program's name); return the exit status."""
-    if not is_light(argv):
-        load_rest()
+    load(*needed_parts(argv))
     try:
         if sys.version_info < (3, 8):  # noqa: UP036 (a login node may have any)
             raise UserError(

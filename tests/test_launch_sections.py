@@ -1,24 +1,29 @@
-"""The part of the file that a launch in an environment loads: it stands on its own."""
+"""The parts of the file that a launch loads: they stand on their own."""
 
-import ast
 import builtins
 import subprocess
 import symtable
 import sys
 
+import pytest
+
 import envkernel
 
 SOURCE = open(envkernel.__file__, encoding="utf-8").read()
 
-NEEDS_THE_REST = {
-    # after load_rest(), or only for plans of modes that are not light
+NEEDS_MORE = {
+    # after load_rest(), or for a command line that loads all
     *("become_error_kernel", "check_targets", "find_mode", "legacy_launch", "salvage_launch"),
-    *("RemoteKernel", "supervise", "setup_or_manage", "yarn_main"),
-    # what setup and the other modes use of the facts
-    *("first_missing", "prepare", "private_folder", "remove_empty", "remove_tree"),
-    # annotations of mypy's
-    *("Any", "Callable", "Mapping", "NoReturn", "Self", "Sequence"),
+    *("setup_or_manage", "yarn_main"),
+    "first_missing",  # what setup alone uses of the facts
 }
+NEEDS_CONTAINERS = {
+    *("supervise", "prepare", "private_folder", "remove_empty", "remove_tree"),
+    "RemoteKernel",
+}
+"""What plans of other modes, and setup, use."""
+
+FOR_MYPY = {"Any", "Callable", "Mapping", "NoReturn", "Self", "Sequence"}
 
 
 def names(table):
@@ -38,22 +43,26 @@ def defined(source):
     }
 
 
-def test_the_launch_sections_refer_to_nothing_else():
-    launch, rest = envkernel.split_sections(SOURCE)
-    own = defined(launch)
-    used = set(names(symtable.symtable(launch, "x", "exec")))
-    in_setup = {name for name in used if name in defined(rest)}
-    code = {
-        node.name: node
-        for node in ast.parse(launch).body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-    }
-    setup_only = {name for name in code if name.startswith(("setup_", "conda_prefix"))}
-    for name in setup_only:
-        in_setup -= {node.id for node in ast.walk(code[name]) if isinstance(node, ast.Name)}
-    assert in_setup <= NEEDS_THE_REST, in_setup - NEEDS_THE_REST
-    unknown = used - own - defined(rest) - set(dir(builtins)) - NEEDS_THE_REST - {"__file__", "__name__"}
-    assert not unknown
+@pytest.mark.parametrize(
+    ("loaded", "allowed"),
+    [
+        (("launch",), NEEDS_MORE | NEEDS_CONTAINERS),
+        (("launch", "containers"), NEEDS_MORE | {"RemoteKernel"}),
+        (("launch", "containers", "clusters"), NEEDS_MORE),
+    ],
+)
+def test_what_is_loaded_refers_to_nothing_else(loaded, allowed):
+    parts = envkernel.split_sections(SOURCE)
+    own = set().union(*(defined(parts[name]) for name in loaded))
+    used = set()
+    for name in loaded:
+        table = symtable.symtable(parts[name], "x", "exec")
+        used |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()}
+        for child in table.get_children():
+            if not child.get_name().startswith(("setup_", "conda_prefix")):
+                used |= set(names(child))
+    unknown = used - own - set(dir(builtins)) - FOR_MYPY - {"__file__", "__name__"}
+    assert unknown <= allowed, unknown - allowed
 
 
 def test_every_mode_is_of_one_kind():
@@ -62,7 +71,7 @@ def test_every_mode_is_of_one_kind():
 
 
 def test_lines_keep_their_numbers():
-    for part in envkernel.split_sections(SOURCE):
+    for part in envkernel.split_sections(SOURCE).values():
         assert part.count("\n") == SOURCE.count("\n")
 
 
