@@ -6042,6 +6042,8 @@ def append_log(path: str, text: str) -> None:
 READ, WRITE = 1, 4  # POLLIN and POLLOUT, the same numbers for poll and epoll
 HANG_UP = 0x2000  # EPOLLRDHUP: the other side will send no more
 BUFFER = 1 << 18
+FIRST_BUFFER = 1 << 14
+"""What a relay reads at once, and as long as it has not been more than this."""
 ANSWER = 1024
 """As many bytes on one connection come only from a kernel that answered: greetings are shorter."""
 STREAMS = ("shell", "iopub", "stdin", "control", "hb")
@@ -6161,7 +6163,7 @@ class Pair:
 
     def __init__(self, loop: Loop, left: Any, right: Any, ended: Callable[[], None] = _ignore) -> None:
         if Pair.buffer is None:
-            Pair.buffer = memoryview(bytearray(BUFFER))
+            Pair.buffer = memoryview(bytearray(FIRST_BUFFER))
         self.loop = loop
         self.ended = ended
         self.socks = {left.fileno(): left, right.fileno(): right}
@@ -6213,6 +6215,8 @@ class Pair:
             self.rest[other] = memoryview(bytes(Pair.buffer[sent:count]))
             self._watch(file)
             self._watch(other)
+        if count == len(Pair.buffer) < BUFFER:
+            Pair.buffer = memoryview(bytearray(BUFFER))
 
     def _flush(self, file: int) -> None:
         """Send what was left over; when all of it is gone, the other side is read again."""
