@@ -1996,6 +1996,7 @@ class Box(Record):
     binds: what is bound besides.  workdir: where to work, empty for the image's own choice.
     environ: variables to set inside; secret: variables of the user's, which no argv may show.
     command: the kernel command.  publish: ports to publish.  care: what has to stand beside it.
+    owner: what names its copies: the kernel's key, or the container's where that is shared.
     """
 
     def __init__(self, folder: str, care: Care) -> None:
@@ -2008,6 +2009,7 @@ class Box(Record):
         self.secret: dict[str, str] = {}
         self.command: list[str] = []
         self.publish: list[int] = []
+        self.owner = ""
 
     def path(self, name: str) -> str:
         """Return where a file of the private folder is on the host."""
@@ -2115,9 +2117,30 @@ def container_box(
     box.secret = dict(plan.given)
     box.binds += read_binds(step.options.get("bind", []))
     box.workdir = step.options.get("workdir", "")
-    if step.options.get("pwd") or step.options.get("copy-workdir"):
+    box.owner = shared or key
+    if shared and step.options.get("pwd"):
+        box.workdir = box.workdir or shared_workdir(step, box, facts.absolute("."))
+    elif step.options.get("pwd") or step.options.get("copy-workdir"):
         bind_workdir(box, facts.absolute("."), bool(step.options.get("copy-workdir")), plan, facts)
     return box
+
+
+def shared_workdir(step: Step, box: Box, folder: str) -> str:
+    """Return where a folder of this machine is in a container that others may have started.
+
+    Raises UserError where nothing shows it there.
+    """
+    volumes = [value.split(":") for value in engine_values(step.engine, "--volume")]
+    shown = [*box.binds, *(Bind(*parts[:2]) for parts in volumes)]
+    for bind in sorted(shown, key=lambda bind: len(bind.source), reverse=True):
+        if f"{folder}/".startswith(bind.source.rstrip("/") + "/"):
+            return os.path.normpath(f"{bind.target}/{os.path.relpath(folder, bind.source)}")
+    if box.care.connection:
+        raise UserError(
+            f"The notebook's folder {folder} can't be seen in the shared container.",
+            "Open a notebook in a folder that --bind shows there, or bind this one as well.",
+        )
+    return ""
 
 
 def bind_workdir(box: Box, folder: str, copy: bool, plan: Plan, facts: Facts) -> None:
@@ -2136,7 +2159,7 @@ def bind_workdir(box: Box, folder: str, copy: bool, plan: Plan, facts: Facts) ->
 def add_copy(box: Box, folder: str, plan: Plan, facts: Facts) -> str:
     """Have a folder copied before the start; return where the copy will be (on a disk, not in memory)."""
     disk = private_base({**plan.environ, "XDG_RUNTIME_DIR": ""}, "", facts)
-    copy = f"{disk}/{os.path.basename(box.folder)}.{len(box.care.copies)}"
+    copy = f"{disk}/{box.owner}.{len(box.care.copies)}"
     box.care.copies.append((folder, copy))
     return copy
 
@@ -2219,7 +2242,8 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     if shared:
         idle = [*head, *step.engine, "--detach", "--entrypoint=sleep", image, "2147483647"]
         alive = [program, "container", "inspect", "--format={{.State.Running}}", name]
-        box.care.shared = Shared(alive, idle, remove, bool(step.options.get("keep")))
+        box.care.shared = Shared(alive, idle, remove, bool(step.options.get("keep")), box.care.copies)
+        box.care.copies = []
         argv = [*exec_argv(box, program, name, [*workdir, *variables]), *box.command]
     else:
         box.care.signal = [program, "kill", "--signal={signal}", name]
@@ -2430,7 +2454,7 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
     }
     step = step.but(engine=canonical_engine(step.engine, ENGINE_FLAGS + " " + BUILD_FLAGS, takes))
     step = split_build(step, option_table(ENGINE_FLAGS))
-    refuse_options(step)
+    refuse_shared(step)
     options = dict(step.options, program=program)
     if "engine" in options:
         options["engine"] = program
@@ -2474,15 +2498,35 @@ def split_build(step: Step, run: Mapping[str, bool]) -> Step:
     return step.but(engine=for_run, options={**step.options, "build-option": moved})
 
 
-def refuse_options(step: Step) -> None:
-    """Raise UserError (status 2) for options of the engine that a kernel can't live with."""
+def refuse_options(step: Step, unshared: Sequence[str] = ("pwd", "copy-workdir", "mount")) -> None:
+    """Raise UserError (status 2) for options of the engine that a kernel can't live with.
+
+    unshared: options that make no sense with --shared.
+    """
     if engine_values(step.engine, "--detach"):
         raise usage_error("--detach can't be used: the kernel stays in the foreground.", "Leave it out.")
-    own = [name for name in ("pwd", "copy-workdir", "mount") if step.options.get(name)]
+    own = [name for name in unshared if step.options.get(name)]
     if step.options.get("shared") and own:
         raise usage_error(
             f"--{own[0]} and --shared exclude each other: all kernels of a container see the same folders.",
             "Use --bind, with --workdir where you like.",
+        )
+
+
+def refuse_shared(step: Step) -> None:
+    """Raise UserError (status 2) for what a container of docker or podman can't share."""
+    refuse_options(step, ("copy-workdir",))
+    if not step.options.get("shared"):
+        return
+    if step.options.get("pwd") and not (step.options.get("bind") or engine_values(step.engine, "--volume")):
+        raise usage_error(
+            "--pwd with --shared needs the folders of the notebooks: the container is there before they are.",
+            "Show them with --bind, for example: --bind ~/notebooks.",
+        )
+    copied = any("copy" in split_csv(spec) for spec in step.options.get("mount", []))
+    if copied and step.options.get("keep"):
+        raise usage_error(
+            "--mount ...,copy and --keep exclude each other: nobody would remove the copy.", "Leave one out."
         )
 
 
@@ -2580,15 +2624,23 @@ def build_image(
     named = any(token.split("=")[0] in ("-f", "--file") for token in step.options.get("build-option", []))
     if not named and not any(facts.exists(f"{folder}/{name}") for name in ("Dockerfile", "Containerfile")):
         raise UserError(f"There is no Dockerfile or Containerfile in {folder}.", "Mend --build DIR.")
-    if common.get("dry-run"):
-        raise usage_error("--dry-run does not build.", "Leave --build or --dry-run out.")
     options = list(step.options.get("build-option", []))
     if not named and not facts.exists(folder + "/Dockerfile"):
         options.append(f"--file={folder}/Containerfile")
+    if common.get("dry-run"):
+        show_build([program, "build", *options, folder])
     with tempfile.NamedTemporaryFile() as file:
         if facts.show([program, "build", "--iidfile=" + file.name, *options, folder], environ):
             raise UserError(f"The image of {folder} can't be built.", "See above.")
         return os.fsdecode(facts.read(file.name) or b"").strip()
+
+
+def show_build(argv: Sequence[str]) -> NoReturn:
+    """Say what a dry run would build, and end it: the rest of the kernel.json is read from the image."""
+    import shlex
+
+    print("This would be built, and the kernel looked for in it:", shlex.join(argv), sep="\n")
+    raise SystemExit(0)
 
 
 def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
@@ -2948,9 +3000,9 @@ def build_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapp
     source, image = facts.absolute(step.options["build"]), step.targets[0]
     if facts.isdir(source) or not facts.exists(source):
         raise UserError(f"There is no definition file {source}.", "Give one: --build FILE.def.")
-    if common.get("dry-run"):
-        raise usage_error("--dry-run does not build.", "Leave --build or --dry-run out.")
     words = [step.options["program"], "build", *step.options.get("build-option", []), image, source]
+    if common.get("dry-run"):
+        show_build(words)
     if facts.produce(words, image, environ, os.path.dirname(source)):
         raise UserError(f"The image of {source} can't be built.", "See above.")
     step.options["build"] = source
@@ -4169,6 +4221,11 @@ def image_kernel(request: Request, plan: Plan) -> Kernel:
     """
     if not plan.inside:
         raise usage_error("--kernel=image is for containers.", "Name the kernel: --kernel=ipykernel.")
+    if plan.care and plan.care.shared and not request.command:
+        raise usage_error(
+            "The image's own command has a container of its own: it can't be run in a shared one.",
+            "Give the kernel command after --, or leave --shared out.",
+        )
     return Kernel(request.command or [], request.common.get("language", "python"))
 
 
@@ -6404,15 +6461,22 @@ class Shared(Record):
 
     alive: command that prints ``true`` where it runs.  start, stop: commands that start it, and end it
     when the last kernel is gone (unless it is to be kept).  All kernels' private folders are in one.
+    copies: pairs (folder, its copy), made before it starts and removed with it.
     """
 
     def __init__(
-        self, alive: Sequence[str], start: Sequence[str], stop: Sequence[str], keep: bool = False
+        self,
+        alive: Sequence[str],
+        start: Sequence[str],
+        stop: Sequence[str],
+        keep: bool = False,
+        copies: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.alive = list(alive)
         self.start = list(start)
         self.stop = list(stop)
         self.keep = keep
+        self.copies = list(copies)
 
 
 class Membership:
@@ -6435,15 +6499,21 @@ class Membership:
         fcntl.flock(self.start_lock, fcntl.LOCK_UN)
 
     def have_container(self, environ: Mapping[str, str], facts: Facts) -> Output:
-        """Start the container unless it runs; return what the engine said."""
+        """Start the container unless it runs; return what the engine said.
+
+        Raises UserError where a folder can't be copied for it.
+        """
         import fcntl
 
         fcntl.flock(self.start_lock, fcntl.LOCK_EX)
-        said = facts.output(self.shared.alive, environ)
-        if said.out.strip() != b"true":
-            facts.output(self.shared.stop, environ)
-            said = facts.output(self.shared.start, environ)
-        fcntl.flock(self.start_lock, fcntl.LOCK_UN)
+        try:
+            said = facts.output(self.shared.alive, environ)
+            if said.out.strip() != b"true":
+                facts.output(self.shared.stop, environ)
+                make_copies(self.shared.copies)
+                said = facts.output(self.shared.start, environ)
+        finally:
+            fcntl.flock(self.start_lock, fcntl.LOCK_UN)
         return said
 
     def release(self) -> None:
@@ -6462,8 +6532,9 @@ class Membership:
             return
         if not self.shared.keep:
             insist(self.shared.stop, environ)
-            remove_tree(self.folder)
-            remove_empty(os.path.dirname(self.folder))
+            for path in [*(copy for _, copy in self.shared.copies), self.folder]:
+                remove_tree(path)
+                remove_empty(os.path.dirname(path))
 
 
 def take_lock(path: str) -> int:
@@ -6736,8 +6807,14 @@ def prepare(care: Care) -> None:
             f"The kernel's private folder {care.folder} can't be filled: {os.strerror(error.errno or 0)}.",
             "Free some space there, or point XDG_RUNTIME_DIR or TMPDIR elsewhere.",
         ) from None
-    for source, copy in care.copies:
+    make_copies(care.copies)
+
+
+def make_copies(copies: Sequence[tuple[str, str]]) -> None:
+    """Copy folders, each in the place of what may be left of an earlier copy.  Raises UserError."""
+    for source, copy in copies:
         private_folder(os.path.dirname(copy))
+        remove_tree(copy)
         copy_folder(source, copy)
 
 

@@ -343,8 +343,9 @@ def test_an_image_is_built_from_its_definition(engine: Engine) -> None:
     step = setup(engine, "apptainer", "--build=kernel.def", "--build-option=--build-arg=A=B", "my.sif")
     assert step.targets == ["/cwd/my.sif"]
     assert step.options["build"] == "/cwd/kernel.def"
-    with pytest.raises(UserError, match="--dry-run does not build"):
+    with pytest.raises(SystemExit) as caught:
         setup(engine, "apptainer", "--build=kernel.def", common={"dry-run": True})
+    assert caught.value.code == 0
 
 
 def test_values_that_an_old_engine_would_evaluate(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -162,6 +163,38 @@ def test_a_shared_container() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("bind", "engine", "workdir"),
+    [
+        (["/:/host"], [], "/host/cwd"),
+        (["/:/host", "/cwd"], [], "/cwd"),
+        (["/c:/c"], ["--volume=/cwd:/in/side:ro"], "/in/side"),
+    ],
+)
+def test_each_kernel_of_a_shared_container_works_in_its_notebooks_folder(
+    bind: list[str], engine: list[str], workdir: str
+) -> None:
+    made = plan(shared=True, pwd=True, bind=bind, engine=engine)
+    assert made.argv[:3] == ["/usr/bin/docker", "exec", "--workdir=" + workdir]
+    assert made.care is not None
+    assert made.care.shared is not None
+    assert not any(token.startswith("--workdir") for token in made.care.shared.start)
+
+
+def test_a_folder_that_a_shared_container_does_not_show() -> None:
+    with pytest.raises(UserError, match="folder /cwd can't be seen in the shared container"):
+        plan(shared=True, pwd=True, bind=["/c"], engine=["--volume=named:/cwd"])
+
+
+def test_copies_belong_to_the_shared_container() -> None:
+    care = plan(shared=True, mount=["type=bind,src=/data,dst=/data,copy"]).care
+    assert care is not None
+    assert care.shared is not None
+    copy = f"/tmp/envkernel-1000/{os.path.basename(os.path.dirname(care.folder))}.0"
+    assert (care.copies, care.shared.copies) == ([], [("/data", copy)])
+    assert f"--mount=type=bind,src={copy},dst=/data" in care.shared.start
+
+
 def test_a_kernelspec_of_envkernel_1() -> None:
     tokens = ["docker", "run", "--connection-file", FILE, "--pwd", "--bind", "/a:/b", "--network", "none"]
     launch = envkernel.launch_from_argv([*tokens, "-e", "X=1", "image", "--", "python", "-f", FILE])
@@ -293,14 +326,26 @@ def test_options_of_build_and_run_find_their_places() -> None:
     assert split.options["build-option"] == ["--build-arg=A=B", "--no-cache"]
 
 
-def test_what_cannot_be_combined() -> None:
-    for step in (
-        Step("docker", {}, ["image"], ["--detach"]),
-        Step("docker", {"shared": True, "pwd": True}, ["image"]),
-    ):
-        with pytest.raises(UserError) as caught:
-            envkernel.refuse_options(step)
-        assert caught.value.status == 2
+@pytest.mark.parametrize(
+    ("options", "engine", "message"),
+    [
+        ({}, ["--detach"], "--detach can't be used"),
+        ({"shared": True, "copy-workdir": True}, [], "--copy-workdir and --shared exclude each other"),
+        ({"shared": True, "pwd": True}, [], "--pwd with --shared needs the folders"),
+        ({"shared": True, "keep": True, "mount": ["src=/a,dst=/a,copy"]}, [], "nobody would remove the copy"),
+    ],
+)
+def test_what_cannot_be_combined(options: dict[str, Any], engine: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        envkernel.refuse_shared(Step("docker", options, ["image"], engine))
+    assert caught.value.status == 2
+
+
+def test_an_images_own_command_is_not_shared() -> None:
+    request = envkernel.Request({"kernel": "image"}, [])
+    with pytest.raises(UserError, match="it can't be run in a shared one"):
+        envkernel.image_kernel(request, plan(shared=True))
+    assert envkernel.image_kernel(request.but(command=["k"]), plan(shared=True)).command == ["k"]
 
 
 def test_mounts_as_csv() -> None:

@@ -221,12 +221,14 @@ class EngineCases:
                 manager.request_shutdown()
 
     @contextlib.contextmanager
-    def started(self, place: Jupyter, name: str, **traits: Any) -> Iterator[tuple[Any, Any]]:
+    def started(
+        self, place: Jupyter, name: str, cwd: str | None = None, **traits: Any
+    ) -> Iterator[tuple[Any, Any]]:
         """Start a kernel without waiting for it.  traits: of its KernelManager."""
         from jupyter_client import KernelManager
 
         manager = KernelManager(kernel_name=name, **traits)
-        manager.start_kernel(env=place.environ)
+        manager.start_kernel(env=place.environ, cwd=cwd)
         client = manager.blocking_client()
         client.start_channels()
         try:
@@ -356,16 +358,27 @@ class EngineCases:
             assert secrets_seen(engine, told["curve_secretkey"]) == []
             assert Kernel(manager, client).value("6 * 7") == "42"
 
-    def test_kernels_that_share_a_container(self, place: Jupyter, engine: Engine) -> None:
+    def test_kernels_that_share_a_container(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
         """They start at once, and what is done to one does not touch the other."""
-        self.setup(place, engine, "both", "--shared", "--network=none", self.image)
-        with self.started(place, "both") as (first, one), self.started(place, "both") as (second, two):
+        for name in ("data", "here/one", "here/two"):
+            (tmp_path / name).mkdir(parents=True)
+        options = ["--shared", "--network=none", "--pwd", f"--bind={tmp_path}/here:/there"]
+        options += [f"--mount=type=bind,src={tmp_path}/data,dst=/data,copy"]
+        self.setup(place, engine, "both", *options, self.image)
+        folders = Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}"
+        with self.started(place, "both", cwd=str(tmp_path / "here/one")) as (first, one), self.started(
+            place, "both", cwd=str(tmp_path / "here/two")
+        ) as (second, two):
             wait_for(one)
             wait_for(two)
             (container,) = engine.containers()
             assert container["Name"].strip("/").startswith("envkernel-both-shared-")
             a, b = Kernel(first, one), Kernel(second, two)
             b.value("globals().update(x=1)")
+            assert [k.value("__import__('os').getcwd()") for k in (a, b)] == ["/there/one", "/there/two"]
+            a.value("open('/data/file', 'w').write('text')")
+            assert b.value("open('/data/file').read()") == "text"
+            assert len(list(folders.glob("shared-*.0/file"))) == 1
             assert a.interrupt_in("import os; os.system('sleep 60')")[1] < 5
             a.client.execute(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{ENDLESS}")
             time.sleep(0.3)
@@ -378,6 +391,8 @@ class EngineCases:
             assert b.value("x") == "1"
             assert [one["Id"] for one in engine.containers()] == [container["Id"]]
         assert until(lambda: engine.ids() == [])
+        assert until(lambda: not folders.exists())
+        assert os.listdir(tmp_path / "data") == []
 
     def test_remove_says_what_still_runs(self, place: Jupyter, engine: Engine) -> None:
         self.setup(place, engine, "removed", "--network=none", self.image)
@@ -458,7 +473,10 @@ class EngineCases:
         folder.mkdir()
         file = folder / "Dockerfile"
         file.write_text(f"FROM {self.image}\nARG A\nENV BUILT=$A\n")
-        self.setup(place, engine, "built", "--build", folder, "--build-arg", "A=one")
+        words = ["--build", folder, "--build-arg", "A=one"]
+        said = place.envkernel(engine.name, "--name=dry", "--dry-run", *words).stdout
+        assert said.splitlines()[1:] == [f"{engine.program} build --build-arg=A=one {folder}"]
+        self.setup(place, engine, "built", *words)
         first = place.spec("built")["argv"]
         with place.kernel("built") as kernel:
             assert kernel.value("__import__('os').environ['BUILT']") == "one"
