@@ -19,11 +19,21 @@ pytest_plugins = [
 ]
 
 
-def pytest_collection_modifyitems(items):
-    """Try a live test once more where it fails: daemons, clocks and two busy cores are not ours.
+TOGETHER = {
+    **dict.fromkeys(("test_docker", "test_clients", "test_lab", "test_languages", "test_reasons", "test_check"), "docker"),
+    **dict.fromkeys(("test_slurm", "test_yarn"), "cluster"),
+}
+"""Files that run in one worker, one after the other, since they share daemons; any other file runs for itself."""
 
-    The summary names each test that needed it (-rR); one that fails twice has failed.
+
+def pytest_collection_modifyitems(items):
+    """Deal out the files to the workers of pytest-xdist, and try a live test once more where it fails.
+
+    Daemons, clocks and two busy cores are not ours.  The summary names each test that was tried again (-rR);
+    one that fails twice has failed.
     """
     for item in items:
+        file = item.path.stem
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(file, file)))
         if item.get_closest_marker("live"):
             item.add_marker(pytest.mark.flaky(reruns=1))
