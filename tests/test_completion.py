@@ -60,7 +60,12 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "expected"), QUESTIONS, ids=lambda value: " ".join(value))
+def words_of(value):
+    """Return the name of a parameter, the same in each worker of pytest-xdist."""
+    return " ".join(sorted(value) if isinstance(value, set) else value)
+
+
+@pytest.mark.parametrize(("words", "expected"), QUESTIONS, ids=words_of)
 def test_bash(words, expected, script, fake_kernels, tmp_path):
     said = subprocess.run(
         ["bash", "--norc", "-c", ASK_BASH, "bash", script("bash"), *words],
@@ -104,7 +109,7 @@ def test_an_unknown_shell_is_an_error(capfd):
 
 
 @pytest.mark.live
-@pytest.mark.parametrize(("words", "expected"), QUESTIONS[:7] + QUESTIONS[11:15], ids=lambda v: " ".join(v))
+@pytest.mark.parametrize(("words", "expected"), QUESTIONS[:7] + QUESTIONS[11:15], ids=words_of)
 def test_fish(words, expected, script, fake_kernels, tmp_path):
     fish = shutil.which("fish")
     assert fish, "fish is missing: tests/apt.txt"
