@@ -20,7 +20,9 @@ pytest_plugins = [
 
 
 TOGETHER = {
-    **dict.fromkeys(("test_docker", "test_clients", "test_lab", "test_languages", "test_reasons", "test_check"), "docker"),
+    **dict.fromkeys(
+        ("test_docker", "test_clients", "test_lab", "test_languages", "test_reasons", "test_check"), "docker"
+    ),
     **dict.fromkeys(("test_slurm", "test_yarn"), "cluster"),
 }
 """Files that run in one worker, one after the other, since they share daemons; any other file runs for itself."""
