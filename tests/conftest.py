@@ -28,6 +28,7 @@ TOGETHER = {
 """Files that run in one worker, one after the other, since they share daemons; any other file runs for itself."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Deal out the files to the workers of pytest-xdist, and try a live test once more where it fails.
 
