@@ -25,7 +25,7 @@ TOGETHER = {
     ),
     **dict.fromkeys(("test_slurm", "test_yarn"), "cluster"),
 }
-"""Files that run in one worker, one after the other, since they share daemons; any other file runs for itself."""
+"""Files that share daemons, and so run in one worker; any other file runs for itself."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
