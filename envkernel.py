@@ -2841,7 +2841,7 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     mounts = [*map(bind_token, [bound, *box.binds]), *mount_options(step, box, plan, facts)]
     workdir = ["--pwd=" + box.workdir] if box.workdir else []
     box.care.leader = False  # it passes signals on to the kernel, which has them already
-    box.care.explain = ApptainerEnd(image)
+    box.care.explain = ApptainerEnd(image, oom_kills(facts))
     argv = [program, "run" if step.options.get("runscript") else "exec"]
     if shared:
         box.care.shared = apptainer_instance(step, program, "envkernel-" + shared, [*head, *mounts, image])
@@ -2865,6 +2865,12 @@ def apptainer_instance(step: Step, program: str, name: str, words: Sequence[str]
     alive = [program, "exec", "instance://" + name, "echo", "true"]
     start = [program, "instance", "start", *words, name]
     return Shared(alive, start, stop, bool(step.options.get("keep")))
+
+
+def oom_kills(facts: Facts) -> int:
+    """Return how many processes Linux has killed on this machine because memory ran out (/proc/vmstat)."""
+    lines = (facts.read("/proc/vmstat") or b"").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), 0)
 
 
 class ApptainerEnd(Record):
@@ -2894,11 +2900,19 @@ class ApptainerEnd(Record):
         ),
     )
 
-    def __init__(self, image: str) -> None:
+    def __init__(self, image: str, oom_kills: int = 0) -> None:
         self.image = image
+        self.oom_kills = oom_kills  # at the start
 
     def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
         """Return the reason, None where the exit status says all."""
+        if status in (137, -9):
+            memory = ", most likely because memory ran out" * (oom_kills(facts) > self.oom_kills)
+            return UserError(
+                f"The kernel in a container of {self.image} was killed (SIGKILL){memory}.",
+                "If it ran out of memory, ask for more, or use less.",
+                status,
+            )
         lines = [line for line in said.splitlines() if line.startswith(("FATAL:", "\x1b[31mFATAL"))]
         if status != 255 or not lines:
             return None
@@ -4020,6 +4034,12 @@ def run_tokens(argv: Sequence[str]) -> list[str]:
     return []
 
 
+def encoded_variables(request: Request) -> dict[str, str]:
+    """Return the variables of ``--env`` as they stand in kernel.json, where jupyter_client expands ``$``."""
+    entries = [entry.partition("=")[::2] for entry in request.common.get("env", [])]
+    return {name: encode_token(value, unsafe="$") for name, value in entries}
+
+
 def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequence[str]) -> dict[str, Any]:
     """Return what stands in kernel.json."""
     modes = "+".join(step.mode for step in launch.steps)
@@ -4037,8 +4057,7 @@ def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequ
         "language": kernel.language,
         "metadata": metadata,
     }
-    variables = dict(entry.partition("=")[::2] for entry in request.common.get("env", []))
-    encoded = {name: encode_token(value, unsafe="$") for name, value in variables.items()}
+    encoded = encoded_variables(request)
     if kernel.env or encoded:
         spec["env"] = {**kernel.env, **encoded}
     if kernel.interrupt_mode:
@@ -4168,10 +4187,11 @@ def logo_files(kernel: Kernel, mode: str, own: str, facts: Facts) -> dict[str, b
 def prepare_kernel(
     request: Request, steps: Sequence[Step], facts: Facts, environ: Mapping[str, str]
 ) -> tuple[Kernel, Launch]:
-    """Choose the kernel and test that it could start.
+    """Choose the kernel and test that it could start, with the variables that the user wants it to have.
 
     Raises UserError for whatever is missing: environment, program, module of the kernel.
     """
+    environ = {**environ, **encoded_variables(request)}
     probe = plan_launch(launch_of(request, steps, []), facts, environ)
     if request.common.get("kernel") == OWN_COMMAND:
         kernel = image_kernel(request, probe)
@@ -5070,18 +5090,49 @@ def state_of(kernel: Installed, facts: Facts) -> str:
 
 
 def running_containers(kernel: Installed, facts: Facts) -> list[str]:
-    """Return the names of the containers that run for a kernel; none where its engine does not answer."""
+    """Return what runs for a kernel: names of containers, and where no daemon knows any, processes.
+
+    None where its engine does not answer.
+    """
     found: list[str] = []
     label = "--filter=label=envkernel=" + kernel.name
     try:
-        steps = launch_from_argv(kernel.tokens).steps if kernel.tokens else []
+        launch = launch_from_argv(kernel.tokens) if kernel.tokens else Launch([], [], {})
     except UserError:
         return []
-    for step in steps:
+    for step in launch.steps:
         program = step.options.get("program", "")
-        if step.mode in ("docker", "podman") and facts.is_executable(program):
+        if step.mode in APPTAINER_PROGRAMS:
+            found += running_instance(step, launch, facts)
+            found += [f"process {pid}" for pid in launched_processes(kernel.spec["argv"], facts)]
+        elif step.mode in ("docker", "podman") and facts.is_executable(program):
             said = facts.output([program, "ps", label, "--format={{.Names}}"], launch_environ(facts))
             found += os.fsdecode(said.out).split()
+    return found
+
+
+def running_instance(step: Step, launch: Launch, facts: Facts) -> list[str]:
+    """Return the instance of Apptainer that a kernelspec's kernels share, where it runs."""
+    program = step.options.get("program", "")
+    if not step.options.get("shared") or not facts.is_executable(program):
+        return []
+    name = "envkernel-" + shared_name(step, launch, facts)
+    said = facts.output([program, "instance", "list", name], launch_environ(facts))
+    return ["instance " + name] if name in os.fsdecode(said.out).split() else []
+
+
+def launched_processes(argv: Sequence[str], facts: Facts) -> list[int]:
+    """Return the processes that Jupyter started with the argv of a kernelspec, and that run something.
+
+    One that only waits to clean up has the same arguments, but no child process.
+    """
+    found = []
+    for pid in sorted(int(name) for name in facts.listdir("/proc") if name.isdigit()):
+        words = (facts.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")[:-1]
+        if len(words) == len(argv) and all(
+            os.fsencode(wanted) == word or CONNECTION_FILE in wanted for wanted, word in zip(argv, words)
+        ):
+            found += [pid] if facts.read(f"/proc/{pid}/task/{pid}/children") else []
     return found
 
 
@@ -5100,7 +5151,7 @@ def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
         "mode": mode,
         "target": target,
         "folder": kernel.folder,
-        "state": state_of(kernel, facts) + ", running: {}".format(" ".join(runs)) * bool(runs),
+        "state": state_of(kernel, facts) + ", running: {}".format(", ".join(runs)) * bool(runs),
     }
 
 
@@ -6492,8 +6543,7 @@ class Membership:
 
         self.shared = shared
         self.folder = folder
-        private_folder(os.path.dirname(folder))
-        self.start_lock = take_lock(folder + "/start.lock")
+        self.start_lock = take_lock(folder + "/start.lock", os.path.dirname(folder))
         self.users_lock = os.open(folder + "/users.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(self.users_lock, fcntl.LOCK_SH)
         fcntl.flock(self.start_lock, fcntl.LOCK_UN)
@@ -6537,16 +6587,17 @@ class Membership:
                 remove_empty(os.path.dirname(path))
 
 
-def take_lock(path: str) -> int:
+def take_lock(path: str, above: str = "") -> int:
     """Return an open lock file that this process holds alone, made where it is missing.
 
-    Waits for whoever cleans up after the kernel that had the same connection file: its ports and
-    its folder are free from then on.  Raises UserError where the folder is not this user's own.
+    above: as for `private_folder`.  Waits for whoever cleans up after the kernel that had the same
+    connection file: its ports and its folder are free from then on.  Raises UserError where the folder
+    is not this user's own.
     """
     import fcntl
 
     while True:
-        private_folder(os.path.dirname(path))
+        private_folder(os.path.dirname(path), above)
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:  # the last user of the folder has just removed it
@@ -6557,8 +6608,11 @@ def take_lock(path: str) -> int:
         os.close(file)
 
 
-def private_folder(path: str) -> None:
-    """Make a folder that only this user can enter.  Raises UserError where something else is there."""
+def private_folder(path: str, above: str = "") -> None:
+    """Make a folder that only this user can enter.  Raises UserError where something else is there.
+
+    above: the private folder that it is in, which the last one to use it may be removing just now.
+    """
     import stat
 
     try:
@@ -6566,6 +6620,10 @@ def private_folder(path: str) -> None:
     except FileExistsError:
         pass
     except OSError as error:
+        if above and isinstance(error, FileNotFoundError):
+            private_folder(above)
+            private_folder(path, above)
+            return
         raise UserError(
             f"The folder {path} can't be made: {os.strerror(error.errno or 0)}.",
             "Point XDG_RUNTIME_DIR or TMPDIR at a folder that you can write to.",

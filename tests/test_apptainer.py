@@ -365,3 +365,32 @@ def test_unknown_options_are_refused_with_a_suggestion(engine: Engine) -> None:
     with pytest.raises(UserError, match="knows the option --contian") as caught:
         setup(engine, "apptainer", "--contian", "/images/a.sif")
     assert "--contain" in caught.value.hint
+
+
+def test_what_runs_is_told_by_process_and_instance(facts: FakeFacts) -> None:
+    tokens = [token.replace(FILE, "{connection_file}") for token in run("--shared")]
+    argv = ["/usr/bin/python3", "/x/envkernel.py", *tokens]
+    started = "\0".join([*argv, ""]).replace("{connection_file}", FILE).encode()
+    facts.files.update({f"/proc/{pid}/cmdline": started for pid in (9, 10, 700)})
+    facts.files["/proc/8/cmdline"] = started.replace(b"--name=x", b"--name=y")
+    facts.files.update({f"/proc/{pid}/task/{pid}/children": b"11 " for pid in (8, 10, 700)})
+    facts.files["/proc/9/task/9/children"] = b""  # it only waits to clean up
+    kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens)
+    launch = envkernel.launch_from_argv(tokens)
+    name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, facts)
+    ask = (ENGINE, "instance", "list", name)
+    facts.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\n")
+    assert envkernel.running_containers(kernel, facts) == ["process 10", "process 700"]
+    facts.answers[ask] = Output(0, f"INSTANCE NAME    PID\n{name}    12\n".encode())
+    assert envkernel.running_containers(kernel, facts)[0] == "instance " + name
+
+
+def test_a_killed_kernel_is_told_from_one_that_memory_ran_out_for(facts: FakeFacts) -> None:
+    facts.files["/proc/vmstat"] = b"pgfault 7\noom_kill 3\n"
+    care = plan(facts, *run()).care
+    assert care is not None
+    assert care.explain is not None
+    assert str(care.explain(137, "", facts).message).endswith("a.sif was killed (SIGKILL).")  # type: ignore[union-attr]
+    facts.files["/proc/vmstat"] = b"pgfault 8\noom_kill 4\n"
+    assert "because memory ran out" in care.explain(-9, "", facts).message  # type: ignore[union-attr]
+    assert care.explain(1, "", facts) is None

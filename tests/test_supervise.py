@@ -357,3 +357,13 @@ def test_signals_can_go_to_the_members_of_the_group_alone(tmp_path: Path, launch
     for count in range(1, 4):
         os.kill(supervisor.pid, signal.SIGINT)
         assert until(lambda count=count: mark.exists() and mark.read_text() == "kernel " * count)
+
+
+def test_a_private_folder_whose_parent_is_being_removed(tmp_path: Path) -> None:
+    """As where a kernel joins a shared container just when the last one leaves it."""
+    base = tmp_path / "base"
+    envkernel.private_folder(str(base / "shared"), str(base))
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (base, base / "shared")] == [0o700, 0o700]
+    with pytest.raises(envkernel.UserError, match="can't be made"):
+        envkernel.private_folder(str(tmp_path / "no" / "no" / "no"), str(tmp_path / "no" / "no"))
+    assert not (tmp_path / "no").exists()

@@ -11,16 +11,17 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 from jupyter_client import KernelManager
 from jupyter_client.connect import write_connection_file
 
-from support import SCRIPT, missing
+from support import SCRIPT, done, missing
 from support.apptainer import Apptainer
-from support.engine_cases import listeners, until
-from support.jupyter import Jupyter, Kernel, run_protocol_tests
+from support.containers import USER, PlainUser, short_folder
+from support.engine_cases import AS_USER, graded_output, listeners, until
+from support.jupyter import Jupyter, Kernel, run_protocol_tests, wait_for
 
 pytestmark = pytest.mark.live
 
@@ -125,6 +126,7 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
         ]  # ipykernel makes it sticky
         assert modes == [0o700, 0o700, 0o600]
         assert json.loads(copy.read_text())["key"] == told["key"]
+        assert f"ok, running: process {kernel.pid}\n" in place.envkernel("list").stdout
         for _ in range(3):
             name, seconds = kernel.interrupt_in("import time\nwhile True: time.sleep(0.1)")
             assert name == "KeyboardInterrupt"
@@ -136,6 +138,12 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
         assert kernel.value("6 * 7") == "42"
         assert path.read_bytes() == original
         assert len(private_folders(place)) == 1
+        assert kernel.answer("print(input('name? '))", "Ada") == ("name? ", "Ada\n")
+        assert kernel.stop_in("def twice(n):\n    m = 2 * n\n    return m\n\ntwice(21)", 3) == (
+            "twice",
+            3,
+            "42",
+        )
         assert kernel.shutdown() < 5
         assert until(lambda: not private_folders(place))
     assert not {port for _, port in listeners()} & ports
@@ -242,6 +250,55 @@ def test_binds_and_folders(place: Jupyter, sif: Path, tmp_path: Path) -> None:
         assert kernel.value("__import__('os').getcwd()") == "/srv"
 
 
+def test_a_full_disk_for_the_copy(place: Jupyter, sif: Path, tmp_path: Path) -> None:
+    data, small = tmp_path / "data", tmp_path / "small"
+    for folder in (data, small):
+        folder.mkdir()
+    (data / "file").write_bytes(bytes(3 << 20))
+    place.setup("apptainer", "workdir", *SETUP, "--copy-workdir", sif)
+    place.setup("apptainer", "mount", *SETUP, f"--mount=type=bind,src={data},dst=/data,copy", sif)
+    done("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small)
+    try:
+        for name in ("workdir", "mount"):
+            with place.kernel(name, environ={"TMPDIR": str(small)}, cwd=str(data)) as kernel:
+                _, error = kernel.execute("1")
+                assert f"{data}/file can't be copied" in str(error)
+                assert "No space left on device" in str(error)
+            assert until(lambda: os.listdir(small) == [])
+    finally:
+        done("umount", small)
+
+
+@contextlib.contextmanager
+def little_memory(pid: int, size: int) -> Iterator[None]:
+    """Put a process into a control group that may have no more than `size` bytes."""
+    first, unified = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    folder = (first if first.is_dir() else unified) / f"envkernel-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / ("memory.limit_in_bytes" if first.is_dir() else "memory.max")).write_text(str(size))
+        (folder / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        assert until(lambda: not (folder / "cgroup.procs").read_text())
+        folder.rmdir()
+
+
+def test_a_kernel_that_is_killed_says_why(place: Jupyter, sif: Path) -> None:
+    place.setup("apptainer", "killed", *SETUP, sif)
+    log = place.root / "stderr"
+    for code, words in (
+        ("import os; os.kill(os.getpid(), 9)", "was killed (SIGKILL)."),
+        ("x = bytearray(1 << 29)", "was killed (SIGKILL), most likely because memory ran out."),
+    ):
+        with open(log, "w") as file, place.kernel("killed", stderr=file) as kernel:
+            pid = int(kernel.value("__import__('os').getpid()"))
+            with little_memory(pid, 200 << 20):
+                kernel.client.execute(code)
+                assert until(lambda kernel=kernel: not kernel.manager.is_alive(), 20)
+        assert f"envkernel: The kernel in a container of {sif} {words}\n" in log.read_text()
+
+
 def test_a_writable_image(place: Jupyter, apptainer: Apptainer, bare_rootfs: Path, tmp_path: Path) -> None:
     """It has the mount points that are in it, and no others."""
     image = tmp_path / "image"
@@ -342,43 +399,75 @@ def test_ten_at_once(place: Jupyter, sif: Path) -> None:
 
 
 @contextlib.contextmanager
-def started(place: Jupyter, name: str) -> Iterator[Kernel]:
-    """Start one of several kernels."""
-    file = place.root / "runtime" / f"kernel-{uuid.uuid4().hex}.json"
-    manager = KernelManager(kernel_name=name, connection_file=str(file))
-    manager.start_kernel(env=place.environ)
-    client = manager.blocking_client()
-    client.start_channels()
+def started(place: Jupyter, name: str, count: int = 1, **traits: Any) -> Iterator[list[Kernel]]:
+    """Start several kernels at the same moment, and have them end so.  traits: of their KernelManager."""
+    managers = []
+    for _ in range(count):
+        file = place.root / "runtime" / f"kernel-{uuid.uuid4().hex}.json"
+        managers.append(KernelManager(kernel_name=name, connection_file=str(file), **traits))
+    clients: list[Any] = []
     try:
-        client.wait_for_ready(timeout=60)
-        yield Kernel(manager, client)
+        for manager in managers:
+            manager.start_kernel(env=place.environ)
+            clients.append(manager.blocking_client())
+        for client in clients:
+            client.start_channels()
+        for client in clients:
+            wait_for(client)
+        yield [Kernel(manager, client) for manager, client in zip(managers, clients)]
+        for manager in managers:
+            if manager.has_kernel:
+                manager.request_shutdown()
     finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-        manager.cleanup_resources()
+        for client in clients:
+            client.stop_channels()
+        for manager in managers:
+            manager.shutdown_kernel(now=True)
+            manager.cleanup_resources()
+
+
+def instances(apptainer: Apptainer) -> list[str]:
+    """Return the names of the instances that run."""
+    said = apptainer.run("instance", "list", "--json")
+    return [row["instance"] for row in json.loads(said.stdout)["instances"]]
 
 
 @pytest.mark.parametrize("options", [[], ["--contain", "--network=none"]], ids=" ".join)
 def test_kernels_share_an_instance(
     place: Jupyter, apptainer: Apptainer, sif: Path, options: list[str]
 ) -> None:
-    def instances() -> list[str]:
-        said = apptainer.run("instance", "list", "--json")
-        return [row["instance"] for row in json.loads(said.stdout)["instances"]]
-
     place.setup("apptainer", "shared", *SETUP, "--shared", *options, sif)
-    before = instances()
-    with started(place, "shared") as first, started(place, "shared") as second:
-        assert len(set(instances()) - set(before)) == 1
+    before = instances(apptainer)
+    for _ in range(2):  # a kernel that starts while the instance ends with the last gets one all the same
+        with started(place, "shared", 2) as (first, second):
+            (name,) = set(instances(apptainer)) - set(before)
+            first.value("globals().update(x=1)")
+    with started(place, "shared", 2) as (first, second):
+        runs = [f"process {pid}" for pid in sorted((first.pid, second.pid))]
+        assert ", ".join([f"ok, running: instance {name}", *runs]) + "\n" in place.envkernel("list").stdout
         assert first.interrupt_in("while True: pass")[0] == "KeyboardInterrupt"
         assert second.value("6 * 7") == "42"
         first.client.execute(ENDLESS)
         time.sleep(0.3)
         assert first.restart(now=True) < 10
         first.shutdown()
+        said = place.envkernel("remove", "shared").stdout
+        assert f"until their notebooks are shut down: instance {name}, process {second.pid}\n" in said
         assert second.value("6 * 7") == "42"
         assert until(lambda: len(list(place.root.glob("user/envkernel/*/*/connection.json"))) == 1)
-    assert until(lambda: instances() == before)
+    assert until(lambda: instances(apptainer) == before)
+
+
+def test_an_instance_that_is_kept(place: Jupyter, apptainer: Apptainer, sif: Path) -> None:
+    place.setup("apptainer", "kept", *SETUP, "--shared", "--keep", "--contain", sif)
+    before = instances(apptainer)
+    for seen in ("x", "xx"):
+        with started(place, "kept") as (kernel,):
+            kernel.value("open('/tmp/notes', 'a').write('x')")  # a contained /tmp is the instance's own
+            assert kernel.value("open('/tmp/notes').read()") == seen
+        (name,) = set(instances(apptainer)) - set(before)
+    assert f"ok, running: instance {name}\n" in place.envkernel("list").stdout
+    apptainer.run("instance", "stop", name)
 
 
 def test_the_kernelspec_of_1x(place: Jupyter, sif: Path, tmp_path: Path) -> None:
@@ -485,3 +574,46 @@ def test_the_suite_of_jupyter_kernel_test(place: Jupyter, sif: Path, monkeypatch
     for name, value in place.environ.items():
         monkeypatch.setenv(name, value)
     run_protocol_tests("suite")
+
+
+def test_grading_without_network(place: Jupyter, sif: Path, tmp_path: Path) -> None:
+    place.setup("apptainer", "course", *SETUP, "--containall", "--no-home", "--network=none", "--pwd", sif)
+    assert graded_output(place, tmp_path / "course", "course") == [["['lo']\n"]]
+    assert until(lambda: not private_folders(place))
+
+
+def test_r(place: Jupyter, r_rootfs: Path) -> None:
+    spec = place.setup("apptainer", "r", "--kernel=ir", "--contain", "--network=none", r_rootfs)
+    assert spec["language"] == "R"
+    with place.kernel("r") as kernel:
+        assert kernel.execute("cat(6 * 7)") == ("42", None)
+        request = kernel.client.execute("Sys.sleep(60)")
+        time.sleep(1)
+        kernel.manager.interrupt_kernel()
+        assert kernel.client.get_shell_msg(timeout=10)["parent_header"]["msg_id"] == request
+
+
+def test_jupyters_own_unix_sockets(place: Jupyter, sif: Path) -> None:
+    place.setup("apptainer", "ipc", *SETUP, "--contain", sif)
+    with started(place, "ipc", transport="ipc", ip=str(place.root / "ipc")) as (kernel,):
+        assert kernel.value("6 * 7") == "42"
+    assert until(lambda: not list(place.root.glob("ipc-*")))
+
+
+def test_encrypted_end_to_end(place: Jupyter, sif: Path, new_ipykernel: Path) -> None:
+    """CurveZMQ, whose keys Jupyter puts into the connection file where the kernel says that it can."""
+    newer = [f"--bind={new_ipykernel}:/new:ro", "--env=PYTHONPATH=/new"]
+    spec = place.setup("apptainer", "curve", *SETUP, "--network=none", *newer, sif)
+    assert spec["metadata"]["supported_encryption"] == ["curve"]
+    with started(place, "curve", transport_encryption="required") as (kernel,):
+        told = json.loads(Path(kernel.manager.connection_file).read_text())
+        assert readers_of(told["curve_secretkey"]) == []
+        assert kernel.value("6 * 7") == "42"
+
+
+def test_an_ordinary_user(place: Jupyter, apptainer: Apptainer, python_rootfs: Path) -> None:
+    with short_folder("user") as folder:
+        user = PlainUser(folder, {})
+        engine = "--engine=" + os.path.realpath(apptainer.program)
+        seen = user.run(AS_USER, "apptainer", str(python_rootfs), engine)
+        assert seen == {"inside": USER, "owner": [USER, USER], "left": []}

@@ -498,29 +498,8 @@ class EngineCases:
         return user.run(AS_USER, engine.name, self.image)
 
     def test_grading_without_network(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
-        """nbgrader autograde of a submission, as the document of envkernel 1.x describes it."""
-        course = tmp_path / "course"
-        code = (
-            "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 1))\n"
-            "except OSError as e:\n    seen = e.errno\n"
-            "names = [n for _, n in socket.if_nameindex()]"
-        )
-        for stage in ("source/ps1", "submitted/bitdiddle/ps1"):
-            (course / stage).mkdir(parents=True)
-            solution = code if "bitdiddle" in stage else "pass"
-            (course / stage / "p1.ipynb").write_text(graded_notebook(solution))
         self.setup(place, engine, "course", "--network=none", "--pwd", self.image)
-        tool = [sys.executable, "-m", "nbgrader"]
-        base = [f"--CourseDirectory.root={course}", "--CourseDirectory.course_id=c"]
-        for command in (
-            ["generate_assignment", "ps1", "--force"],
-            ["autograde", "ps1", "--ExecutePreprocessor.kernel_name=course"],
-        ):
-            environ = {**place.environ, "PATH": f"{sys.prefix}/bin:{place.environ['PATH']}"}
-            done(*tool, *command, *base, env=environ, cwd=course)
-        (graded,) = (course / "autograded").rglob("p1.ipynb")
-        outputs = json.loads(graded.read_text())["cells"][-1]["outputs"]
-        assert [output.get("text") for output in outputs] == [["['lo']\n"]]
+        assert graded_output(place, tmp_path / "course", "course") == [["['lo']\n"]]
         assert until(lambda: engine.ids() == [])
 
     def test_the_suite_of_jupyter_kernel_test(
@@ -530,6 +509,33 @@ class EngineCases:
         for name, value in place.environ.items():
             monkeypatch.setenv(name, value)
         run_protocol_tests("suite")
+
+
+def graded_output(place: Jupyter, course: Path, kernel: str) -> list[Any]:
+    """Autograde a submission as the document of envkernel 1.x describes it; return what its test printed.
+
+    It prints the names of the network interfaces that it saw, after it tried to connect to something.
+    """
+    code = (
+        "import socket\ntry:\n    socket.create_connection(('127.0.0.1', 1))\n"
+        "except OSError as e:\n    seen = e.errno\n"
+        "names = [n for _, n in socket.if_nameindex()]"
+    )
+    for stage in ("source/ps1", "submitted/bitdiddle/ps1"):
+        (course / stage).mkdir(parents=True)
+        solution = code if "bitdiddle" in stage else "pass"
+        (course / stage / "p1.ipynb").write_text(graded_notebook(solution))
+    tool = [sys.executable, "-m", "nbgrader"]
+    base = [f"--CourseDirectory.root={course}", "--CourseDirectory.course_id=c"]
+    for command in (
+        ["generate_assignment", "ps1", "--force"],
+        ["autograde", "ps1", f"--ExecutePreprocessor.kernel_name={kernel}"],
+    ):
+        environ = {**place.environ, "PATH": f"{sys.prefix}/bin:{place.environ['PATH']}"}
+        done(*tool, *command, *base, env=environ, cwd=course)
+    (graded,) = (course / "autograded").rglob("p1.ipynb")
+    outputs = json.loads(graded.read_text())["cells"][-1]["outputs"]
+    return [output.get("text") for output in outputs]
 
 
 def graded_notebook(solution: str) -> str:
@@ -556,7 +562,7 @@ place.environ.update({n: v for n, v in os.environ.items() if n.startswith(("DOCK
 os.environ.update(place.environ)
 work = Path(os.environ["HOME"]) / "work"
 work.mkdir()
-place.setup(sys.argv[1], "mine", "--python=python3", "--network=none", "--pwd", sys.argv[2])
+place.setup(sys.argv[1], "mine", "--python=python3", "--network=none", "--pwd", *sys.argv[2:])
 with place.kernel("mine", cwd=str(work)) as kernel:
     kernel.value("open('made', 'w').write('x')")
     kernel.value("open(__import__('os').path.expanduser('~/x'), 'w').write('x')")
