@@ -145,6 +145,16 @@ class UserError(Exception):
         self.detail = detail
 
 
+def missing_place(what: str, path: str, hint: str, closed: str) -> UserError:
+    """Return the error for an environment that is not there, or (closed) behind what may not be read."""
+    if closed:
+        return UserError(
+            f"You may not read {closed}, so the {what} {path} can't be used.",
+            f"Ask its owner for the right to (ls -ld {closed}), or set the kernel up with another one.",
+        )
+    return UserError(f"There is no {what} at {path}.", hint)
+
+
 def usage_error(message: str, hint: str = "") -> UserError:
     """Return the error for a command line that can't be understood (exit status 2)."""
     return UserError(message, hint, status=2)
@@ -1011,9 +1021,11 @@ def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     """Plan what ``conda activate PREFIX`` does.  Raises UserError where there is no environment."""
     prefix = step.targets[0]
     if not facts.isdir(prefix + "/conda-meta"):
-        raise UserError(
-            f"There is no conda environment at {prefix}.",
+        raise missing_place(
+            "conda environment",
+            prefix,
             f"Create it (conda create --prefix {prefix} ipykernel), or set the kernel up with another one.",
+            facts.closed(prefix + "/conda-meta"),
         )
     environ = plan.environ
     root = step.options.get("root", "") or conda_root(prefix, facts, environ)
@@ -1083,9 +1095,11 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     script = path + "/bin/activate"
     text = facts.read(script)
     if text is None:
-        raise UserError(
-            f"There is no virtualenv at {path}.",
+        raise missing_place(
+            "virtualenv",
+            path,
             f"Create it (python3 -m venv {path}, or envkernel virtualenv --create ...), or give its path.",
+            facts.closed(script),
         )
     environ = venv_environ(text, path, plan.environ, facts)
     if environ is None:
@@ -3793,10 +3807,10 @@ KERNELS = {
 """The kernels that are known by name, wherever they run."""
 
 DESCRIBE_IPYKERNEL = (
-    "import json; from ipykernel.kernelspec import get_kernel_dict, RESOURCES; "
+    "import json, ipykernel.kernelapp; from ipykernel.kernelspec import get_kernel_dict, RESOURCES; "
     "print('\\nipykernel:' + json.dumps(dict(get_kernel_dict(), resources=RESOURCES)))"
 )
-"""What the environment's own Python is asked for the metadata and logos of its ipykernel."""
+"""What the environment's own Python is asked for the metadata and logos of its ipykernel, which it loads."""
 
 
 _FIELDS = {
@@ -3894,7 +3908,10 @@ def own_interpreter(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
 
 
 def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
-    """Add to an ipykernel what the environment's own one says of itself: metadata, protocol, logos."""
+    """Add to an ipykernel what the environment's own one says of itself: metadata, protocol, logos.
+
+    Raises UserError where it can't be loaded at all.
+    """
     import json
 
     python = plan.argv[: plan.argv.index("-m")]
@@ -3903,6 +3920,14 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
         spec = json.loads(said.out.split(b"\nipykernel:")[1].splitlines()[0])
         folder = spec["resources"]
     except (ValueError, IndexError, KeyError):
+        if said.status:
+            said = facts.output([*python, "-c", "import ipykernel.kernelapp"], plan.environ)
+        if said.status:
+            raise UserError(
+                f"ipykernel is there but can't be loaded in {plan.where}.",
+                f"Mend that, or install it anew: {plan.install % 'ipykernel'}.",
+                detail=os.fsdecode(said.err).strip().rpartition("\n")[2],
+            ) from None
         return kernel
     texts = {name: facts.read(f"{folder}/{name}") for name in (*LOGO_NAMES.values(), LOGO_SVG)}
     logos = {name: text for name, text in texts.items() if text is not None}
@@ -4155,7 +4180,7 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
         return
     install_kernelspec(destination, spec, files, readable="user" not in common, folder=kernel.folder)
     compile_script(script)
-    say_installed(common["name"], destination)
+    say_installed(common["name"], destination, offer="check" not in common)
 
 
 def setup_steps(request: Request, facts: Facts, environ: Mapping[str, str]) -> list[Step]:
@@ -4421,15 +4446,16 @@ def make_readable(folder: str, made: str) -> None:
         parent = os.path.dirname(parent)
 
 
-def say_installed(name: str, folder: str) -> None:
-    """Tell where the kernelspec is, and what to do where Jupyter does not look there."""
+def say_installed(name: str, folder: str, offer: bool) -> None:
+    """Tell where the kernelspec is, what to do where Jupyter does not look, and (offer) how to test it."""
     from jupyter_core.paths import jupyter_path
 
     print(f"Installed the kernel {name.lower()} in {folder}")
     if os.path.dirname(folder) not in jupyter_path("kernels"):
         base = os.path.dirname(os.path.dirname(folder))
         print(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or install with --user.")
-    print(f"Test it: envkernel check {name.lower()}")
+    if offer:
+        print(f"Test it: envkernel check {name.lower()}")
 
 
 # ---- logos --------------------------------------------------------------------------------------
@@ -4964,19 +4990,35 @@ def zsh_completion(rows: Mapping[str, Sequence[Option]]) -> str:
     )
 
 
+FISH_COMPLETION = """\
+# fish completion for envkernel; in config.fish: envkernel completion fish | source
+function __envkernel_in -d 'which mode or command the cursor is in, and (first) whether no -- comes before'
+    set -l line (commandline -opc)
+    set -l mode $line[2]
+    set -l first yes
+    for index in (seq 3 (count $line))
+        if test "$line[$index]" = --
+            set first no
+            set mode $line[(math $index + 1)]
+        end
+    end
+    test $argv[1] = $first; and contains -- "$mode" $argv[2..-1]
+end
+complete -c envkernel -n '__envkernel_in yes ""' -f
+complete -c envkernel -n '__envkernel_in no ""' -f
+"""
+
+
 def fish_completion(rows: Mapping[str, Sequence[Option]]) -> str:
-    """Return the completion script for fish."""
-    lines = [
-        "# fish completion for envkernel; in config.fish: envkernel completion fish | source",
-        "function __envkernel_in",
-        "    set -l line (commandline -opc)",
-        "    test (count $line) -gt 1; and contains -- $line[2] $argv",
-        "end",
-        "complete -c envkernel -n 'test (count (commandline -opc)) -eq 1' -f",
-    ]
+    """Return the completion script for fish.
+
+    After ``--`` fish completes no options, so there they are arguments.
+    """
+    lines = []
     for name, help in summaries().items():
-        words = f"-a {name} -d {quoted(help)}"
-        lines.append(f"complete -c envkernel -n 'test (count (commandline -opc)) -eq 1' -f {words}")
+        for first in ("yes", "no") if name in MODES else ("yes",):
+            where = quoted(f'__envkernel_in {first} ""')
+            lines.append(f"complete -c envkernel -n {where} -f -a {name} -d {quoted(help)}")
     for name, options in rows.items():
         names = name or " ".join(MODES)
         for option in options:
@@ -4987,15 +5029,16 @@ def fish_completion(rows: Mapping[str, Sequence[Option]]) -> str:
                 words += f" -x -a {quoted(' '.join(option.choices))}"
             elif option.metavar:
                 words += " -r -F" if option.kind == "path" else " -x"
-            lines.append(
-                f"complete -c envkernel -n '__envkernel_in {names}' {words} -d {quoted(option.help)}"
-            )
+            help = quoted(option.help)
+            lines.append(f"complete -c envkernel -n '__envkernel_in yes {names}' {words} -d {help}")
+            if name in MODES:
+                flags = " ".join(option.flags)
+                lines.append(f"complete -c envkernel -n '__envkernel_in no {names}' -a '{flags}' -d {help}")
     named = " ".join(name for name, command in COMMANDS.items() if command.argument == "NAME")
-    lines.append(
-        f"complete -c envkernel -n '__envkernel_in {named}' -f -a '(envkernel list --names 2>/dev/null)'"
-    )
-    lines.append(f"complete -c envkernel -n '__envkernel_in completion' -f -a '{' '.join(SHELLS)}'")
-    return "\n".join(lines) + "\n"
+    words = "-f -a '(envkernel list --names 2>/dev/null)'"
+    lines.append(f"complete -c envkernel -n '__envkernel_in yes {named}' {words}")
+    lines.append(f"complete -c envkernel -n '__envkernel_in yes completion' -f -a '{' '.join(SHELLS)}'")
+    return FISH_COMPLETION + "\n".join(lines) + "\n"
 
 
 SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
@@ -5425,7 +5468,8 @@ class Check:
         """Look for addresses that others could reach, on Jupyter's ports and of the kernel's processes."""
         connection: Mapping[str, Any] = self.manager.get_connection_info()
         ports = {connection[name + "_port"] for name in STREAMS}
-        sockets = {socket for pid in marked_processes(self.mark) for socket in sockets_of(pid)}
+        pids = {} if self.plan.job else marked_processes(self.mark)  # srun's own ports are Slurm's affair
+        sockets = {socket for pid in pids for socket in sockets_of(pid)}
         exposed = {
             f"{address}, port {port}"
             for address, port, socket in listening_sockets(self.facts)
@@ -5449,7 +5493,7 @@ class Check:
         if isinstance(job, SlurmJob):
             mine = f"--user={os.getuid()}"
             question = [job.tool("squeue"), "--noheader", mine, f"--name={self.kernel.name}", "--format=%i"]
-        elif not (care and isinstance(care.explain, ContainerEnd)):
+        elif not (care and isinstance(care.explain, ContainerEnd)) or (care.shared and care.shared.keep):
             return found
         said = self.facts.output(question, self.plan.environ)
         kind = "job" if job else "container"
@@ -5719,6 +5763,12 @@ class Facts:
     def is_executable(self, path: str) -> bool:
         """Tell whether `path` is a file that this user may execute."""
         return os.path.isfile(path) and os.access(path, os.X_OK)
+
+    def closed(self, path: str) -> str:
+        """Return what on the way to `path` this user may not read or enter, empty where nothing is in it."""
+        while not os.path.exists(path) and path not in ("", "/"):
+            path = os.path.dirname(path)
+        return "" if os.access(path, os.X_OK if os.path.isdir(path) else os.R_OK) else path
 
     def absolute(self, path: str) -> str:
         """Return `path` absolute, ``~`` resolved, links kept."""
@@ -6110,29 +6160,37 @@ def log_place(name: str, environ: Mapping[str, str]) -> tuple[str, str]:
     return data_dir(environ) + "/envkernel", name.lower().replace("/", "%2F")[:150] + "@"
 
 
-def start_log(name: str, text: str, environ: Mapping[str, str]) -> str:
-    """Write a launch log that only this user can read, forget the oldest, return the new one's path.
+def start_log(name: str, text: str, environ: Mapping[str, str], file_name: str = "") -> tuple[str, str]:
+    """Write a launch log that only this user can read and forget the oldest.
 
-    Returns an empty path where it can't be written: a full disk is no reason not to start a kernel.
+    file_name: of the connection file.  Returns the new log's path, and that of the last one for such a
+    connection file (Jupyter has started that kernel again), empty for none.  The first is empty where it
+    can't be written: a full disk is no reason not to start a kernel.
     """
     import time
 
     folder, prefix = log_place(name, environ)
-    path = f"{folder}/{prefix}{time.time_ns()}.log"
+    mark = "-{}.log".format(file_name.replace("kernel-", "").split(".")[0][:8])
+    path = f"{folder}/{prefix}{time.time_ns()}{mark}"
+    earlier = ""
     try:
         try:
             names = os.listdir(folder)
         except FileNotFoundError:
             os.makedirs(folder, 0o700)
             names = []
-        for old in sorted(name for name in names if name.startswith(prefix))[: 1 - LOGS_KEPT]:
+        olds = sorted(name for name in names if name.startswith(prefix))
+        for old in olds:
+            if file_name and old.endswith(mark):
+                earlier = f"{folder}/{old}"
+        for old in olds[: 1 - LOGS_KEPT]:
             os.unlink(f"{folder}/{old}")
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.write(file, os.fsencode(text))
         os.close(file)
     except OSError:
-        return ""
-    return path
+        return "", earlier
+    return path, earlier
 
 
 def append_log(path: str, text: str) -> None:
@@ -6736,7 +6794,7 @@ def reap(
     elif any(time.monotonic() - start < 10 for start in killed):
         failed = care.cleanup  # the engine may have been about to create what had to be removed
         time.sleep(2 * bool(failed))
-    for command in failed:
+    for command in failed if programs else ():  # without its engine it never ran
         insist(command, environ)
 
 
@@ -7061,9 +7119,12 @@ def ended_error(status: int, where: str, said: str, install: str = "install %s")
         except ValueError:
             words = f"signal {number}"
     missing = re.search(r"No module named '?([\w.]+)", said)
+    library = re.search(r"([\w./+-]+\.so[\w.]*): cannot open shared object file", said)
     if missing:
         package = missing[1].split(".")[0].replace("ipykernel_launcher", "ipykernel")
         hint = f"Install what it misses: `{install % package}`."
+    elif library:
+        hint = f"Its library {library[1]} is missing: install it, or load a module that brings it."
     elif status == 125:
         words = "exit status 125: the engine itself failed"
         hint = "What the engine said is below; mend the image's name or the engine's options."
@@ -7265,6 +7326,29 @@ def supervise(plan: Plan, care: Care, facts: Facts, log: str = "") -> int:
     finally:
         append_log(log, end_text(supervisor.status, supervisor.began, care.connection.get("key", "")))
         supervisor.close()
+
+
+def watched(plan: Plan, launch: Launch, facts: Facts) -> Plan:
+    """Return the plan of a kernel that Jupyter starts again, with this process beside it if it needs one.
+
+    Where nobody stands beside a kernel, nobody hears what it says when it ends before it answers.
+    Jupyter starts it again, with the same connection file; then somebody does.
+    """
+    log = os.fsdecode(facts.read(launch.options["earlier"]) or b"")
+    lines = dict(line.partition(": ")[::2] for line in log.splitlines())
+    try:
+        path, _, connection = read_connection(launch, facts)
+    except UserError:  # the kernel itself will say so
+        return plan
+    if "ended" in lines:  # somebody stood beside it already
+        failed = "not started" in lines
+    else:
+        told = "not started" in lines or connection.get("transport") == "ipc"
+        failed = not told and not used_ports(connection, facts)
+    if not failed:
+        return plan
+    folder = f"{private_base(plan.environ, '', facts)}/{kernel_key(path)}"
+    return plan.but(care=Care(folder, connection=connection))
 
 
 # ---- node agent and keeper ----------------------------------------------------------------------
@@ -8352,6 +8436,7 @@ class RemoteKernel:
         self.status = 0
         self.error: UserError | None = None
         self.answered = self.ending = self.welcome = False
+        self.began = b""
         self.tries = 0
         self.lost: object = None
 
@@ -8375,6 +8460,8 @@ class RemoteKernel:
             _signal.set_wakeup_fd(-1)
             self.keeper.close()
             self.hang_up()
+            end = end_text(self.status, self.began, self.connection.get("key", ""))
+            append_log(self.launch.options.get("log", ""), end)
         if self.error and self.answered:
             tell_error(self.error)
         elif self.error:
@@ -8399,7 +8486,9 @@ class RemoteKernel:
             self.say(message["say"])
         for name, file in (("out", 1), ("err", 2)):
             if name in message:
-                write_all(file, message[name].encode("latin-1"))
+                text = message[name].encode("latin-1")
+                write_all(file, text)
+                self.began += text[: LOGGED_STDERR - len(self.began)] if file == 2 else b""
         if "adopted" in message:
             self.adopted = message["adopted"]
             self.welcome = True
@@ -9260,11 +9349,16 @@ def run(tokens: Sequence[str]) -> int:
 
 
 def log_launch(launch: Launch, tokens: Sequence[str], plan: Plan | None, environ: Mapping[str, str]) -> None:
-    """Begin the log of a launch; its path becomes the launch's option ``log``."""
+    """Begin the log of a launch; its path becomes the launch's option ``log``.
+
+    That of the start before, where Jupyter starts a kernel again, becomes ``earlier``.
+    """
     import time
 
     text = log_text(tokens, plan, environ, time.time(), os.getpid())
-    launch.options["log"] = start_log(launch.options.get("name", ""), text, environ)
+    file_name = os.path.basename(launch.options.get("connection-file", ""))
+    paths = start_log(launch.options.get("name", ""), text, environ, file_name)
+    launch.options["log"], launch.options["earlier"] = paths
 
 
 def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
@@ -9274,6 +9368,9 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
     """
     if plan.job:
         return RemoteKernel(plan, plan.job, launch, facts).serve()
+    if not plan.care and launch.options.get("earlier"):
+        load("containers")
+        plan = watched(plan, launch, facts)
     if not plan.care:
         become(plan)
     return supervise(plan, plan.care, facts, launch.options.get("log", ""))

@@ -109,7 +109,7 @@ def test_an_unknown_shell_is_an_error(capfd):
 
 
 @pytest.mark.live
-@pytest.mark.parametrize(("words", "expected"), QUESTIONS[:7] + QUESTIONS[11:15], ids=words_of)
+@pytest.mark.parametrize(("words", "expected"), QUESTIONS[:-1], ids=words_of)
 def test_fish(words, expected, script, fake_kernels, tmp_path):
     fish = shutil.which("fish")
     assert fish, "fish is missing: tests/apt.txt"

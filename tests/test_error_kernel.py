@@ -179,6 +179,12 @@ def test_an_empty_key_hides_nothing():
             "exit status 1",
             "`pip install ipykernel`",
         ),
+        (
+            127,
+            "error while loading shared libraries: libpython3.11.so.1.0: cannot open shared object file: No",
+            "exit status 127",
+            "library libpython3.11.so.1.0 is missing",
+        ),
         (125, "no such image", "exit status 125: the engine itself failed", "the image"),
         (126, "", "exit status 126: the command can't be executed", "kernel command"),
         (127, "", "exit status 127: the command was not found", "kernel command"),

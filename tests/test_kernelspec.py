@@ -232,7 +232,16 @@ def test_ipykernel_is_asked_for_its_metadata_and_logos():
     assert made == Kernel(["python"], metadata={"debugger": True}, files={"logo-svg.svg": b"svg"})
 
 
-def test_an_ipykernel_that_says_nothing_is_described_by_nothing():
-    facts = FakeFacts(answers={("/e/python", "-c", envkernel.DESCRIBE_IPYKERNEL): Output(1, b"")})
-    kernel = Kernel(["python"])
-    assert envkernel.describe_ipykernel(kernel, Plan(["/e/python", "-m", "x"], {}), facts) is kernel
+@pytest.mark.parametrize("loads", [True, False])
+def test_an_ipykernel_that_says_nothing_is_described_by_nothing(loads):
+    asked = [
+        ("/e/python", "-c", code) for code in (envkernel.DESCRIBE_IPYKERNEL, "import ipykernel.kernelapp")
+    ]
+    facts = FakeFacts(answers={asked[0]: Output(1), asked[1]: Output(int(not loads), b"", b"no libzmq")})
+    kernel, plan = Kernel(["python"]), Plan(["/e/python", "-m", "x"], {}, where="the env /e")
+    if loads:
+        assert envkernel.describe_ipykernel(kernel, plan, facts) is kernel
+        return
+    with pytest.raises(envkernel.UserError, match="can't be loaded in the env /e") as error:
+        envkernel.describe_ipykernel(kernel, plan, facts)
+    assert error.value.detail == "no libzmq"

@@ -79,8 +79,13 @@ def test_the_data_directory_is_jupyters(environ, folder, monkeypatch):
 
 def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
     environ = {"JUPYTER_DATA_DIR": str(tmp_path / "data")}
-    other = envkernel.start_log("x-2", "other", environ)
-    paths = [envkernel.start_log("x", f"launch {number}\n", environ) for number in range(13)]
+    other, _ = envkernel.start_log("x-2", "other", environ, "kernel-1.json")
+    started = [
+        envkernel.start_log("x", f"launch {number}\n", environ, f"kernel-{number % 3}.json")
+        for number in range(13)
+    ]
+    paths = [path for path, _ in started]
+    assert [earlier for _, earlier in started] == ["", "", "", *paths[:10]]
     assert [os.path.exists(path) for path in paths] == [False] * 3 + [True] * 10
     assert os.path.exists(other)
     assert stat.S_IMODE(os.stat(paths[-1]).st_mode) == 0o600
@@ -93,13 +98,13 @@ def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
 def test_a_kernel_name_leads_to_no_other_folder(tmp_path):
     environ = {"JUPYTER_DATA_DIR": str(tmp_path / "data")}
     for name in ("..", "../../x", "/etc/passwd", "x" * 300, ""):
-        path = envkernel.start_log(name, "text", environ)
+        path, _ = envkernel.start_log(name, "text", environ)
         assert os.path.dirname(path) == str(tmp_path / "data" / "envkernel")
 
 
 def test_a_log_that_cant_be_written_stops_nothing(tmp_path):
     (tmp_path / "file").write_text("")
-    assert envkernel.start_log("x", "text", {"JUPYTER_DATA_DIR": str(tmp_path / "file")}) == ""
+    assert envkernel.start_log("x", "text", {"JUPYTER_DATA_DIR": str(tmp_path / "file")}) == ("", "")
     envkernel.append_log("", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

@@ -18,7 +18,7 @@ NEEDS_MORE = {
     "first_missing",  # what setup alone uses of the facts
 }
 NEEDS_CONTAINERS = {
-    *("supervise", "prepare", "private_folder", "remove_empty", "remove_tree"),
+    *("supervise", "watched", "prepare", "private_folder", "remove_empty", "remove_tree"),
     "RemoteKernel",
 }
 """What plans of other modes, and setup, use."""
