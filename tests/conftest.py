@@ -23,7 +23,7 @@ TOGETHER = {
     **dict.fromkeys(
         ("test_docker", "test_clients", "test_lab", "test_languages", "test_reasons", "test_check"), "docker"
     ),
-    **dict.fromkeys(("test_slurm", "test_yarn"), "cluster"),
+    **dict.fromkeys(("test_slurm", "test_yarn", "test_jobs"), "cluster"),
 }
 """Files that share daemons, and so run in one worker; any other file runs for itself."""
 

@@ -1,19 +1,24 @@
 """`envkernel check`: what it finds, in kernels that are whole, broken, exposed and untidy."""
 
-import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from support.jupyter import marked_processes
+from support.reasons import checked
 
 pytestmark = pytest.mark.live
 
 STEPS = ["start", "ready", "execute", "listening", "interrupt", "restart", "shutdown", "leftovers"]
 
 EXPOSED = """
-import socket, subprocess, sys
+import binascii, os, socket, subprocess, sys
+file = os.fsencode(sys.argv[1])
+key = f"{binascii.crc32(file):08x}{binascii.crc32(file[::-1], 1):08x}"
+os.makedirs(f"{os.environ['TMPDIR']}/envkernel-{os.getuid()}/{key}", exist_ok=True)
 door = socket.socket()
 door.bind(("0.0.0.0", 0))
 door.listen()
@@ -25,17 +30,10 @@ launch_new_instance()
 """
 
 
-def checked(jupyter, name, status):
-    """Check a kernel; return what it said as data, and the errors by step."""
-    result = json.loads(jupyter.envkernel("check", name, "--json", status=status).stdout)
-    assert result["ok"] == (status == 0)
-    return result, {row["step"]: row["error"] for row in result["steps"]}
-
-
 def test_a_whole_kernel_passes_at_setup_already(jupyter, kernel_venv):
     setup = jupyter.envkernel("virtualenv", "--name=whole", "--user", "--check", kernel_venv)
     lines = setup.stdout.splitlines()
-    assert "Test it: envkernel check whole" in lines
+    assert "Test it" not in setup.stdout
     assert [line.split()[0] for line in lines[-8:]] == STEPS
     assert [line.split()[-1] for line in lines[-8:]] == ["ok"] * 8
     assert "--check" not in jupyter.spec("whole")["metadata"]["envkernel"]["command"]
@@ -62,7 +60,7 @@ def test_a_kernel_that_only_fails_when_it_runs(jupyter, kernel_venv):
     assert "no licence" in result["stderr"]
 
 
-def test_open_ports_and_processes_that_stay_are_found(jupyter, kernel_venv):
+def test_open_ports_and_what_stays_are_found(jupyter, kernel_venv):
     words = ["--", "python", "-c", EXPOSED, "{connection_file}"]
     jupyter.setup("virtualenv", "untidy", kernel_venv, *words)
     result, errors = checked(jupyter, "untidy", 1)
@@ -72,7 +70,26 @@ def test_open_ports_and_processes_that_stay_are_found(jupyter, kernel_venv):
         assert len(sleepers) == 2  # the second one since the restart
         for pid in sleepers:
             assert f"process {pid} (sleep 40)" in errors["leftovers"]
+        private = f"{jupyter.environ['TMPDIR']}/envkernel-{os.getuid()}"
+        (folder,) = os.listdir(private)
+        assert f"folder {private}/{folder}" in errors["leftovers"]
         assert {step for step, error in errors.items() if error} == {"listening", "leftovers"}
     finally:
         for pid in marked_processes(jupyter.mark):
             os.kill(pid, 9)
+
+
+def test_a_container_that_stays_is_found(jupyter, docker):
+    """A real one, with the kernel's label."""
+    jupyter.environ.update(docker.environ)
+    jupyter.setup("docker", "boxed", "--python=python3", "python")
+    with ThreadPoolExecutor() as pool:
+        check = pool.submit(checked, jupyter, "boxed", 1)
+        while not docker.ids() and not check.done():
+            time.sleep(0.1)
+        label = "--label=envkernel=boxed"
+        docker.call("run", "-d", "--pull=never", "--name=forgotten", label, "bare", "sleep", "99")
+        _, errors = check.result()
+    docker.call("rm", "-f", "forgotten")
+    found = {step: error for step, error in errors.items() if error}
+    assert found == {"leftovers": "still there: container forgotten"}

@@ -46,7 +46,6 @@ def r_environment(tmp_path_factory):
 
 CASES = {
     "bash": ("bash", "echo $((6 * 7))", "42\n", "sleep 60", ""),
-    # xeus-python 0.19 from PyPI dies of SIGINT and ignores interrupt_request, natively too: nothing to test
     "xpython": ("python", "print(6 * 7)", "42\n", "", ""),
     "ir": ("R", "cat(6 * 7)", "42", "Sys.sleep(60)", ""),
 }
@@ -114,6 +113,31 @@ def test_a_kernel_of_the_virtualenv(name, jupyter, polyglot):
     jupyter.setup("virtualenv", f"my-{name}", f"--kernel={name}", polyglot)
     check_files(jupyter, f"my-{name}", polyglot / "share/jupyter/kernels" / name, "virtualenv")
     check_kernel(jupyter, f"my-{name}", name)
+
+
+def test_an_interrupt_does_to_xeus_python_what_it_does_natively(jupyter, polyglot):
+    """xeus-python 0.19 as PyPI has it ends at SIGINT, which its kernelspec asks for.
+
+    (With ``interrupt_mode: message`` it would take no notice: the code runs on.)
+    """
+    folder = polyglot / "share/jupyter/kernels/xpython"
+    spec = json.loads((folder / "kernel.json").read_text())
+    assert "interrupt_mode" not in spec
+    spec["argv"][0] = str(polyglot / "bin" / "python")
+    native = jupyter.kernels / "native"
+    native.mkdir(parents=True)
+    (native / "kernel.json").write_text(json.dumps(spec))
+    jupyter.setup("virtualenv", "ours", "--kernel=xpython", polyglot)
+    ends = []
+    for name in ("native", "ours"):
+        with jupyter.kernel(name) as kernel:
+            kernel.client.execute("import time\nfor _ in range(600): time.sleep(0.1)")
+            while kernel.client.get_iopub_msg(timeout=20)["msg_type"] != "execute_input":
+                pass
+            time.sleep(0.5)
+            kernel.manager.interrupt_kernel()
+            ends.append(kernel.manager.provisioner.process.wait(10))
+    assert ends == [0, 0]
 
 
 def test_r_of_a_conda_environment(jupyter, r_environment):

@@ -18,25 +18,11 @@ from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 
 from support import done
-from support.jupyter import marked_processes
+from support.containers import PlainUser, short_folder
+from support.jupyter import Kernel, marked_processes, wait_for
+from support.reasons import reason
 
 pytestmark = pytest.mark.live
-
-
-def reason(jupyter, name, **options):
-    """Start a broken kernel; return the error that a cell gets, and all that was published for it."""
-    published = []
-    with jupyter.kernel(name, **options) as kernel:
-        reply = kernel.client.execute_interactive(
-            "1 + 1", timeout=20, output_hook=published.append, allow_stdin=False
-        )["content"]
-        key = kernel.manager.session.key.decode()
-    assert reply["status"] == "error"
-    assert reply["ename"] == "KernelDidNotStart"
-    said = json.dumps([message["content"] for message in published]) + json.dumps(reply)
-    assert key not in said
-    assert "Traceback" not in said
-    return reply, {message["msg_type"]: message["content"] for message in published}
 
 
 def copy_venv(venv, path):
@@ -124,26 +110,131 @@ def test_a_broken_kernelspec(jupyter, kernel_venv, change):
 
 
 @pytest.mark.parametrize(
-    ("end", "words"),
+    ("options", "end", "words", "hint"),
     [
-        ("exit 3", "(exit status 3)"),
-        ("kill -9 $$", "was killed (SIGKILL)"),
-        ("exec /no/such/kernel", "can't run the kernel's program"),
+        ([], "exit 3", "ended before it answered (exit status 3)", "by hand"),
+        ([], "kill -9 $$", "was killed (SIGKILL)", "--memory"),
+        ([], "exec /no/such/kernel", "can't run the kernel's program", "Dockerfile"),
+        ([], "exec /etc/passwd", "can't run the kernel's program", "Dockerfile"),
+        (["--memory=30m", "--memory-swap=30m"], "tail /dev/zero", "ran out of memory", "--memory"),
     ],
-    ids=["fails", "killed", "missing"],
+    ids=["fails", "killed", "127", "126", "memory"],
 )
-def test_a_kernel_that_ends_in_its_container_before_it_answers(jupyter, docker, end, words):
+def test_a_kernel_that_ends_in_its_container_before_it_answers(jupyter, docker, options, end, words, hint):
     jupyter.environ.update(docker.environ)
     command = ["sh", "-c", f"echo no licence >&2; {end}", "{connection_file}"]
-    jupyter.setup("docker", "ends", "python", "--", *command)
+    jupyter.setup("docker", "ends", *options, "python", "--", *command)
     reply, published = reason(jupyter, "ends")
     shown = "\n".join(reply["traceback"])
     assert words in reply["evalue"]
+    assert hint in reply["evalue"]
     assert "no licence" in shown
     assert "no licence" in published["display_data"]["data"]["text/html"]
     log = jupyter.envkernel("log", "ends").stdout
     assert "stderr:\n  no licence\n" in log
     assert "\nended: exit status " in log
+
+
+def test_what_a_container_needs_is_gone(jupyter, docker, tmp_path):
+    """A folder, the image, the engine itself: each was there at setup.  (The daemon: test_docker.)"""
+    jupyter.environ.update(docker.environ)
+    engine, data = tmp_path / "docker", tmp_path / "data"
+    engine.symlink_to(docker.program)
+    data.mkdir()
+    docker.call("tag", "python", "course:1")
+    words = [f"--engine={engine}", "--mount", f"type=bind,src={data},dst=/data", "--python=python3"]
+    jupyter.setup("docker", "course", *words, "course:1")
+    data.rmdir()
+    reply, _ = reason(jupyter, "course")
+    assert reply["evalue"].startswith("docker can't start the container.")
+    assert f"bind source path does not exist: {data}" in "\n".join(reply["traceback"])
+    data.mkdir()
+    docker.call("rmi", "course:1")
+    evalue = reason(jupyter, "course")[0]["evalue"]
+    assert "There is no image course:1 here. Fetch it: docker pull course:1" in evalue
+    engine.unlink()
+    evalue = reason(jupyter, "course")[0]["evalue"]
+    assert str(engine) in evalue
+
+
+FORBIDDEN = """
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+from support.jupyter import Jupyter
+home = Path(os.environ["HOME"])
+place = Jupyter(home / "j")
+os.environ.update(place.environ)
+venv = home / "venv"
+shutil.copytree(sys.argv[1], venv, symlinks=True)
+place.setup("virtualenv", "mine", venv)
+venv.chmod(0)
+with place.kernel("mine") as kernel:
+    shown = kernel.execute("1")[1]
+file = home / "kernel.json"
+file.write_text("{}")
+file.chmod(0)
+argv = [str(file) if word == "{connection_file}" else word for word in place.spec("mine")["argv"]]
+blind = subprocess.run(argv, env=place.environ, capture_output=True, text=True, timeout=20)
+venv.chmod(0o700)
+print(json.dumps([shown, blind.returncode, blind.stderr]))
+"""
+
+
+def test_what_a_user_may_not_read(kernel_venv):
+    """An environment that belongs to others, and a connection file: then nobody can be answered."""
+    with short_folder("forbidden") as folder:
+        venv = folder / "venv"
+        shutil.copytree(kernel_venv, venv, symlinks=True)
+        user = PlainUser(folder, {})
+        shown, status, said = user.run(FORBIDDEN, str(venv))
+    assert (
+        f"You may not read {folder}/home/venv, so the virtualenv {folder}/home/venv can't be used." in shown
+    )
+    assert status == 1
+    assert said.startswith(f"envkernel: You may not read {folder}/home/venv")
+    assert "The notebook can't show this: PermissionError(13, 'Permission denied')" in said
+
+
+def test_a_kernel_that_crashes_is_heard_when_jupyter_starts_it_again(jupyter, kernel_venv, tmp_path):
+    """Nobody stands beside a kernel of a virtualenv, but for the one that Jupyter had to start again."""
+    path = copy_venv(kernel_venv, tmp_path / "venv")
+    script = path / "bin" / "activate"
+    text = script.read_text().replace(str(kernel_venv), str(path))
+    script.unlink()  # a link, so that the other environment keeps its own
+    script.write_text(text)
+    jupyter.setup("virtualenv", "crashing", path)
+    (module,) = path.glob("lib/python*/site-packages/ipykernel/kernelapp.py")
+    whole = module.read_bytes()
+    module.unlink()
+    module.write_text("raise ImportError('libice.so.9: cannot open shared object file')")
+    said = jupyter.envkernel("virtualenv", "--name=no", "--user", path, status=1).stderr
+    assert f"ipykernel is there but can't be loaded in the virtualenv {path}." in said
+    manager = manager_of(jupyter, "crashing")
+    manager.start_kernel(env=jupyter.environ)
+    assert manager.provisioner.process.wait(20) == 1
+    manager.restart_kernel(now=True)
+    kernel = Kernel(manager, manager.blocking_client())
+    kernel.client.start_channels()
+    try:
+        wait_for(kernel.client)
+        shown = kernel.execute("1")[1]
+        assert f"The kernel in the virtualenv {path} ended before it answered (exit status 1)." in shown
+        assert "Its library libice.so.9 is missing" in shown
+        log = jupyter.envkernel("log", "crashing").stdout
+        assert "ImportError: libice.so.9: cannot open shared object file\nended: exit status 1\n" in log
+        module.write_bytes(whole)
+        kernel.restart()
+        assert kernel.execute("6 * 7") == ("42", None)
+        assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
+        for beside in (True, False):  # the second time the kernel has shown that it works
+            assert (kernel.pid != int(kernel.value("__import__('os').getpid()"))) == beside
+            kernel.restart()
+        kernel.restart(now=True)
+        assert kernel.pid == int(kernel.value("__import__('os').getpid()"))
+    finally:
+        kernel.client.stop_channels()
+        manager.shutdown_kernel(now=True)
+        manager.cleanup_resources()
 
 
 def manager_of(jupyter, name, **traits):
