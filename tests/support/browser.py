@@ -17,6 +17,7 @@ import pytest
 from support import missing
 from support.docker import Docker
 from support.jupyter import Jupyter
+from support.modules import Modules
 
 CHROMIUM_OPTIONS = [
     "--no-sandbox",
@@ -35,8 +36,17 @@ KERNEL = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel
 """JupyterLab's connection to the kernel of the notebook in front."""
 
 
-SHOWN = ["python3", "science", "vanished", "contained"]
+SHOWN = ["python3", "science", "genes", "layered", "contained", "vanished", "crashing"]
 """Kernels that a launcher shows, whatever else the tests have installed."""
+
+CLOSE_ALL = """async () => {
+    for (const widget of [...window.jupyterapp.shell.widgets("main")]) if (widget.context) widget.dispose();
+    await window.jupyterapp.serviceManager.sessions.shutdownAll();
+}"""
+"""Closes all notebooks and ends their kernels."""
+
+PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+"""The notebook in front."""
 
 
 class Lab:
@@ -108,18 +118,17 @@ class Lab:
 
 
 class Notebook:
-    """A notebook that stands open in a browser's page."""
+    """A notebook that stands open in front of a browser's page."""
 
     def __init__(self, page: Any, lab: Lab, name: str) -> None:
         self.page = page
-        url = lab.url.replace("/lab?", f"/lab/tree/{name}?reset&")
-        page.goto(url)
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
-        page.keyboard.press("Control+b")  # hides the file browser
+        opening = "async path => { await window.jupyterapp.commands.execute('docmanager:open', {path}); }"
+        page.evaluate(opening, name)
+        page.locator(f"{PANEL} .jp-Cell").first.wait_for()
 
     def cell(self, index: int) -> Any:
         """Return a cell, counted from 0."""
-        return self.page.locator(".jp-Notebook .jp-CodeCell").nth(index)
+        return self.page.locator(f"{PANEL} .jp-CodeCell").nth(index)
 
     def output(self, index: int) -> Any:
         """Return what stands below a cell."""
@@ -127,12 +136,18 @@ class Notebook:
 
     def ready(self) -> None:
         """Wait until the kernel can do something."""
-        self.page.wait_for_function(f"() => {KERNEL}?.status === 'idle'", timeout=PATIENCE)
+        self.page.wait_for_function(f"() => {KERNEL}?.status === 'idle'")
 
     def run(self, index: int) -> None:
         """Run a cell, as Ctrl-Enter does."""
         self.cell(index).locator(".cm-content").click()
         self.page.keyboard.press("Control+Enter")
+
+    def interrupt(self) -> float:
+        """Interrupt the kernel by the menu once it is busy; return when that was."""
+        self.page.wait_for_function(f"() => {KERNEL}?.status === 'busy'")
+        self.menu("Kernel", "Interrupt Kernel")
+        return time.monotonic()
 
     def wait_for(self, index: int, text: str) -> str:
         """Wait until a text stands below a cell; return all that stands there."""
@@ -180,21 +195,12 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def page(chromium: Any) -> Iterator[Any]:
-    """An empty page, in a profile of its own."""
-    context = chromium.new_context(viewport={"width": 1000, "height": 640})
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE)
-    yield page
-    context.close()
-
-
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory, docker_engine: Docker) -> Iterator[Lab]:
+def lab(tmp_path_factory: pytest.TempPathFactory, docker_engine: Docker, lmod: Modules) -> Iterator[Lab]:
     """A JupyterLab of its own; nothing may be left of it and its kernels."""
     jupyter = Jupyter(tmp_path_factory.mktemp("lab") / "jupyter")
     jupyter.environ.update(docker_engine.environ)
+    jupyter.environ.update(lmod.environ)
     server = Lab(jupyter)
     yield server
     server.stop()
@@ -202,6 +208,27 @@ def lab(tmp_path_factory: pytest.TempPathFactory, docker_engine: Docker) -> Iter
     left = server.jupyter.leftovers()
     assert not left, f"left behind by JupyterLab:\n{left}\n{server.log.read_text()}"
     assert not docker_engine.ids()
+
+
+@pytest.fixture(scope="module")
+def window(chromium: Any, lab: Lab) -> Iterator[Any]:
+    """JupyterLab in a page, in a profile of its own: to load it takes seconds, so all tests use this one."""
+    context = chromium.new_context(viewport={"width": 1000, "height": 640})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    yield page
+    context.close()
+
+
+@pytest.fixture
+def page(window: Any, lab: Lab) -> Iterator[Any]:
+    """JupyterLab with a launcher and no kernel; loaded again after a test that failed."""
+    if window.locator(".jp-Dialog").count() or not window.locator(".jp-Launcher").count():
+        window.goto(lab.url.replace("/lab?", "/lab?reset&"))
+        window.locator(".jp-LauncherCard").first.wait_for()
+        window.keyboard.press("Control+b")  # hides the file browser
+    yield window
+    window.evaluate(CLOSE_ALL)
 
 
 @pytest.fixture(scope="session")
