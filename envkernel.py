@@ -1995,6 +1995,13 @@ ENGINE_OPTIONS = [
         run=True,
     ),
     Option("--identity", "Who the kernel is inside.", metavar="WHO", run=True, setup=False),
+    Option(
+        "--guest",
+        "Number of the other user that it is on this machine.",
+        metavar="UID",
+        run=True,
+        setup=False,
+    ),
     Option("--gpu-kind", "Kind of GPU.", metavar="KIND", run=True, setup=False),
     Option("--no-host-network", "The engine does not share the host's network.", run=True, setup=False),
     Option("--no-selinux", "Switch SELinux labels off.", run=True, setup=False),
@@ -2219,6 +2226,12 @@ def engine_word(step: Step, *flags: str) -> str:
     return (engine_values(step.engine, *flags) or [""])[-1]
 
 
+def shares_host(step: Step) -> bool:
+    """Tell whether a container of docker or podman is on the host's network."""
+    usual = engine_word(step, "--network", "--net") in ("", "host")
+    return usual and not step.options.get("no-host-network") and step.options.get("transport") is None
+
+
 def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     """Plan a kernel in a container of docker or podman.  Raises UserError for what can't be done."""
     program = step.options.get("program") or find_program([step.mode], plan.environ, facts)
@@ -2229,8 +2242,7 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         engine = canonical_engine(step.engine, ENGINE_FLAGS, table)
         step = step.but(engine=engine, options={"identity": "user", **step.options})
     network = engine_word(step, "--network", "--net")
-    can_share = not step.options.get("no-host-network")
-    shares = can_share and network in ("", "host") and step.options.get("transport") is None
+    shares = shares_host(step)
     shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
     box = container_box(step, plan, facts, rest, shares_network=shares, shared=shared)
     name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), shared or facts.random())
@@ -2251,6 +2263,7 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     workdir = ["--workdir=" + box.workdir] if box.workdir else []
     environ, variables = variable_tokens(box, plan.environ, bool(step.options.get("init")) and not shared)
     remove = [program, "rm", "-f", "-v", *(["-t", "0"] if step.mode == "podman" else []), name]
+    box.care.owner = int(step.options.get("guest", "-1"))
     box.care.litter = step.mode == "podman"  # conmon marks an OOM kill by a file in its current folder
     box.care.explain = ContainerEnd(program, image, name, box.path("oom"))
     if shared:
@@ -2310,13 +2323,14 @@ def identity_tokens(step: Step, box: Box, facts: Facts) -> list[str]:
     """Return the options that let files in bound folders belong to the user, and HOME be writable.
 
     identity: ``user`` (rootful: the user's own ids), ``keep-id`` (rootless podman), ``root`` (rootless
-    docker, where the container's root is the user), ``given`` (the user chose with --user=X).
+    docker, where the container's root is the user), ``given`` (the user chose with --user=X),
+    ``keep-id:uid=X,gid=Y`` (so in rootless podman: X inside is the user here).
     """
     who = step.options.get("identity", "given")
     uid, gid, groups = facts.ids()
     tokens = ["--security-opt=label=disable"] if step.options.get("no-selinux") else []
-    if who == "keep-id":
-        tokens.append("--userns=keep-id")
+    if who.startswith("keep-id"):
+        tokens.append("--userns=" + who)
     elif who == "root":
         tokens.append("--user=0:0")
     elif who == "user":
@@ -2672,12 +2686,46 @@ def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
         said = facts.try_plan(plan_engine(tried, Plan(["true"], environ), facts, launch))
         text, status = os.fsdecode(said.err), said.status
         if status != 125 and "docker-init" not in text:  # 125: the engine itself failed
-            return step.but(options=options)
+            return settle_guest(step.but(options=options), facts, environ)
         if not any(word in text for word in ("init", "source path", "statfs", "mount")):
             break
     raise engine_error(step.options["program"], step.targets[0], status, text) or UserError(
         f"{step.mode} can't run the image {step.targets[0]}.", "Mend what it says.", 1, text.strip()
     )
+
+
+def settle_guest(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
+    """Return the step with what lets a user of the user's choice (``--user=X``) use the private folder.
+
+    Root gives the folder to them; in rootless podman X can be the user.  Raises UserError where
+    neither can be had.
+    """
+    if step.options["identity"] != "given":
+        return step
+    plan = plan_engine(step, Plan([], environ), facts, Launch([], [], {"name": "probe"}))
+    said = facts.output([*plan.inside, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
+    try:
+        uid, gid, *rows = [int(word) for word in said.out.split()]
+    except ValueError:  # an image without these programs
+        return step
+    outside = [there + uid - here for here, there, n in zip(*[iter(rows)] * 3) if here <= uid < here + n]
+    me = facts.ids()[0]
+    if not outside or outside[0] == me:
+        return step
+    if not me:
+        guest = {"guest": str(outside[0])}
+    elif uid and step.mode == "podman" and not engine_word(step, "--userns"):
+        guest = {"identity": f"keep-id:uid={uid}" + (f",gid={gid}" if gid else "")}  # gid=0 fails
+    elif outside[0] or not shares_host(step):
+        raise UserError(
+            f"The kernel would be another user than you (number {outside[0]}) and could not be reached.",
+            "Leave --user and --userns out, or use podman; --user=root can be had on the host's network.",
+        )
+    else:
+        return step
+    if step.options.get("shared"):
+        raise usage_error("--shared is for kernels that run as you.", "Leave --user or --shared out.")
+    return step.but(options={**step.options, **guest})
 
 
 def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan, Facts]:
@@ -6529,6 +6577,7 @@ class Care(Record):
     so that is the private folder.  shared: the container that this and other kernels run in.
     connection: what Jupyter's connection file says.  relay: where the kernel listens, if not where
     that says: the beginning of the paths of five unix sockets, ``-1`` or ``:1`` following.
+    owner: number of the user that root gives the private folder to, -1 for nobody.
     explain: ``(status, said, facts) -> UserError or None``: why the program ended, from its exit
     status and the end of its stderr; None where nothing more than these is known.
     """
@@ -6548,6 +6597,7 @@ class Care(Record):
         shared: Shared | None = None,
         connection: Mapping[str, Any] | None = None,
         relay: str = "",
+        owner: int = -1,
         explain: Callable[[int, str, Facts], UserError | None] | None = None,
     ) -> None:
         self.folder = folder
@@ -6562,6 +6612,7 @@ class Care(Record):
         self.shared = shared
         self.connection = dict(connection or {})
         self.relay = relay
+        self.owner = owner
         self.explain = explain
 
 
@@ -6918,6 +6969,8 @@ def prepare(care: Care) -> None:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(text)
+                os.fchown(file.fileno(), care.owner, -1)
+        os.chown(care.folder, care.owner, -1)
     except OSError as error:
         raise UserError(
             f"The kernel's private folder {care.folder} can't be filled: {os.strerror(error.errno or 0)}.",

@@ -248,6 +248,57 @@ def test_a_user_that_was_given_is_left_alone() -> None:
     assert nature("podman", {"host": ROOTLESS}, ["--user=root"]) == {"identity": "given"}
 
 
+ROOTFUL = "0 0 4294967295"
+
+
+def settled(
+    mode: str, said: str, me: int = 1000, engine: list[str] | None = None, **more: Any
+) -> dict[str, Any]:
+    facts = FakeFacts(programs=[f"/usr/bin/{mode}"])
+    facts.ids = lambda: (me, me, [])  # type: ignore[method-assign]
+    facts.output = lambda argv, environ: Output(0, said.encode())  # type: ignore[method-assign]
+    told = {"program": f"/usr/bin/{mode}", "identity": "given"}
+    step = Step(mode, {**told, **more}, ["image"], engine or ["--user=7"])
+    options = envkernel.settle_guest(step, facts, {}).options
+    return {name: value for name, value in options.items() if {**told, **more}.get(name) != value}
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "me", "engine", "changed"),
+    [
+        ("docker", f"7 8 {ROOTFUL}", 0, ["--user=7"], {"guest": "7"}),
+        ("docker", "7 8 0 100000 65536", 0, ["--user=7"], {"guest": "100007"}),  # userns-remap
+        ("docker", f"1000 8 {ROOTFUL}", 1000, ["--user=1000"], {}),
+        ("docker", f"0 0 {ROOTFUL}", 1000, ["--user=root"], {}),
+        ("podman", "7 8 0 1000 1 1 100000 65536", 1000, ["--user=7"], {"identity": "keep-id:uid=7,gid=8"}),
+        ("podman", "7 0 0 1000 1 1 100000 65536", 1000, ["--user=7"], {"identity": "keep-id:uid=7"}),
+        ("podman", "0 0 0 1000 1 1 100000 65536", 1000, ["--user=root"], {}),
+        ("docker", "sh: no such program", 1000, ["--user=7"], {}),
+    ],
+)
+def test_a_user_who_is_not_you(
+    mode: str, said: str, me: int, engine: list[str], changed: dict[str, Any]
+) -> None:
+    assert settled(mode, said, me, engine) == changed
+
+
+@pytest.mark.parametrize(
+    ("said", "engine"), [("7 7", ["--user=7"]), ("0 0", ["--user=root", "--network=none"])]
+)
+def test_a_user_who_could_not_be_reached(said: str, engine: list[str]) -> None:
+    with pytest.raises(UserError, match="would be another user than you"):
+        settled("docker", f"{said} {ROOTFUL}", engine=engine)
+    with pytest.raises(UserError, match="--shared is for kernels that run as you"):
+        settled("docker", f"7 7 {ROOTFUL}", 0, shared=True)
+
+
+def test_the_private_folder_is_given_to_the_guest() -> None:
+    made = plan(identity="given", guest="7", engine=["--user=7"])
+    assert made.care is not None
+    assert made.care.owner == 7
+    assert "--userns=keep-id:uid=7,gid=8" in plan("podman", identity="keep-id:uid=7,gid=8").argv
+
+
 def test_a_daemon_that_is_down() -> None:
     text = b"Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
     facts = FakeFacts(answers={("/d", "info", "--format={{json .}}"): Output(1, b"", text)})

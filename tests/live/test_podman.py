@@ -16,6 +16,7 @@ pytestmark = pytest.mark.live
 
 class TestPodman(EngineCases):
     image = "localhost/python"
+    chosen = (0, f"1234 is {USER}")
 
     @pytest.fixture
     def engine(self, podman: Engine) -> Engine:

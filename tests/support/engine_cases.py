@@ -492,7 +492,24 @@ class EngineCases:
         """A plain user who may talk to root's daemon; without network, so through sockets of the user's."""
         with short_folder("user") as folder:
             seen = self.as_user(PlainUser(folder, engine.environ), engine)
+            chosen = seen.pop("chosen")
             assert seen == {"inside": USER, "owner": [USER, USER], "left": []}
+            assert chosen[0] == self.chosen[0], chosen[1]
+            assert self.chosen[1] in chosen[1]
+
+    chosen = (1, "The kernel would be another user than you (number 1234)")
+    """What becomes of a plain user's --user=1234: exit status of setup, and what is said then."""
+
+    def test_a_user_of_ones_choice(self, place: Jupyter, engine: Engine) -> None:
+        """Another one than root, who starts it; on the host the private folder stays closed to others."""
+        self.setup(place, engine, "guest", f"--user={USER}", "--network=none", self.image)
+        with place.kernel("guest") as kernel:
+            assert kernel.value("__import__('os').getuid()") == str(USER)
+            base = Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}"
+            (folder,) = base.glob("*/")
+            seen = [path.stat() for path in (base, folder, folder / "connection.json")]
+            assert [one.st_uid for one in seen] == [0, USER, USER]
+            assert [stat.S_IMODE(one.st_mode) & 0o777 for one in seen] == [0o700, 0o700, 0o600]
 
     def as_user(self, user: PlainUser, engine: Engine) -> Any:
         return user.run(AS_USER, engine.name, self.image)
@@ -569,6 +586,14 @@ with place.kernel("mine", cwd=str(work)) as kernel:
     uid = int(kernel.value("__import__('os').getuid()"))
     kernel.interrupt_in("import time; time.sleep(60)")
 made = (work / "made").stat()
+words = [sys.argv[1], "--name=other", "--user", "--python=python3", "--network=none", "--pwd", "--user=1234"]
+said = place.envkernel(*words, sys.argv[2], status=None)
+chosen = [said.returncode, said.stderr]
+if not said.returncode:
+    with place.kernel("other", cwd=str(work)) as kernel:
+        kernel.value("open('theirs', 'w').write('x')")
+        inside = kernel.value("__import__('os').getuid()")
+        chosen[1] = f"{inside} is {(work / 'theirs').stat().st_uid}"
 left = os.listdir(place.environ["TMPDIR"])
-print(json.dumps({"inside": uid, "owner": [made.st_uid, made.st_gid], "left": left}))
+print(json.dumps({"chosen": chosen, "inside": uid, "owner": [made.st_uid, made.st_gid], "left": left}))
 """
