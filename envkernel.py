@@ -2776,6 +2776,9 @@ APPTAINER_BUILD_FLAGS = (
 _APPTAINER_PATHS = ("overlay", "env-file", "workdir", "apply-cgroups", "pem-path", "authfile", "home")
 """Options of ``exec`` whose value is a path on the host, up to a colon."""
 
+_APPTAINER_FETCH = ("--authfile", "--disable-cache", "--docker-host", "--docker-login", "--no-https")
+"""Options of ``exec`` that tell how an image is fetched: here that is done at setup."""
+
 APPTAINER_OPTIONS = [
     Option(
         "--uri",
@@ -2993,15 +2996,18 @@ def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common
     """
     step = apptainer_step(step)
     program = apptainer_program(step, environ, facts)
-    table = option_table(APPTAINER_FLAGS)
-    for_build = [token for token in step.engine if token.partition("=")[0] not in table]
     options = dict(step.options, program=program)
+    table = option_table(APPTAINER_FLAGS)
+    if "build" in options or "uri" in options or any(map(is_uri, step.targets)):
+        table = {flag: value for flag, value in table.items() if flag not in _APPTAINER_FETCH}
+    for_build = [token for token in step.engine if token.partition("=")[0] not in table]
     if "engine" in options:
         options["engine"] = program
     if common.get("kernel") == OWN_COMMAND:
         options["runscript"] = True
     if for_build:
-        options["build-option"] = [*options.get("build-option", []), *for_build]
+        moved = [absolute_value(token, facts) for token in for_build]
+        options["build-option"] = [*options.get("build-option", []), *moved]
     if "bind" in options:
         options["bind"] = setup_binds(options["bind"], facts)
     engine = [absolute_value(token, facts) for token in step.engine if token not in for_build]
