@@ -1617,7 +1617,11 @@ def missing_hint(program: str, plan: Plan, facts: Facts) -> str:
     if is_python(program) and pythons:
         return f"It has {', '.join(sorted(set(pythons)))}: choose one of them with --python."
     if is_python(program) and " -m pip " in plan.install:
-        return f"Its Python is gone; make {plan.where} anew."
+        link = f"{(plan.search or [''])[0]}/{program}"
+        goal = facts.real_path(link)
+        gone = f"Its Python is gone (it was {goal})" if goal != link else "Its Python is gone"
+        anew = f"python3 -m venv --clear {os.path.dirname(os.path.dirname(link))}"
+        return f"{gone}; make it anew: `{anew} && {plan.install % 'ipykernel'}`."
     if is_python(program):
         return f"Try: {plan.install % 'ipykernel'}."
     if program in PACKAGES and plan.install.startswith("conda "):
@@ -7387,12 +7391,18 @@ def supervise(plan: Plan, care: Care, facts: Facts, log: str = "") -> int:
         supervisor.close()
 
 
+AGAIN = 120
+"""Seconds within which Jupyter starts a kernel again that ended before it answered."""
+
+
 def watched(plan: Plan, launch: Launch, facts: Facts) -> Plan:
     """Return the plan of a kernel that Jupyter starts again, with this process beside it if it needs one.
 
     Where nobody stands beside a kernel, nobody hears what it says when it ends before it answers.
     Jupyter starts it again, with the same connection file; then somebody does.
     """
+    import time
+
     log = os.fsdecode(facts.read(launch.options["earlier"]) or b"")
     lines = dict(line.partition(": ")[::2] for line in log.splitlines())
     try:
@@ -7402,8 +7412,9 @@ def watched(plan: Plan, launch: Launch, facts: Facts) -> Plan:
     if "ended" in lines:  # somebody stood beside it already
         failed = "not started" in lines
     else:
-        told = "not started" in lines or connection.get("transport") == "ipc"
-        failed = not told and not used_ports(connection, facts)
+        start = int(launch.options["earlier"].rpartition("@")[2].partition("-")[0])
+        recent = time.time_ns() - start < AGAIN * 10**9 and connection.get("transport") != "ipc"
+        failed = recent and "not started" not in lines and not used_ports(connection, facts)
     if not failed:
         return plan
     folder = f"{private_base(plan.environ, '', facts)}/{kernel_key(path)}"

@@ -1,7 +1,9 @@
 """The launch log: what it says, and that only the last ten stay."""
 
+import json
 import os
 import stat
+import time
 
 import pytest
 
@@ -131,3 +133,32 @@ def test_the_state_of_the_process():
 def test_the_end_tells_status_and_stderr_without_the_key(status, words):
     text = envkernel.end_text(status, b"\x1b[31mred\x1b[0m abc\xff\nkey: 12-34", "12-34")
     assert text == f"stderr:\n  red abc\ufffd\n  key: ***\nended: {words}"
+
+
+ANSWERED = b"  sl local rem st\n 0: 0100007F:C351 0100007F:9999 06 00000000:00000000\n"
+"""Of /proc/net/tcp: somebody has been connected to port 50001."""
+
+
+@pytest.mark.parametrize(
+    ("more", "tcp", "transport", "age", "beside"),
+    [
+        ("", b"", "tcp", 5, True),
+        ("", ANSWERED, "tcp", 5, False),
+        ("", b"", "tcp", 500, False),
+        ("", b"", "ipc", 5, False),
+        ("not started: no image\n", b"", "tcp", 5, False),
+        ("stderr:\nended: exit status 1\nnot started: x\n", ANSWERED, "tcp", 500, True),
+        ("stderr:\nended: exit status 0\n", b"", "tcp", 5, False),
+    ],
+    ids=["silent", "answered", "long ago", "ipc", "broken", "still broken", "mended"],
+)
+def test_who_stands_beside_a_kernel_that_is_started_again(more, tcp, transport, age, beside):
+    connection = {name + "_port": 50001 for name in envkernel.STREAMS} | {"transport": transport}
+    earlier = f"/d/envkernel/x@{time.time_ns() - age * 10**9}-1.log"
+    files = {earlier: (HEAD + more).encode(), "/k": json.dumps(connection).encode(), "/proc/net/tcp": tcp}
+    launch = envkernel.Launch([], [], {"connection-file": "/k", "earlier": earlier})
+    plan = envkernel.Plan(["/x/python"], {"TMPDIR": "/tmp"})
+    again = envkernel.watched(plan, launch, Files(files))
+    assert (again.care is not None) == beside
+    assert again.but(care=None) == plan
+    assert not beside or again.care.connection == connection

@@ -54,7 +54,10 @@ def test_a_missing_interpreter(jupyter, kernel_venv, tmp_path):
     jupyter.setup("virtualenv", "headless", path)
     for python in (path / "bin").glob("python*"):
         python.unlink()
-    assert f"There is no python in the virtualenv {path}." in reason(jupyter, "headless")[0]["evalue"]
+    (path / "bin" / "python").symlink_to("/usr/bin/python3.0")  # as after an upgrade of the system
+    evalue = reason(jupyter, "headless")[0]["evalue"]
+    assert f"There is no python in the virtualenv {path}." in evalue
+    assert "Its Python is gone (it was /usr/bin/python3.0); make it anew: `python3 -m venv --clear " in evalue
 
 
 def test_a_missing_ipykernel(jupyter, kernel_venv, tmp_path):
@@ -267,6 +270,15 @@ def test_other_transports(jupyter, gone, traits):
         assert client.hb_channel.is_beating()
         reply = client.execute_interactive("1", timeout=20, output_hook=lambda message: None)
         assert reply["content"]["ename"] == "KernelDidNotStart"
+        if manager.transport == "tcp":  # whoever speaks without encryption is not heard
+            plain = manager_of(jupyter, "gone").blocking_client()
+            known = {name: value for name, value in connection.items() if not name.startswith("curve_")}
+            plain.load_connection_info({**known, "key": connection["key"].encode()})
+            plain.start_channels(iopub=False, stdin=False, hb=False)
+            plain.kernel_info()
+            with pytest.raises(queue.Empty):
+                plain.get_shell_msg(timeout=1)
+            plain.stop_channels()
     finally:
         client.stop_channels()
         manager.shutdown_kernel()
