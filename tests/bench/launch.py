@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -33,6 +34,10 @@ from support.modules import LMOD, write_tree  # noqa: E402
 BASH = ["/bin/bash", "--noprofile", "--norc", "-c"]
 FLOOR = [sys.executable, "-I", "-S", "-c", "pass"]
 BARE = "python3 -I -S -c pass"
+
+CONNECTION_FILE = "/tmp/connection.json"
+STARTS = itertools.count()
+"""Each start has a connection file of its own, as Jupyter gives it: the same one again is a restart."""
 
 
 class Row:
@@ -63,7 +68,7 @@ class Bench:
         done(sys.executable, SCRIPT, *typed, "--", "/bin/true", "{connection_file}", env=self.environ)
         spec = json.loads((self.folder / "jupyter/kernels/bench/kernel.json").read_text())
         argv: list[str] = spec["argv"]
-        return [word.replace("{connection_file}", "/tmp/connection.json") for word in argv]
+        return [word.replace("{connection_file}", CONNECTION_FILE) for word in argv]
 
     def rows(self) -> Iterator[Row]:
         """Build what is measured."""
@@ -119,6 +124,8 @@ def sourcing(script: Path) -> list[str]:
 def seconds(argv: Sequence[str], environ: dict[str, str], quiet: int) -> float:
     """Return how long a program runs, from its start to its end."""
     actions = [(os.POSIX_SPAWN_DUP2, quiet, 1), (os.POSIX_SPAWN_DUP2, quiet, 2)]
+    file = f"/tmp/kernel-{next(STARTS)}.json"
+    argv = [word.replace(CONNECTION_FILE, file) for word in argv]
     start = time.perf_counter()
     pid = os.posix_spawn(argv[0], argv, environ, file_actions=actions)
     _, status = os.waitpid(pid, 0)
