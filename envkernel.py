@@ -2010,6 +2010,7 @@ ENGINE_OPTIONS = [
     Option("--no-host-network", "The engine does not share the host's network.", run=True, setup=False),
     Option("--no-selinux", "Switch SELinux labels off.", run=True, setup=False),
     Option("--init", "The engine has an init.", run=True, setup=False),
+    Option("--is-podman", "The engine is podman by another name.", run=True, setup=False),
 ]
 """Options of docker and podman beside `CONTAINER_OPTIONS`."""
 
@@ -2230,6 +2231,11 @@ def engine_word(step: Step, *flags: str) -> str:
     return (engine_values(step.engine, *flags) or [""])[-1]
 
 
+def is_podman(step: Step) -> bool:
+    """Tell whether the engine is podman, which may have been called docker (Debian's podman-docker)."""
+    return step.mode == "podman" or bool(step.options.get("is-podman"))
+
+
 def shares_host(step: Step) -> bool:
     """Tell whether a container of docker or podman is on the host's network."""
     usual = engine_word(step, "--network", "--net") in ("", "host")
@@ -2266,9 +2272,9 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     head += mount_options(step, box, plan, facts)
     workdir = ["--workdir=" + box.workdir] if box.workdir else []
     environ, variables = variable_tokens(box, plan.environ, bool(step.options.get("init")) and not shared)
-    remove = [program, "rm", "-f", "-v", *(["-t", "0"] if step.mode == "podman" else []), name]
+    remove = [program, "rm", "-f", "-v", *(["-t", "0"] if is_podman(step) else []), name]
     box.care.owner = int(step.options.get("guest", "-1"))
-    box.care.litter = step.mode == "podman"  # conmon marks an OOM kill by a file in its current folder
+    box.care.litter = is_podman(step)  # conmon marks an OOM kill by a file in its current folder
     box.care.explain = ContainerEnd(program, image, name, box.path("oom"))
     if shared:
         idle = [*head, *step.engine, "--detach", "--entrypoint=sleep", image, "2147483647"]
@@ -2278,7 +2284,7 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         argv = [*exec_argv(box, program, name, [*workdir, *variables]), *box.command]
     else:
         box.care.signal = [program, "kill", "--signal={signal}", name]
-        if step.mode == "podman" and step.options.get("init"):
+        if is_podman(step) and step.options.get("init"):
             box.care.init = [program, "inspect", "--format={{.State.Pid}}", name]
         box.care.cleanup.append(remove)
         argv = [*head, *workdir, *variables, *step.engine, image, *box.command]
@@ -2352,7 +2358,7 @@ def gpu_tokens(step: Step) -> list[str]:
     kind = step.options.get("gpu-kind", "nvidia") if step.options.get("gpu") else ""
     if kind == "amd":
         return ["--device=/dev/kfd", "--device=/dev/dri"]
-    if kind and step.mode == "podman":
+    if kind and is_podman(step):
         return ["--device=nvidia.com/gpu=all"]  # CDI, the NVIDIA Container Toolkit's way for podman
     return ["--gpus=all"] if kind else []
 
@@ -2596,18 +2602,21 @@ def engine_nature(step: Step, program: str, facts: Facts, environ: Mapping[str, 
         errors = " ".join([text, *(info.get("ServerErrors") or [])])
         raise engine_error(program, "", 125, errors) or UserError(f"{program} does not work.", "", 1, errors)
     host = info.get("host") or {}
+    podman = bool(host)
     security = " ".join(info.get("SecurityOptions") or [])
     rootless = host.get("security", {}).get("rootless", "name=rootless" in security)
     desktop = "Docker Desktop" in str(info.get("OperatingSystem")) or host.get("serviceIsRemote", False)
     selinux = host.get("security", {}).get("selinuxEnabled", "name=selinux" in security)
     identity = "user"
     if rootless:
-        identity = "keep-id" if step.mode == "podman" else "root"
+        identity = "keep-id" if podman else "root"
     given = engine_values(step.engine, "--user", "--userns")
     recorded: dict[str, Any] = {"identity": "given" if given else identity}
     if selinux:
         recorded["no-selinux"] = True
-    if desktop or (rootless and step.mode == "docker"):
+    if podman and step.mode != "podman":
+        recorded["is-podman"] = True
+    if desktop or (rootless and not podman):
         recorded["no-host-network"] = True
     if desktop:
         recorded["transport"] = "tcp"
@@ -2718,7 +2727,7 @@ def settle_guest(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
         return step
     if not me:
         guest = {"guest": str(outside[0])}
-    elif uid and step.mode == "podman" and not engine_word(step, "--userns"):
+    elif uid and is_podman(step) and not engine_word(step, "--userns"):
         guest = {"identity": f"keep-id:uid={uid}" + (f",gid={gid}" if gid else "")}  # gid=0 fails
     elif outside[0] or not shares_host(step):
         raise UserError(

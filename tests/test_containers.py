@@ -103,11 +103,15 @@ def test_selinux_and_gpu() -> None:
     assert "--device=/dev/kfd" in plan(gpu=True, gpu_kind="amd").argv
 
 
-def test_podman_signals_what_the_kernel_runs_by_the_pid_of_its_init() -> None:
-    care = plan("podman", init=True).care
+@pytest.mark.parametrize(("mode", "options"), [("podman", {}), ("docker", {"is_podman": True})])
+def test_podman_signals_what_the_kernel_runs_by_the_pid_of_its_init(
+    mode: str, options: dict[str, Any]
+) -> None:
+    care = plan(mode, init=True, **options).care
     assert care is not None
-    assert care.init == ["/usr/bin/podman", "inspect", "--format={{.State.Pid}}", "envkernel-x-cafe0123"]
-    assert care.cleanup == [["/usr/bin/podman", "rm", "-f", "-v", "-t", "0", "envkernel-x-cafe0123"]]
+    program, name = f"/usr/bin/{mode}", "envkernel-x-cafe0123"
+    assert care.init == [program, "inspect", "--format={{.State.Pid}}", name]
+    assert care.cleanup == [[program, "rm", "-f", "-v", "-t", "0", name]]
 
 
 def test_the_users_values_are_in_no_argv() -> None:
@@ -233,6 +237,7 @@ ROOTLESS = {"security": {"rootless": True}}
         ("docker", {"SecurityOptions": ["name=selinux"]}, {"identity": "user", "no-selinux": True}),
         ("podman", {"host": {"security": {"rootless": False}}}, {"identity": "user"}),
         ("podman", {"host": ROOTLESS}, {"identity": "keep-id"}),
+        ("docker", {"host": ROOTLESS}, {"identity": "keep-id", "is-podman": True}),
         (
             "podman",
             {"host": {**ROOTLESS, "serviceIsRemote": True}},
