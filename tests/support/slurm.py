@@ -231,8 +231,10 @@ class Slurm:
         inside = ["nsenter", f"--net=/run/netns/{self.netns}"]
         with subprocess.Popen([*inside, *server], stderr=subprocess.DEVNULL) as daemon:
             wait_for(lambda: ":2222" in self.on_far("ss", "-ltnH"), "sshd", 5)
-            yield folder / "bin"
-            daemon.terminate()
+            try:
+                yield folder / "bin"
+            finally:
+                daemon.terminate()
 
     def logs(self) -> str:
         """The ends of all logs, for a failure's message."""
