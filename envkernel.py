@@ -4258,7 +4258,12 @@ def setup_steps(request: Request, facts: Facts, environ: Mapping[str, str]) -> l
     steps: list[Step] = []
     for step in request.steps:
         mode = MODES[step.mode]
-        steps.append(mode.setup(step, facts, environ, request.common))
+        try:
+            steps.append(mode.setup(step, facts, environ, request.common))
+        except UserError as error:
+            if error.status == 1 and any(MODES[earlier.mode].remote for earlier in steps):
+                error.hint += " The nodes may have it, but setup can only look on this host."
+            raise
         if mode.remote or mode.container:
             continue
         environ = mode.plan(steps[-1], Plan([], environ), facts, Launch([], [])).environ
@@ -4284,7 +4289,8 @@ def prepare_kernel(
     Raises UserError for whatever is missing: environment, program, module of the kernel.
     """
     environ = {**environ, **encoded_variables(request)}
-    probe = plan_launch(launch_of(request, steps, []), facts, environ)
+    seen = seen_here(steps)
+    probe = plan_launch(launch_of(request, seen, []), facts, environ)
     if request.common.get("kernel") == OWN_COMMAND:
         kernel = image_kernel(request, probe)
         return kernel, launch_of(request, steps, kernel.command)
@@ -4292,7 +4298,7 @@ def prepare_kernel(
     kernel = choose_kernel(request, probe, world)
     launch = launch_of(request, steps, kernel.command, list(kernel.env))
     resources = {"resource-dir": kernel.folder} if kernel.folder else {}
-    plan, facts = look_inside(plan_launch(launch, facts, environ), world, kernel.command)
+    plan, facts = look_inside(plan_launch(launch.but(steps=seen), facts, environ), world, kernel.command)
     plan = finish_plan(plan, launch.but(options=resources), facts)
     if plan.search is not None:
         if kernel.test:
@@ -4307,6 +4313,16 @@ def prepare_kernel(
         if plan.argv[1:3] == ["-m", "ipykernel_launcher"]:
             kernel = describe_ipykernel(kernel, plan, facts)
     return kernel, launch
+
+
+def seen_here(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps as which a chain can be looked at on this host.
+
+    What stands behind a cluster mode has been found here by its own setup, so it lies in a file system
+    that the nodes share: it is read without the cluster.  With nothing behind it only a node knows more.
+    """
+    near = [step for step in steps if not MODES[step.mode].remote]
+    return near if near and near[-1] is steps[-1] else list(steps)
 
 
 def lasting_python(facts: Facts) -> str:

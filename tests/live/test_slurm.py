@@ -22,6 +22,7 @@ from support.clusters import Errors, alive, run_process
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.modules import Modules
 from support.slurm import Slurm, wait_for
+from support.venvs import found_pythons
 
 pytestmark = pytest.mark.live
 
@@ -119,6 +120,31 @@ def test_kernel_on_a_node_behind_a_network(jupyter: Jupyter, cluster: Slurm, err
     assert "signed, but crosses the network to far readable" in errors.text()
 
 
+@pytest.mark.parametrize("which", [0, -1], ids=["oldest", "newest"])
+def test_agent_and_relay_run_on_any_python(
+    jupyter: Jupyter, cluster: Slurm, errors: Errors, which: int
+) -> None:
+    """The node's own python3 is another one than the submit host's, and so is the one that Jupyter starts."""
+    pythons = [path for version, path in found_pythons().items() if not version.startswith(("3.6", "3.7"))]
+    python = Path(pythons[which])
+    jupyter.environ["PATH"] = f"{python.parent}:{jupyter.environ['PATH']}"
+    spec = install(jupyter, "other", "--partition=far", "--node-ports=41000-41003")
+    spec["argv"][0] = str(python)
+    (jupyter.kernels / "other" / "kernel.json").write_text(json.dumps(spec))
+    with jupyter.kernel("other", stderr=errors.file) as kernel:
+        agent = psutil.Process(int(kernel.value("__import__('os').getppid()")))
+        for process in (agent, run_process(kernel)):
+            assert os.path.samefile(process.exe(), python.resolve())
+        assert [port in range(41000, 41004) for _, port in listening(cluster, kernel)] == [True]
+        assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
+        kernel.restart(now=True)
+        assert len(kernel.value("'x' * 5_000_000")) == 5_000_000
+        pids = all_pids(kernel)
+        kernel.shutdown()
+        all_gone(cluster, pids)
+    assert "Traceback" not in errors.text()
+
+
 def test_hung_kernel_is_restarted_at_once(jupyter: Jupyter, cluster: Slurm) -> None:
     install(jupyter, "hung", "--partition=near")
     with jupyter.kernel("hung") as kernel:
@@ -148,9 +174,10 @@ def test_chain_of_modules_and_virtualenv(
     jupyter: Jupyter, cluster: Slurm, lmod: Modules, kernel_venv: Path
 ) -> None:
     jupyter.environ.update(lmod.environ)
-    install(
-        jupyter, "chain", "--partition=far", chain=("lmod", "gcc/12", "--", "virtualenv", str(kernel_venv))
-    )
+    chain = ("lmod", "gcc/12", "--", "virtualenv", str(kernel_venv))
+    spec = install(jupyter, "chain", "--partition=far", "--kernel=python3", chain=chain)
+    assert "curve" in spec["metadata"]["supported_encryption"], "read where setup can see it"
+    assert (jupyter.kernels / "chain" / "logo-64x64.png").exists()
     with jupyter.kernel("chain") as kernel:
         assert kernel.value("__import__('os').environ['CC']") == "gcc-12"
         assert kernel.value("__import__('sys').prefix") == str(kernel_venv)
@@ -165,10 +192,9 @@ def test_chain_with_a_container(
     jupyter.environ["PATH"] = f"{apptainer.folder}:{jupyter.environ['PATH']}"
     box = ("apptainer", "--contain", str(python_rootfs))
     install(jupyter, "boxed", "--partition=far", chain=(*box, "--", "python3", *COMMAND))
-    install(jupyter, "empty", "--partition=far", chain=(*box, "--", "nosuch", "{connection_file}"))
-    with jupyter.kernel("empty") as kernel:
-        text, error = kernel.execute("1")
-        assert "has no such program" in str(error) + text
+    typed = ("--partition=far", "--", *box, "--", "nosuch", "{connection_file}")
+    said = jupyter.envkernel("slurm", "--name=empty", "--user", *typed, status=1)
+    assert "There is no nosuch in" in said.stderr
     with jupyter.kernel("boxed") as kernel:
         assert kernel.environ()["SLURMD_NODENAME"] == "far"
         assert kernel.value("__import__('os').path.exists('/work')") == "False"
@@ -505,6 +531,13 @@ def test_setup_says_what_slurm_refuses(
     assert not (jupyter.kernels / "no").exists()
 
 
+def test_setup_says_that_it_can_look_on_this_host_only(jupyter: Jupyter, cluster: Slurm) -> None:
+    typed = ("--partition=far", "--", "virtualenv", "/nowhere/env")
+    said = jupyter.envkernel("slurm", "--name=no", "--user", *typed, status=1)
+    assert "There is no virtualenv at /nowhere/env" in said.stderr
+    assert "The nodes may have it, but setup can only look on this host." in said.stderr
+
+
 def test_unknown_option_is_refused(jupyter: Jupyter, cluster: Slurm) -> None:
     said = jupyter.envkernel("slurm", "--name=no", "--user", "--partitoin=x", status=2)
     assert "--partition" in said.stderr
@@ -517,13 +550,13 @@ def test_missing_python_on_the_node(jupyter: Jupyter, cluster: Slurm) -> None:
         assert "has no such Python" in str(error) + text
 
 
-def test_missing_environment_on_the_node(jupyter: Jupyter, cluster: Slurm, tmp_path: Path) -> None:
+def test_missing_environment_on_the_node(
+    jupyter: Jupyter, cluster: Slurm, kernel_venv: Path, tmp_path: Path
+) -> None:
     venv = tmp_path / "venv"
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", venv], check=True
-    )
+    venv.symlink_to(kernel_venv)
     install(jupyter, "gone", "--partition=far", chain=("virtualenv", str(venv)))
-    venv.rename(tmp_path / "elsewhere")
+    venv.unlink()
     with jupyter.kernel("gone") as kernel:
         text, error = kernel.execute("1")
         assert "There is no virtualenv at" in str(error) + text
