@@ -3405,25 +3405,28 @@ class SlurmJob(Job):
             told += self.outcome(number, facts)
         return slurm_end(status, told, number)
 
-    def outcome(self, number: str, facts: Facts) -> str:
-        """Return a line with the state in which a job has ended; empty where Slurm can't say it."""
+    def outcome(self, number: str, facts: Facts, waits: Sequence[float] = (0.1, 0.2, 0.5, 1)) -> str:
+        """Return a line with the state in which a job has ended; empty where Slurm can't say it.
+
+        waits: seconds between the times that it is asked again while the job is about to end.
+        """
         import time
 
         argv = [self.tool("squeue"), "-h", "-t", "all", "-j", number, "-o", "%T"]
-        for wait in (0.1, 0.2, 0.5, 1):
+        for wait in (*waits, 0):
             try:
                 said = facts.output(argv, self.environ)
             except UserError:
                 return ""
             state = os.fsdecode(said.out).strip()
-            if said.status or state not in ("RUNNING", "COMPLETING"):
+            if said.status or not wait or state not in ("RUNNING", "COMPLETING"):
                 break
             time.sleep(wait)
         return f"\nstate of the job: {state}" if state else ""
 
     def lost(self, node: str, said: str, number: str, facts: Facts) -> UserError:
         """Return why the agent is gone while srun lives on: what Slurm thinks of the job and the node."""
-        told = srun_lines(said) + self.outcome(number, facts)
+        told = (srun_lines(said) + self.outcome(number, facts, ())).strip()
         if slurm_reason(told)[0]:
             return slurm_end(1, told, number)
         try:
@@ -7833,7 +7836,6 @@ class Agent:
     """
 
     def __init__(self, orders: Mapping[str, Any], stdin: int, said: Callable[[dict[str, Any]], None]) -> None:
-        import _socket
 
         self.orders = orders
         self.secret = bytes.fromhex(orders["secret"])
@@ -7847,10 +7849,7 @@ class Agent:
         self.kernel = NodeKernel(orders, dict(os.environ))
         self.loop.signals(AGENT_SIGNALS, self.signal)
         address = agent_address(orders, os.environ)
-        self.listener = _socket.socket(_socket.AF_INET6 if ":" in address else _socket.AF_INET)
-        bind_agent(self.listener, address, orders.get("node-ports", ""))
-        self.listener.listen(64)
-        self.listener.setblocking(False)
+        self.listener = listen_at(address, orders.get("node-ports", ""))
         self.loop.watch(self.listener.fileno(), READ, self.accept)
         if stdin >= 0:
             self.loop.watch(stdin, READ, lambda mask: self.stdin(stdin))
@@ -8071,16 +8070,31 @@ def agent_address(orders: Mapping[str, Any], environ: Mapping[str, str]) -> str:
         return _socket.gethostbyname(_socket.gethostname())
 
 
-def bind_agent(sock: Any, address: str, ports: str) -> None:
-    """Bind the agent's socket, to a port of the range ``FIRST-LAST`` where one was given."""
+def listen_at(address: str, ports: str) -> Any:
+    """Return a socket that listens on an address, at a port of the range ``FIRST-LAST`` where one was given.
+
+    Raises UserError where each of them is taken.
+    """
+    import _socket
+
     first, _, last = ports.partition("-")
     for port in range(int(first or 0), int(last or first or 0) + 1):
+        sock = _socket.socket(_socket.AF_INET6 if ":" in address else _socket.AF_INET)
         try:
+            # what is left of earlier connections does not use up the range
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
             sock.bind((address, port))
-            return
+            sock.listen(64)
+            sock.setblocking(False)
+            return sock
         except OSError as error:
-            problem = error
-    raise problem
+            sock.close()
+            reason = os.strerror(error.errno or 0)
+    among = f"of --node-ports={ports} " if ports else ""
+    raise UserError(
+        f"No port {among}can be opened on {address}, an address of node {node_name(os.environ)}: {reason}.",
+        "Give a wider range: --node-ports=FIRST-LAST." if ports else "Ask whoever runs the cluster.",
+    )
 
 
 def make_node_folder() -> str:
@@ -8096,7 +8110,11 @@ def make_node_folder() -> str:
 def agent_main(stdin: Any) -> int:
     """What srun runs on the node: read the orders, say where the agent listens, serve."""
     orders = from_json(stdin.readline())
-    return Agent(orders, 0, say_hello).run()
+    try:
+        return Agent(orders, 0, say_hello).run()
+    except UserError as error:
+        report_failure(error)
+        return error.status
 
 
 def say_hello(place: Mapping[str, Any]) -> None:
@@ -8144,7 +8162,7 @@ class Keeper:
     seconds, and tells why it ended.
     """
 
-    NOTICE = 4.0
+    NOTICE = 3.0
     """Seconds in which the program that holds the job has to notice that its agent is gone."""
 
     def __init__(
@@ -8988,7 +9006,11 @@ def yarn_agent() -> int:
         write_all(place, to_json(where))
         os.close(place)
 
-    return Agent(from_json(text), -1, said).run()
+    try:
+        return Agent(from_json(text), -1, said).run()
+    except UserError as error:
+        tell_error(error)
+        return error.status
 
 
 def yarn_channel(orders_end: int, place_end: int) -> NoReturn:

@@ -217,6 +217,19 @@ def test_agent_that_is_gone_while_srun_lives() -> None:
     assert job.lost("far", "", "4", world).message == "The node of Slurm job 4 has failed."
 
 
+def test_agent_listens_within_the_range_of_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(envkernel.UserError, match=f"--node-ports={port}-{port} can be opened") as caught:
+            envkernel.listen_at("127.0.0.1", f"{port}-{port}")
+        assert "wider range" in caught.value.hint
+        sock = envkernel.listen_at("127.0.0.1", f"{port}-{port + 9}")
+        assert port < sock.getsockname()[1] <= port + 9
+        sock.close()
+
+
 def test_kills_for_want_of_memory_are_counted() -> None:
     one = {"/proc/self/cgroup": b"5:devices:/x\n4:memory:/slurm/a b\n0::/\n"}
     one["/sys/fs/cgroup/memory/slurm/a b/memory.oom_control"] = b"under_oom 0\noom_kill 3\n"

@@ -492,9 +492,42 @@ def test_node_that_is_lost(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> 
             wait_for(lambda: not alive(pids), f"the end of {pids}", 30)
     finally:
         subprocess.run(["ip", "link", "set", cluster.link, "up"], check=True)
-        cluster.run("scontrol", "update", "NodeName=far", "State=RESUME", check=False)
-        cluster.wait_idle(60)
+        cluster.mend("far")
     assert "has not answered for 20 s" in errors.text()
+
+
+def test_node_that_crashes(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> None:
+    """slurmd and slurmstepd are gone at once; srun does not notice."""
+
+    def crash(kernel: Kernel, job: str) -> None:
+        agent = psutil.Process(int(kernel.value("__import__('os').getppid()")))
+        steps = [process for process in agent.parents() if process.name().startswith("slurmstepd")]
+        cluster.end("slurmd-far", signal.SIGKILL)
+        for step in steps:
+            step.kill()
+
+    install(jupyter, "crashed", "--partition=far")
+    try:
+        with jupyter.kernel("crashed", stderr=errors.file) as kernel:
+            pids = all_pids(kernel)
+            crash(kernel, cluster.jobs()[0])
+            wait_for(lambda: not alive(pids), f"the end of {pids}", 10)
+            cluster.run("scontrol", "update", "NodeName=far", "State=DOWN", "Reason=crashed")
+            wait_for(lambda: not cluster.jobs(), "the end of the job", 5)
+    finally:
+        cluster.mend("far")
+    assert re.search("The node far broke off the connection|of Slurm job .* has failed", errors.text())
+
+
+def test_node_that_slurm_sets_down(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> None:
+    def set_down(kernel: Kernel, job: str) -> None:
+        cluster.run("scontrol", "update", "NodeName=far", "State=DOWN", "Reason=test")
+
+    try:
+        said = ends_with(jupyter, cluster, errors, set_down)
+    finally:
+        cluster.mend("far")
+    assert re.search(r"The node of Slurm job \d+ has failed.", said), said
 
 
 def test_keeper_killed(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> None:

@@ -119,6 +119,27 @@ class Slurm:
                 raise RuntimeError(self.run("sinfo", "-N") + self.logs())
             time.sleep(0.1)
 
+    def mend(self, node: str, timeout: float = 60) -> None:
+        """Bring a node back into service, whatever was done to it."""
+        if f"slurmd-{node}" not in self.daemons:
+            self.start_node(node)
+
+        again = 0.0
+
+        def idle() -> bool:
+            nonlocal again
+            if self.run("sinfo", "-h", "-n", node, "-p", node, "-o", "%T").strip() == "idle":
+                return True
+            if time.monotonic() > again:
+                for state in ("DOWN", "RESUME"):  # the first ends what is still completing there
+                    self.run(
+                        "scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=x", check=False
+                    )
+                again = time.monotonic() + 5
+            return False
+
+        wait_for(idle, f"node {node}", timeout)
+
     def stop(self) -> None:
         """End jobs and daemons, remove namespace and directory."""
         with contextlib.suppress(Exception):
