@@ -82,6 +82,7 @@ class Slurm:
         subnet = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
         self.submit, self.far = f"{subnet}.1", f"{subnet}.2"
         self.environ = {"SLURM_CONF": str(self.dir / "slurm.conf")}
+        self.own_environ = {**os.environ, **self.environ}  # a test's marks its own processes
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.ports = free_ports(4)
 
@@ -201,7 +202,7 @@ class Slurm:
         with log:
             self.daemons[name] = subprocess.Popen(
                 ["setpriv", "--pdeathsig=TERM", *argv],
-                env={**os.environ, **self.environ},
+                env=self.own_environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
