@@ -1,5 +1,7 @@
 """What all tests share: the fixtures of tests/support, one module per outside thing."""
 
+from pathlib import Path
+
 import pytest
 
 pytest_plugins = [
@@ -20,23 +22,30 @@ pytest_plugins = [
 
 
 TOGETHER = {
-    **dict.fromkeys(
-        ("test_docker", "test_clients", "test_lab", "test_languages", "test_reasons", "test_check"), "docker"
-    ),
-    **dict.fromkeys(("test_slurm", "test_yarn", "test_jobs"), "cluster"),
+    **dict.fromkeys(("docker", "clients", "lab", "languages", "reasons", "check"), "docker"),
+    **dict.fromkeys(("slurm", "yarn"), "cluster"),
 }
-"""Files that share daemons, and so run in one worker; any other file runs for itself."""
+"""Files of live tests that share daemons, and so run in one worker; any other file runs for itself."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Deal out the files to the workers of pytest-xdist, and try a live test once more where it fails.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deal out whole files, or those that stand together, to the workers of pytest-xdist."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Daemons, clocks and two busy cores are not ours.  The summary names each test that was tried again (-rR);
-    one that fails twice has failed.
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            name = Path(file).stem.partition("_")[2]
+            return TOGETHER.get(name, file)
+
+    return Files(config, log)
+
+
+def pytest_itemcollected(item):
+    """Try a live test once more where it fails: daemons, clocks and two busy cores are not ours.
+
+    The summary names each test that needed it (-rR); one that fails twice has failed.
     """
-    for item in items:
-        file = item.path.stem
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(file, file)))
-        if item.get_closest_marker("live"):
-            item.add_marker(pytest.mark.flaky(reruns=1))
+    if item.get_closest_marker("live"):
+        item.add_marker(pytest.mark.flaky(reruns=1))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 import pytest
 
@@ -20,6 +22,19 @@ def cache_dir() -> Path:
     """Return the private folder for what is made once and kept between runs, whatever HOME a test has."""
     CACHE.mkdir(parents=True, exist_ok=True)
     return CACHE
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder of the cache; where it is not there yet, `make` fills it, in one process at a time."""
+    folder = cache_dir() / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            new = Path(f"{folder}.new")
+            shutil.rmtree(new, ignore_errors=True)
+            make(new)
+            new.rename(folder)
+    return folder
 
 
 def missing(what: str) -> NoReturn:

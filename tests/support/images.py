@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from support import cache_dir, done
+from support import done, made_once
 from support.venvs import BASE_PYTHON, ENVIRON, UV
 
 PYTHON = ("python3-ipykernel",)
@@ -19,18 +17,14 @@ PYTHON = ("python3-ipykernel",)
 def make_rootfs(name: str, *packages: str) -> Path:
     """Return a folder with a minimal Debian and some packages, kept for the next run of the tests."""
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    folder = cache_dir() / f"rootfs-{suite}-{name}"
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            made = Path(f"{folder}.new")
-            shutil.rmtree(made, ignore_errors=True)
-            words = ["mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io"]
-            words += [f"--include={','.join(packages)}"] if packages else []
-            subprocess.run([*words, "--format=directory", suite, str(made)], check=True)
-            made.chmod(0o755)
-            made.rename(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        words = ["mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io"]
+        words += [f"--include={','.join(packages)}"] if packages else []
+        subprocess.run([*words, "--format=directory", suite, str(folder)], check=True)
+        folder.chmod(0o755)
+
+    return made_once(f"rootfs-{suite}-{name}", make)
 
 
 @pytest.fixture(scope="session")

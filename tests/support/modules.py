@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support import bash_environ, cache_dir, done, missing
+from support import bash_environ, done, made_once, missing
 
 LMOD = Path("/usr/share/lmod/lmod")
 
@@ -168,9 +168,7 @@ def environment_modules(tmp_path_factory: pytest.TempPathFactory, kernel_venv: P
     tclsh = shutil.which("tclsh")
     if not tclsh:
         missing("tclsh (Debian: apt install tcl)")
-    folder = cache_dir() / "environment-modules"
-    if not list(folder.glob("usr/lib/*/modulecmd.tcl")):
-        fetch_package("environment-modules", folder)
+    folder = made_once("environment-modules", fetch_package)
     [script] = folder.glob("usr/lib/*/modulecmd.tcl")
     root = tmp_path_factory.mktemp("modules") / "tree"
     write_tree(root, kernel_venv, lua=False)
@@ -182,20 +180,17 @@ def environment_modules(tmp_path_factory: pytest.TempPathFactory, kernel_venv: P
     return Modules("modules", [tclsh, str(script)], environ, root)
 
 
-def fetch_package(package: str, folder: Path) -> None:
-    """Download a Debian package and unpack it into `folder`."""
+def fetch_package(folder: Path) -> None:
+    """Download the Debian package that `folder` is called after, and unpack it there."""
+    package = folder.stem
     if not shutil.which("apt-get"):
         missing(f"apt-get, which fetches {package}")
-    download = folder.with_suffix(".part")
-    shutil.rmtree(download, ignore_errors=True)
-    download.mkdir(parents=True)
+    folder.mkdir()
     said = subprocess.run(
-        ["apt-get", "download", "-q", package], cwd=download, capture_output=True, text=True, check=False
+        ["apt-get", "download", "-q", package], cwd=folder, capture_output=True, text=True, check=False
     )
     if said.returncode:
         missing(f"the Debian package {package}: {said.stderr.strip()}")
-    [archive] = download.glob("*.deb")
-    done("dpkg", "-x", archive, download / "unpacked")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(download / "unpacked", folder)
-    shutil.rmtree(download)
+    [archive] = folder.glob("*.deb")
+    done("dpkg", "-x", archive, folder)
+    archive.unlink()

@@ -21,7 +21,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from support import cache_dir, done, missing
+from support import done, made_once, missing
 from support.slurm import free_ports, wait_for
 
 PROGRAMS = ("java", "mvn")
@@ -54,36 +54,20 @@ log4j.appender.stderr.layout.ConversionPattern=%d %p %c{1}: %m%n
 """
 
 
-def jars() -> Path:
-    """The directory of Hadoop's jars, fetched with maven the first time."""
-    kept = cache_dir() / f"hadoop-{HADOOP}"
-    if not kept.is_dir():
-        with tempfile.TemporaryDirectory(dir=kept.parent) as work:
-            shutil.copy(POM, Path(work) / "pom.xml")
-            subprocess.run(
-                [
-                    "mvn",
-                    "-B",
-                    "-q",
-                    f"-Dhadoop={HADOOP}",
-                    "dependency:copy-dependencies",
-                    "-DincludeScope=runtime",
-                    "-DoutputDirectory=jars",
-                ],
-                cwd=work,
-                check=True,
-                timeout=900,
-                stdin=subprocess.DEVNULL,
-            )
-            os.rename(Path(work) / "jars", kept)
-    return kept
+def fetch_jars(folder: Path) -> None:
+    """Let maven fetch Hadoop's jars into `folder`."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        shutil.copy(POM, Path(work) / "pom.xml")
+        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={folder}"]
+        mvn = ["mvn", "-B", "-q", f"-Dhadoop={HADOOP}", *goal]
+        subprocess.run(mvn, cwd=work, check=True, timeout=900, stdin=subprocess.DEVNULL)
 
 
 class Yarn:
     """The running cluster.  ``environ`` is what a client of it needs (``HADOOP_CONF_DIR``, ``PATH``)."""
 
     def __init__(self) -> None:
-        self.jars = jars()
+        self.jars = made_once(f"hadoop-{HADOOP}", fetch_jars)
         self.dir = Path(tempfile.mkdtemp(prefix="envkernel-yarn-"))
         self.conf = self.dir / "conf"
         self.environ = {
