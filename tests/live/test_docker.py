@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
-from support import done
-from support.containers import short_folder
+from support import done, missing
+from support.containers import USER, PlainUser, short_folder
 from support.docker import Daemon, Docker
 from support.engine_cases import EngineCases, listeners, until
 from support.jupyter import Jupyter
@@ -43,6 +44,22 @@ class TestDocker(EngineCases):
             daemon.start()
             assert jupyter.leftovers(patience=20) == ""  # who cleans up has waited for the daemon
             assert engine.ids() == []
+
+    def test_rootless(self, python_rootfs: Path) -> None:
+        """A plain user's own daemon: the kernel is root inside, which is the user outside."""
+        for program in ("rootlesskit", "slirp4netns", "newuidmap"):
+            if not shutil.which(program):
+                missing(program)
+        with short_folder("rootless") as folder:
+            user = PlainUser(folder, {})
+            (user.home / "run").mkdir(mode=0o700)
+            os.chown(user.home / "run", USER, USER)
+            contrib = "/usr/share/docker.io/contrib:/usr/sbin:/sbin"  # where Debian has dockerd-rootless.sh
+            user.environ["PATH"] += f":{contrib}"
+            user.environ["XDG_RUNTIME_DIR"] = str(user.home / "run")
+            seen = user.run(ROOTLESS, str(python_rootfs))
+            done("rm", "-rf", user.home)  # layers of the daemon's belong to further numbers of the user's
+        assert seen == {"inside": 0, "owner": USER, "interrupted": "KeyboardInterrupt", "left": []}
 
     @pytest.mark.parametrize("options", [["--network=bridge"], ["--network=bridge", "--transport=tcp"]])
     def test_a_network_of_its_own(self, place: Jupyter, engine: Docker, options: list[str]) -> None:
@@ -83,3 +100,42 @@ class TestDocker(EngineCases):
             assert until(lambda: os.listdir(small) == [])
         finally:
             done("umount", small)
+
+
+ROOTLESS = """
+import json, os, subprocess, sys
+from pathlib import Path
+from support.containers import Engine
+from support.engine_cases import until
+from support.jupyter import Jupyter
+home, run = os.environ["HOME"], os.environ["XDG_RUNTIME_DIR"]
+options = [f"--data-root={home}/data", f"--exec-root={run}/exec", f"--pidfile={run}/pid"]
+options += ["--iptables=false", "--ip6tables=false"]
+log = open(home + "/log", "wb")
+daemon = subprocess.Popen(["dockerd-rootless.sh", *options], stdout=log, stderr=log)
+try:
+    engine = Engine("docker", "docker", {"DOCKER_HOST": f"unix://{run}/docker.sock"})
+    place = Jupyter(Path(home) / "j")
+    place.environ.update(engine.environ, XDG_RUNTIME_DIR=run)
+    os.environ.update(place.environ)
+    answers = lambda: not subprocess.run(["docker", "version"], capture_output=True).returncode
+    until(lambda: daemon.poll() is not None or answers(), 60)
+    assert answers(), open(home + "/log").read()
+    links = Path(home) / "links"
+    links.mkdir()
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (links / name).symlink_to(f"usr/{name}")
+    engine.add_image(links, "links")
+    words = ["--python=python3", "--pwd", f"--bind={sys.argv[1]}/usr:/usr:ro", "links"]
+    place.setup("docker", "own", *words)
+    with place.kernel("own", cwd=home) as kernel:
+        kernel.value("open('made', 'w').write('x')")
+        seen = {"inside": int(kernel.value("__import__('os').getuid()"))}
+        seen["owner"] = os.stat(home + "/made").st_uid
+        seen["interrupted"] = kernel.interrupt_in("import time; time.sleep(60)")[0]
+    seen["left"] = engine.ids()
+finally:
+    daemon.terminate()
+    daemon.wait(30)
+print(json.dumps(seen))
+"""
