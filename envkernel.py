@@ -91,17 +91,18 @@ LAUNCH_SECTIONS = frozenset(
 
 PARTS = {
     "launch": LAUNCH_SECTIONS,
-    "containers": frozenset(("container modes", "relay", "supervising")),
-    "clusters": frozenset(
-        ("cluster modes", "node agent and keeper", "the agent's side", "the submit host's side")
-    ),
+    "beside": frozenset(("relay", "supervising")),
+    "containers": frozenset(("container modes",)),
+    "streams": frozenset(("node agent and keeper",)),
+    "agent": frozenset(("the agent's side",)),
+    "submit": frozenset(("cluster modes", "the submit host's side")),
     "rest": frozenset(),
 }
 """What is loaded together, in this order, and its sections; the rest are those that no other part has."""
 
 OTHER_MODES = {
-    **dict.fromkeys(("docker", "podman", "singularity", "apptainer"), ("containers",)),
-    **dict.fromkeys(("slurm", "yarn"), ("containers", "clusters")),
+    **dict.fromkeys(("docker", "podman", "singularity", "apptainer"), ("beside", "containers")),
+    **dict.fromkeys(("slurm", "yarn"), ("beside", "streams", "submit")),
 }
 """The modes that need more than `LAUNCH_SECTIONS`, and the parts that they need."""
 
@@ -2040,53 +2041,6 @@ class Box(Record):
     def path(self, name: str) -> str:
         """Return where a file of the private folder is on the host."""
         return f"{self.folder}/{name}"
-
-
-def kernel_key(text: str) -> str:
-    """Return 16 hexadecimal digits that stand for a text (a connection file's path)."""
-    from binascii import crc32
-
-    raw = os.fsencode(text)
-    return f"{crc32(raw):08x}{crc32(raw[::-1], 1):08x}"
-
-
-def private_base(environ: Mapping[str, str], place: str, facts: Facts) -> str:
-    """Return the folder that holds the private folders of this user's kernels.
-
-    In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
-    where the engine can't see either.  A home may be on a network, which a rootful daemon can't read.
-    ``tmp``: in /tmp in any case.
-    """
-    runtime = environ.get("XDG_RUNTIME_DIR", "")
-    if place == "tmp":
-        return f"/tmp/envkernel-{facts.ids()[0]}"
-    if place == "home":
-        return os.path.expanduser("~") + "/.cache/envkernel"
-    if runtime and facts.isdir(runtime):
-        return runtime + "/envkernel"
-    return f"{environ.get('TMPDIR') or '/tmp'}/envkernel-{facts.ids()[0]}"
-
-
-def read_connection(launch: Launch, facts: Facts) -> tuple[str, bytes, dict[str, Any]]:
-    """Return the path of Jupyter's connection file, its text and what it says.
-
-    Where nothing is being launched (`show`, setup) these are a placeholder and nothing.
-    Raises UserError where the file can't be read.
-    """
-    path = launch.options.get("connection-file") or CONNECTION_FILE
-    if path == CONNECTION_FILE:
-        return path, b"", {}
-    text = facts.read(path)
-    try:
-        said = from_json(text or b"")
-        if not all(said[name + "_port"] for name in STREAMS):
-            raise ValueError("no ports")
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"The connection file {path} can't be read.",
-            "Let Jupyter start this kernel; by hand, give it a connection file.",
-        ) from None
-    return path, text or b"", said
 
 
 def connection_inside(box: Box, shares_network: bool, transport: str) -> bytes | None:
@@ -6599,6 +6553,53 @@ class Relay:
 # ---- supervising --------------------------------------------------------------------------------
 
 
+def kernel_key(text: str) -> str:
+    """Return 16 hexadecimal digits that stand for a text (a connection file's path)."""
+    from binascii import crc32
+
+    raw = os.fsencode(text)
+    return f"{crc32(raw):08x}{crc32(raw[::-1], 1):08x}"
+
+
+def private_base(environ: Mapping[str, str], place: str, facts: Facts) -> str:
+    """Return the folder that holds the private folders of this user's kernels.
+
+    In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
+    where the engine can't see either.  A home may be on a network, which a rootful daemon can't read.
+    ``tmp``: in /tmp in any case.
+    """
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    if place == "tmp":
+        return f"/tmp/envkernel-{facts.ids()[0]}"
+    if place == "home":
+        return os.path.expanduser("~") + "/.cache/envkernel"
+    if runtime and facts.isdir(runtime):
+        return runtime + "/envkernel"
+    return f"{environ.get('TMPDIR') or '/tmp'}/envkernel-{facts.ids()[0]}"
+
+
+def read_connection(launch: Launch, facts: Facts) -> tuple[str, bytes, dict[str, Any]]:
+    """Return the path of Jupyter's connection file, its text and what it says.
+
+    Where nothing is being launched (`show`, setup) these are a placeholder and nothing.
+    Raises UserError where the file can't be read.
+    """
+    path = launch.options.get("connection-file") or CONNECTION_FILE
+    if path == CONNECTION_FILE:
+        return path, b"", {}
+    text = facts.read(path)
+    try:
+        said = from_json(text or b"")
+        if not all(said[name + "_port"] for name in STREAMS):
+            raise ValueError("no ports")
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"The connection file {path} can't be read.",
+            "Let Jupyter start this kernel; by hand, give it a connection file.",
+        ) from None
+    return path, text or b"", said
+
+
 class Care(Record):
     """What stands beside a supervised program from before its start until nothing of it is left.
 
@@ -7653,6 +7654,37 @@ class Lines:
             self.sock = None
 
 
+def launch_to_data(launch: Launch) -> dict[str, Any]:
+    """Return a launch as plain data, to be sent to another host."""
+    return {**vars(launch), "steps": [vars(step) for step in launch.steps]}
+
+
+def launch_from_data(data: Mapping[str, Any]) -> Launch:
+    """Return the launch that `launch_to_data` made plain data of."""
+    return Launch([Step(**step) for step in data["steps"]], data["command"], data["options"], data["legacy"])
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write to stdout or stderr; nobody may be reading any more."""
+    try:
+        while data:
+            data = data[os.write(file, data) :]
+    except OSError:
+        pass
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the system kill this process when its parent is gone, where it can (prctl(2), PR_SET_PDEATHSIG)."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+    except (ImportError, OSError, AttributeError):
+        return
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 # ---- the agent's side -----------------------------------------------------------------------------
 
 
@@ -7811,18 +7843,6 @@ def become_node_kernel(
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:
         os._exit(status if 0 <= status < 256 else 1)
-
-
-def die_with_parent(parent: int) -> None:
-    """Let the system kill this process when its parent is gone, where it can (prctl(2), PR_SET_PDEATHSIG)."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
-    except (ImportError, OSError, AttributeError):
-        return
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 AGENT_SIGNALS = (1, 2, 15, 17)  # HUP, INT, TERM, CHLD
@@ -8125,16 +8145,6 @@ def say_hello(place: Mapping[str, Any]) -> None:
 # ---- the submit host's side -----------------------------------------------------------------------
 
 
-def launch_to_data(launch: Launch) -> dict[str, Any]:
-    """Return a launch as plain data, to be sent to another host."""
-    return {**vars(launch), "steps": [vars(step) for step in launch.steps]}
-
-
-def launch_from_data(data: Mapping[str, Any]) -> Launch:
-    """Return the launch that `launch_to_data` made plain data of."""
-    return Launch([Step(**step) for step in data["steps"]], data["command"], data["options"], data["legacy"])
-
-
 def agent_orders(
     job: Job, launch: Launch, connection: Mapping[str, Any], environ: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -8192,7 +8202,9 @@ class Keeper:
 
     def run(self) -> None:
         """Submit the job and keep it until it is over."""
-        self.start_child(self.job.argv, lambda: self.job.feed(self.orders, lambda: own_code(self.facts)))
+        self.start_child(
+            self.job.argv, lambda: self.job.feed(self.orders, lambda: own_code(self.job.launch, self.facts))
+        )
         if self.job.queue_timeout:
             self.loop.after(self.job.queue_timeout, self.too_late)
         self.loop.run()
@@ -8466,8 +8478,10 @@ def tunnel_error(said: str) -> UserError:
     )
 
 
-def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
+def own_code(launch: Launch, facts: Facts) -> tuple[str, bytes, bytes]:
     """Return this file for a node: magic number (hex), bytecode in parts, and source for another Python.
+
+    launch: the rest of the chain; what that does not need is left out.
 
     Raises UserError where it can't be read.
     """
@@ -8478,7 +8492,9 @@ def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
     if source is None:
         hint = "Install envkernel again, or set the kernel up again."
         raise UserError(f"The file {__file__} can't be read.", hint)
-    codes = [part_code(name) for name in ("launch", "containers", "clusters")]
+    needed = {"launch", "beside", "streams", "agent"}
+    needed.update(*(OTHER_MODES.get(step.mode, ()) for step in launch.steps))
+    codes = [part_code(name) for name in PARTS if name in needed]
     if not all(codes):
         codes = [marshal.dumps(SourceFileLoader("envkernel", __file__).get_code("envkernel"))]
     return MAGIC_NUMBER.hex(), marshal.dumps(codes), source
@@ -8808,15 +8824,6 @@ def connect_place(place: Mapping[str, Any]) -> Any:
 def report_failure(error: UserError) -> None:
     """Tell the keeper, or setup, why something failed."""
     write_all(1, FAILED + to_json(vars(error)) + b"\n")
-
-
-def write_all(file: int, data: bytes) -> None:
-    """Write to stdout or stderr; nobody may be reading any more."""
-    try:
-        while data:
-            data = data[os.write(file, data) :]
-    except OSError:
-        pass
 
 
 # ---- yarn ---------------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ def defined(source):
     ("loaded", "allowed"),
     [
         (("launch",), NEEDS_MORE | NEEDS_CONTAINERS),
-        (("launch", "containers"), NEEDS_MORE | {"RemoteKernel"}),
-        (("launch", "containers", "clusters"), NEEDS_MORE),
+        (("launch", "beside", "containers"), NEEDS_MORE | {"RemoteKernel"}),
+        (("launch", "beside", "streams", "submit"), NEEDS_MORE),
+        (("launch", "beside", "streams", "agent"), NEEDS_MORE | {"RemoteKernel"}),
     ],
 )
 def test_what_is_loaded_refers_to_nothing_else(loaded, allowed):
