@@ -4349,12 +4349,16 @@ def compile_script(script: str) -> None:
 
 
 def compile_part(source: str, script: str) -> bytes:
-    """Return the bytecode of a part of envkernel.py, without docstrings: nothing at run time reads one."""
+    """Return the bytecode of a part of envkernel.py.
+
+    Without docstrings, which nothing reads at run time, and without the import of ``__future__``, a flag.
+    """
     import __future__
 
     import marshal
 
     flags = __future__.annotations.compiler_flag
+    source = source.replace("\nfrom __future__ import annotations\n", "\n\n", 1)
     return marshal.dumps(compile(source, script, "exec", flags, dont_inherit=True, optimize=2))
 
 
@@ -8202,9 +8206,7 @@ class Keeper:
 
     def run(self) -> None:
         """Submit the job and keep it until it is over."""
-        self.start_child(
-            self.job.argv, lambda: self.job.feed(self.orders, lambda: own_code(self.job.launch, self.facts))
-        )
+        self.start_child(self.job.argv, self.feed)
         if self.job.queue_timeout:
             self.loop.after(self.job.queue_timeout, self.too_late)
         self.loop.run()
@@ -8214,6 +8216,10 @@ class Keeper:
             self.job.forget(self.id, self.facts)
         remove_tree(self.folder)
         release_lock(self.folder + ".lock", self.lock)
+
+    def feed(self) -> bytes:
+        """Return what the program gets on stdin."""
+        return self.job.feed(self.orders, lambda: own_code(self.job.launch, self.facts))
 
     def start_child(self, argv: Sequence[str], feed: Callable[[], bytes]) -> None:
         """Start the program that holds the job and give it `feed` on stdin, which stays open."""
