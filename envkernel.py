@@ -5366,12 +5366,23 @@ def log_command(options: Mapping[str, Any], facts: Facts) -> int:
     return 0
 
 
+def shared_container(kernel: Installed, facts: Facts) -> Membership | None:
+    """Return a share in the container of all kernels of a kernelspec, None where there is no such folder."""
+    try:
+        care = plan_of(kernel, facts).care if kernel.tokens else None
+        folder = os.path.dirname(care.folder) if care and care.shared else ""
+        return Membership(care.shared, folder) if care and care.shared and facts.isdir(folder) else None
+    except UserError:
+        return None
+
+
 def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel remove NAME``: remove a kernelspec that envkernel made."""
     import shutil
 
     kernel = our_kernel(options["NAME"], facts)
     runs = running_containers(kernel, facts)
+    shared = shared_container(kernel, facts)
     try:
         if os.path.islink(kernel.folder):
             os.unlink(kernel.folder)
@@ -5385,6 +5396,10 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     print(f"Removed the kernel {kernel.name} from {kernel.folder}")
     if runs:
         print("Still running, until their notebooks are shut down: " + ", ".join(runs))
+    for base in private_bases(os.environ, facts):
+        sweep_jobs(base)
+    if shared:
+        shared.forget(os.environ, facts)
     return 0
 
 
@@ -6722,6 +6737,19 @@ class Membership:
         """Leave the locks to the reaper."""
         for lock in (self.start_lock, self.users_lock):
             os.close(lock)
+
+    def forget(self, environ: Mapping[str, str], facts: Facts) -> None:
+        """Remove the locks of a container that was kept once and is gone: no kernel will use them again."""
+        import fcntl
+
+        try:
+            fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if facts.output(self.shared.alive, environ).out.strip() != b"true":
+                remove_tree(self.folder)
+                remove_empty(os.path.dirname(self.folder))
+        except (BlockingIOError, UserError):  # a kernel runs in it; there is no engine to ask
+            pass
+        self.release()
 
     def leave(self, environ: Mapping[str, str]) -> None:
         """Stop the container if nobody else uses it."""
@@ -8514,6 +8542,35 @@ def job_folder(launch: Launch, facts: Facts) -> str:
     return f"{base}/job-{kernel_key(launch.options['connection-file'])}"
 
 
+def sweep_jobs(base: str) -> None:
+    """Remove what is left of jobs whose keeper and run process were killed at once: nobody else would.
+
+    base: the folder of the private folders.  Who lives holds a lock.
+    """
+    import fcntl
+
+    try:
+        names = [name for name in os.listdir(base) if name.startswith("job-") and name.endswith(".lock")]
+    except OSError:
+        return
+    for name in names:
+        path = f"{base}/{name}"
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            continue
+        if os.fstat(lock).st_nlink:
+            remove_tree(path[: -len(".lock")])
+            release_lock(path, lock)
+        else:
+            os.close(lock)
+
+
 def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts) -> tuple[Any, bool]:
     """Return a socket to the keeper of this connection file, and whether it was there before.
 
@@ -8530,6 +8587,7 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
     except OSError:
         sock.close()
     lock = take_lock(folder + ".lock")
+    sweep_jobs(os.path.dirname(folder))
     if os.path.exists(folder):  # its keeper was killed
         remove_tree(folder)
     private_folder(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -429,3 +430,21 @@ def test_stranger_learns_nothing_and_is_dropped() -> None:
     with pytest.raises(ConnectionResetError):  # nothing was said before
         left.recv(100)
     left.close()
+
+
+def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    gone, alive = f"{base}/job-1", f"{base}/job-2"
+    for folder in (gone, alive):
+        lock = envkernel.take_lock(folder + ".lock")
+        os.mkdir(folder)
+        Path(folder, "keeper").touch()
+        if folder == gone:
+            os.close(lock)
+    Path(f"{base}/other").touch()
+    envkernel.sweep_jobs(str(base))
+    assert sorted(os.listdir(base)) == ["job-2", "job-2.lock", "other"]
+    os.close(lock)
+    envkernel.sweep_jobs(str(base))
+    assert os.listdir(base) == ["other"]
+    envkernel.sweep_jobs(f"{base}/nothing")

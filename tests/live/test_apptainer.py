@@ -17,7 +17,7 @@ import pytest
 from jupyter_client import KernelManager
 from jupyter_client.connect import write_connection_file
 
-from support import SCRIPT, done, missing
+from support import SCRIPT, done, memory, missing
 from support.apptainer import Apptainer
 from support.containers import USER, PlainUser, short_folder
 from support.engine_cases import AS_USER, graded_output, listeners, until
@@ -144,6 +144,7 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
             3,
             "42",
         )
+        assert memory.megabytes(memory.family(kernel.pid)) <= 10
         assert kernel.shutdown() < 5
         assert until(lambda: not private_folders(place))
     assert not {port for _, port in listeners()} & ports

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from jupyter_client import KernelManager
 
+from support import memory
 from support.apptainer import Apptainer
 from support.clusters import Errors, alive, run_process
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
@@ -109,6 +110,11 @@ def test_kernel_on_a_node_behind_a_network(jupyter: Jupyter, cluster: Slurm, err
         assert environ["SLURM_JOB_ID"] == job
         assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
         assert kernel.value("1 + 1") == "2"
+        agent = int(kernel.value("__import__('os').getppid()"))
+        here = memory.family(kernel.pid)
+        assert len(here) == 2
+        assert memory.megabytes(here) <= 10
+        assert memory.megabytes([agent], others=0) <= 10
         first = kernel.value("__import__('os').getpid()")
         kernel.restart()
         kernel.restart(now=True)

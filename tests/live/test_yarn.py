@@ -15,6 +15,7 @@ import psutil
 import pytest
 from jupyter_client import BlockingKernelClient
 
+from support import memory
 from support.clusters import Errors, alive, run_process
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.slurm import wait_for
@@ -91,6 +92,8 @@ def test_life_of_a_kernel(
         assert list(store) == ["envkernel.agent"], "the orders with the secret have been taken out"
         assert b"secret" not in store["envkernel.agent"]
         assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
+        assert memory.megabytes(memory.family(kernel.pid)) <= 10
+        assert memory.megabytes([agent.pid], others=0) <= 10
         kernel.restart()
         kernel.restart(now=True)
         assert kernel.value("1 + 1") == "2"

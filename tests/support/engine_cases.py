@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 import envkernel
-from support import SCRIPT, done
+from support import SCRIPT, done, memory
 from support.containers import USER, Engine, PlainUser, short_folder
 from support.jupyter import Jupyter, Kernel, run_protocol_tests, wait_for
 
@@ -137,6 +137,7 @@ class EngineCases:
             assert kernel.value("6 * 7") == "42"
             assert path.read_bytes() == original
             assert len(engine.ids()) == 1
+            assert memory.megabytes(memory.family(kernel.pid)) <= 10
             # It can ask, and be debugged.
             assert kernel.answer("print(input('name? '))", "Ada") == ("name? ", "Ada\n")
             code = "def twice(n):\n    m = 2 * n\n    return m\n\ntwice(21)"
@@ -387,6 +388,7 @@ class EngineCases:
             assert b.value("x") == "1"
             visible = "[n for n in __import__('os').listdir('/run/envkernel') if len(n) == 16]"
             assert len(eval(a.value(visible))) == 2
+            assert memory.megabytes(memory.family(a.pid)) <= 10
             a.shutdown()
             assert b.value("x") == "1"
             assert [one["Id"] for one in engine.containers()] == [container["Id"]]
@@ -411,9 +413,11 @@ class EngineCases:
             time.sleep(0.5)
             assert engine.ids() == seen[-1:]
         assert seen[0] == seen[1]
+        base = Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}"
+        assert list(base.rglob("*.lock")) != []
         engine.call("rm", "-f", *seen[:1])
-        for path in (Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}").rglob("*.lock"):
-            path.unlink()
+        place.envkernel("remove", "kept")
+        assert not base.exists()
 
     def test_the_tables_of_options_are_those_of_the_installed_engine(self, engine: Engine) -> None:
         run = envkernel.parse_engine_help(engine.call("run", "--help"))

@@ -38,11 +38,11 @@ def mappings(pid: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield name, sizes
 
 
-def megabytes(pids: Iterable[int]) -> float:
-    """Return the memory of a kernel's company in MB, as if nobody else ran its interpreter.
+def megabytes(pids: Iterable[int], others: int = 1) -> float:
+    """Return the memory of a kernel's company in MB, as if `others` processes more ran its interpreter.
 
-    Proportional (PSS) but for the code of the interpreter and its modules: PSS divides that among all
-    Pythons of the machine, so it counts in full here, once for all `pids`.
+    Proportional (PSS), but PSS divides the code of the interpreter and its modules among all Pythons of the
+    machine, and on a machine that runs tests these are many.  Jupyter is usually one, on a node nobody.
     """
     pids = list(pids)
     total = 0.0
@@ -57,4 +57,4 @@ def megabytes(pids: Iterable[int]) -> float:
                 code[name] = max(clean, code.get(name, 0))
             else:
                 total += sizes["Pss"]
-    return (total + sum(code.values())) * 1024 / 1e6
+    return (total + sum(code.values()) * len(pids) / (len(pids) + others)) * 1024 / 1e6
