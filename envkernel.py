@@ -7705,6 +7705,20 @@ def write_all(file: int, data: bytes) -> None:
         pass
 
 
+def report_failure(error: UserError) -> None:
+    """Tell the keeper, or setup, why something failed."""
+    write_all(1, FAILED + to_json(vars(error)) + b"\n")
+
+
+# ---- yarn ---------------------------------------------------------------------------------------
+
+YARN_SCRIPT = "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
+"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's."""
+
+ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
+"""Keys in the application's key-value store, which only who holds its certificate can read."""
+
+
 def die_with_parent(parent: int) -> None:
     """Let the system kill this process when its parent is gone, where it can (prctl(2), PR_SET_PDEATHSIG)."""
     try:
@@ -8160,12 +8174,29 @@ def make_node_folder() -> str:
 
 
 def agent_main(stdin: Any) -> int:
-    """What srun runs on the node: read the orders, say where the agent listens, serve."""
+    """What `NODE_BOOT` runs on the node: read the orders, say where the agent listens, serve.
+
+    It says that on stdout or (YARN) on the descriptor that the orders name.
+    """
     orders = from_json(stdin.readline())
+    if "place" not in orders:
+        try:
+            return Agent(orders, 0, say_hello).run()
+        except UserError as error:
+            report_failure(error)
+            return error.status
+    place = orders["place"]
+    os.set_inheritable(place, False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # this file was there
+
+    def said(where: dict[str, Any]) -> None:
+        write_all(place, to_json(where))
+        os.close(place)
+
     try:
-        return Agent(orders, 0, say_hello).run()
+        return Agent(orders, -1, said).run()
     except UserError as error:
-        report_failure(error)
+        tell_error(error)
         return error.status
 
 
@@ -8520,7 +8551,7 @@ def own_code(launch: Launch, facts: Facts) -> tuple[str, bytes, bytes]:
     Raises UserError where it can't be read.
     """
     import marshal
-    from _frozen_importlib_external import MAGIC_NUMBER, SourceFileLoader
+    from _frozen_importlib_external import MAGIC_NUMBER
 
     source = facts.read(__file__)
     if source is None:
@@ -8529,8 +8560,9 @@ def own_code(launch: Launch, facts: Facts) -> tuple[str, bytes, bytes]:
     needed = {"launch", "beside", "streams", "agent"}
     needed.update(*(OTHER_MODES.get(step.mode, ()) for step in launch.steps))
     codes = [part_code(name) for name in PARTS if name in needed]
-    if not all(codes):
-        codes = [marshal.dumps(SourceFileLoader("envkernel", __file__).get_code("envkernel"))]
+    if not all(codes):  # the whole file was loaded
+        parts = split_sections(source.decode())
+        codes = [compile_part(parts[name], __file__) for name in PARTS if name in needed]
     return MAGIC_NUMBER.hex(), marshal.dumps(codes), source
 
 
@@ -8885,20 +8917,6 @@ def connect_place(place: Mapping[str, Any]) -> Any:
     return sock
 
 
-def report_failure(error: UserError) -> None:
-    """Tell the keeper, or setup, why something failed."""
-    write_all(1, FAILED + to_json(vars(error)) + b"\n")
-
-
-# ---- yarn ---------------------------------------------------------------------------------------
-
-YARN_SCRIPT = "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
-"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's."""
-
-ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
-"""Keys in the application's key-value store, which only who holds its certificate can read."""
-
-
 def yarn_main(words: Sequence[str]) -> int:
     """The hidden commands ``envkernel yarn client ...`` (on the edge node) and ``yarn agent`` (on a node)."""
     if words[0] == "agent":
@@ -9070,18 +9088,24 @@ def yarn_agent() -> int:
     os.close(place_end)
     text = b"".join(iter(lambda: os.read(orders, 1 << 16), b""))
     os.close(orders)
-    if not text:
-        return 1
+    if text:
+        become_small_agent(from_json(text), place)
+    return 1
 
-    def said(where: dict[str, Any]) -> None:
-        write_all(place, to_json(where))
-        os.close(place)
 
-    try:
-        return Agent(from_json(text), -1, said).run()
-    except UserError as error:
-        tell_error(error)
-        return error.status
+def become_small_agent(orders: Mapping[str, Any], place: int) -> NoReturn:
+    """Become an agent that holds no more of this file than it needs: having compiled it takes 30 MB.
+
+    place: descriptor on which the agent is to say where it listens.
+    """
+    magic, code, _ = own_code(launch_from_data(orders["launch"]), Facts())
+    file = os.memfd_create("agent")
+    write_all(file, b"%s %d 0\n" % (magic.encode(), len(code)) + code)
+    write_all(file, to_json({**orders, "place": place}) + b"\n")
+    os.lseek(file, 0, os.SEEK_SET)
+    os.dup2(file, 0)
+    os.set_inheritable(place, True)
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", NODE_BOOT])
 
 
 def yarn_channel(orders_end: int, place_end: int) -> NoReturn:
@@ -9557,7 +9581,7 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
     if plan.job:
         return RemoteKernel(plan, plan.job, launch, facts).serve()
     if not plan.care and launch.options.get("earlier"):
-        load("containers")
+        load("beside")
         plan = watched(plan, launch, facts)
     if not plan.care:
         become(plan)

@@ -16,6 +16,7 @@ NEEDS_MORE = {
     *("become_error_kernel", "check_targets", "find_mode", "legacy_launch", "salvage_launch"),
     *("setup_or_manage", "yarn_main"),
     "first_missing",  # what setup alone uses of the facts
+    "compile_part",  # where the whole file was loaded
 }
 NEEDS_CONTAINERS = {
     *("supervise", "watched", "prepare", "private_folder", "remove_empty", "remove_tree"),

@@ -137,7 +137,8 @@ class EngineCases:
             assert kernel.value("6 * 7") == "42"
             assert path.read_bytes() == original
             assert len(engine.ids()) == 1
-            assert memory.megabytes(memory.family(kernel.pid)) <= 10
+            both = until(lambda: [memory.family(kernel.pid)] * (len(memory.family(kernel.pid)) == 2))
+            assert memory.megabytes(both[0]) <= 10
             # It can ask, and be debugged.
             assert kernel.answer("print(input('name? '))", "Ada") == ("name? ", "Ada\n")
             code = "def twice(n):\n    m = 2 * n\n    return m\n\ntwice(21)"
@@ -375,6 +376,7 @@ class EngineCases:
             (container,) = engine.containers()
             assert container["Name"].strip("/").startswith("envkernel-both-shared-")
             a, b = Kernel(first, one), Kernel(second, two)
+            assert memory.megabytes(memory.family(b.pid)) <= 10
             b.value("globals().update(x=1)")
             assert [k.value("__import__('os').getcwd()") for k in (a, b)] == ["/there/one", "/there/two"]
             a.value("open('/data/file', 'w').write('text')")
@@ -388,7 +390,6 @@ class EngineCases:
             assert b.value("x") == "1"
             visible = "[n for n in __import__('os').listdir('/run/envkernel') if len(n) == 16]"
             assert len(eval(a.value(visible))) == 2
-            assert memory.megabytes(memory.family(a.pid)) <= 10
             a.shutdown()
             assert b.value("x") == "1"
             assert [one["Id"] for one in engine.containers()] == [container["Id"]]
