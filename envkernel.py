@@ -7710,15 +7710,6 @@ def report_failure(error: UserError) -> None:
     write_all(1, FAILED + to_json(vars(error)) + b"\n")
 
 
-# ---- yarn ---------------------------------------------------------------------------------------
-
-YARN_SCRIPT = "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
-"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's."""
-
-ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
-"""Keys in the application's key-value store, which only who holds its certificate can read."""
-
-
 def die_with_parent(parent: int) -> None:
     """Let the system kill this process when its parent is gone, where it can (prctl(2), PR_SET_PDEATHSIG)."""
     try:
@@ -8915,6 +8906,15 @@ def connect_place(place: Mapping[str, Any]) -> Any:
         sock.close()
         return None
     return sock
+
+
+# ---- yarn ---------------------------------------------------------------------------------------
+
+YARN_SCRIPT = "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
+"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's."""
+
+ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
+"""Keys in the application's key-value store, which only who holds its certificate can read."""
 
 
 def yarn_main(words: Sequence[str]) -> int:
