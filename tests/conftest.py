@@ -22,10 +22,24 @@ pytest_plugins = [
 
 
 TOGETHER = {
+    **dict.fromkeys(("slurm", "jobs", "yarn"), "cluster"),
     **dict.fromkeys(("docker", "clients", "lab", "languages", "reasons", "check"), "docker"),
-    **dict.fromkeys(("slurm", "yarn"), "cluster"),
+    "podman": "podman",
 }
-"""Files of live tests that share daemons, and so run in one worker; any other file runs for itself."""
+"""Files of live tests that share daemons, and so run in one worker; any other file runs for itself.
+
+In the order in which they start: what takes longest comes first."""
+
+
+def group_of(path):
+    """Return what a file of tests runs together with."""
+    return TOGETHER.get(Path(path).stem.partition("_")[2], path)
+
+
+def pytest_collection_modifyitems(items):
+    """Have the groups run first."""
+    order = list(TOGETHER.values())
+    items.sort(key=lambda item: order.index(group) if (group := group_of(item.path)) in order else len(order))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -35,10 +49,9 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            name = Path(file).stem.partition("_")[2]
-            return TOGETHER.get(name, file)
+            return group_of(nodeid.partition("::")[0])
 
+    config.option.loadscopereorder = False  # ours stands
     return Files(config, log)
 
 
