@@ -8027,7 +8027,7 @@ class Agent:
             self.reap()
         elif number != 2:
             self.status = 128 + number
-            self.tell(stopped=number)
+            self.tell(stopped=number, problem=over_memory(os.environ, Facts()))
             self.kernel.signal(15)
             self.loop.after(0.15, self.end)
 
@@ -8079,8 +8079,8 @@ def kernel_end(kernel: NodeKernel, status: int) -> dict[str, Any]:
     problem = kernel.problem
     if status == -9 and memory_kills(Facts()) > kernel.killed:
         option = "--mem=8G" if "SLURM_JOB_ID" in kernel.environ else "--memory=8192"
-        error = UserError("The kernel has used more memory than its job has.", f"Ask for more: {option}.")
-        problem = vars(error)
+        hint = f"Ask for more: {option}."
+        problem = vars(UserError("The kernel has used more memory than its job asked for.", hint))
     return {"ended": status, "tail": tail, "problem": problem}
 
 
@@ -8096,6 +8096,30 @@ def memory_kills(facts: Facts) -> int:
             if word.startswith(b"oom_kill "):
                 return int(word.split()[1])
     return 0
+
+
+def over_memory(environ: Mapping[str, str], facts: Facts) -> dict[str, Any] | None:
+    """Return the problem of a YARN container that has more memory than it asked for, None for any other.
+
+    The NodeManager adds up what all its processes have, and tells nobody but its own log why it kills.
+    """
+    asked = environ.get("SKEIN_RESOURCE_MEMORY", "")
+    if not asked.isdigit():
+        return None
+    pids, used = [str(os.getpid())], 0
+    for pid in pids:
+        fields = (facts.read(f"/proc/{pid}/statm") or b"0 0").split()
+        used += int(fields[1]) * os.sysconf("SC_PAGESIZE")
+        for thread in facts.listdir(f"/proc/{pid}/task"):
+            pids += os.fsdecode(facts.read(f"/proc/{pid}/task/{thread}/children") or b"").split()
+    if used <= int(asked) << 20:
+        return None
+    return vars(
+        UserError(
+            f"The YARN container has used more memory than it asked for: {used >> 20} of {asked} MiB.",
+            f"Ask for more: --memory={max(used >> 19, 1024)}.",
+        )
+    )
 
 
 def node_name(environ: Mapping[str, str]) -> str:
@@ -8783,7 +8807,10 @@ class RemoteKernel:
                 where = f"{self.plan.where} on {self.place['node']}"
                 self.error = ended_error(self.status, where, message["tail"], self.plan.install)
             self.drain()
-        if "stopped" in message:
+        if message.get("stopped") and message.get("problem"):
+            self.keeper.tell(do="end")
+            self.fail(UserError(**message["problem"]))
+        elif "stopped" in message:
             self.keeper.tell(do="explain")
             self.await_reason()
 

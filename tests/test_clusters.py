@@ -231,6 +231,22 @@ def test_agent_listens_within_the_range_of_ports() -> None:
         sock.close()
 
 
+def test_memory_of_a_container_is_what_all_its_processes_have() -> None:
+    me = os.getpid()
+    page = os.sysconf("SC_PAGESIZE")
+    files = {
+        f"/proc/{me}/statm": b"9 %d 0" % ((10 << 20) // page),
+        f"/proc/{me}/task/{me}/children": b"77 ",
+        "/proc/77/statm": b"9 %d 0" % ((600 << 20) // page),
+    }
+    problem = envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "512"}, facts(files=files))
+    assert problem is not None
+    assert problem["message"].endswith("than it asked for: 610 of 512 MiB.")
+    assert problem["hint"] == "Ask for more: --memory=1220."
+    assert envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "1024"}, facts(files=files)) is None
+    assert envkernel.over_memory({}, facts(files=files)) is None
+
+
 def test_kills_for_want_of_memory_are_counted() -> None:
     one = {"/proc/self/cgroup": b"5:devices:/x\n4:memory:/slurm/a b\n0::/\n"}
     one["/sys/fs/cgroup/memory/slurm/a b/memory.oom_control"] = b"under_oom 0\noom_kill 3\n"

@@ -19,7 +19,7 @@ from jupyter_client import KernelManager
 
 from support import memory
 from support.apptainer import Apptainer
-from support.clusters import Errors, alive, run_process
+from support.clusters import Errors, alive, driven_kernel, processes, run_process
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.modules import Modules
 from support.slurm import Slurm, wait_for
@@ -62,15 +62,6 @@ def srun_of(kernel: Kernel) -> psutil.Process:
     [srun] = keeper.children()
     assert srun.name() == "srun"
     return srun
-
-
-def processes(word: str) -> list[psutil.Process]:
-    """The processes that have a word in their command line."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(word in argument for argument in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
 
 
 def all_gone(cluster: Slurm, pids: list[int], seconds: float = 10) -> None:
@@ -413,34 +404,14 @@ def test_kill_of_the_run_process(jupyter: Jupyter, cluster: Slurm, partition: st
         all_gone(cluster, pids)
 
 
-DRIVER = """
-import sys, time
-from jupyter_client import KernelManager
-manager = KernelManager(kernel_name=sys.argv[1], connection_file=sys.argv[2])
-manager.start_kernel()
-client = manager.blocking_client()
-client.start_channels()
-client.wait_for_ready(timeout=30)
-print(manager.provisioner.process.pid, flush=True)
-time.sleep(600)
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_death_of_jupyter(jupyter: Jupyter, cluster: Slurm, number: int) -> None:
     install(jupyter, "orphan", "--partition=far", "--linger=60")
-    connection = jupyter.root / "runtime" / "kernel-orphan.json"
-    argv = [sys.executable, "-c", DRIVER, "orphan", str(connection)]
-    with subprocess.Popen(
-        argv, env={**os.environ, **jupyter.environ}, stdout=subprocess.PIPE, text=True
-    ) as driver:
-        assert driver.stdout
-        root = psutil.Process(int(driver.stdout.readline()))
-        pids = [root.pid, *(child.pid for child in root.children(recursive=True))]
+    with driven_kernel(jupyter, "orphan") as (driver, run):
+        pids = [run.pid, *(child.pid for child in run.children(recursive=True))]
         pids += [process.pid for process in processes("marshal,sys;from _frozen")]
         driver.send_signal(number)
-    all_gone(cluster, pids)
-    connection.unlink()  # Jupyter's own, which it could not remove
+        all_gone(cluster, pids)
 
 
 def ends_with(

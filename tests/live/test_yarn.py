@@ -16,7 +16,7 @@ import pytest
 from jupyter_client import BlockingKernelClient
 
 from support import memory
-from support.clusters import Errors, alive, run_process
+from support.clusters import Errors, alive, driven_kernel, processes, run_process
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.slurm import wait_for
 from support.yarn import Yarn
@@ -176,6 +176,34 @@ def test_death_of_the_run_process(jupyter: Jupyter, cluster: Any, packed: Path, 
         kernel.manager.provisioner.process.wait(5)
         wait_for(lambda: not alive(pids), f"the end of {pids}", 10)
         assert final(cluster, application, 10) == ("FINISHED", "SUCCEEDED")
+
+
+def test_container_out_of_memory(jupyter: Jupyter, cluster: Any, packed: Path, errors: Errors) -> None:
+    """The NodeManager kills a container that has more than it asked for."""
+    install(jupyter, "full", packed)
+    with jupyter.kernel("full", stderr=errors.file) as kernel:
+        [number] = running(cluster)
+        pids = node_pids(kernel)
+        kernel.client.execute("b = bytes(range(256)) * 2_400_000; import time; time.sleep(60)")
+        wait_for(lambda: not alive(pids), f"the end of {pids}", 10)
+        kernel.manager.provisioner.process.wait(20)
+        assert final(cluster, number)[0] in ENDED
+    said = errors.text()
+    assert "has used more memory than it asked for" in said, said
+    assert "--memory=" in said
+
+
+def test_death_of_jupyter(jupyter: Jupyter, cluster: Any, packed: Path) -> None:
+    install(jupyter, "widow", packed, "--linger=60")
+    with driven_kernel(jupyter, "widow") as (driver, run):
+        [number] = running(cluster)
+        agents = processes("marshal,sys;from _frozen")
+        roots = [run, *agents]
+        pids = [process.pid for root in roots for process in (root, *root.children(recursive=True))]
+        assert len(pids) >= 4, "run process, keeper, agent and kernel"
+        driver.kill()
+        wait_for(lambda: not alive(pids), f"the end of {pids}", 10)
+        assert final(cluster, number, 10) == ("FINISHED", "SUCCEEDED")
 
 
 def test_shutdown_before_it_runs(jupyter: Jupyter, cluster: Any, packed: Path, errors: Errors) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Iterator
 
 import psutil
 import pytest
 
-from support.jupyter import Kernel
+from support.jupyter import Jupyter, Kernel
 from support.slurm import wait_for
 
 
@@ -21,6 +25,44 @@ def alive(pids: list[int]) -> list[int]:
     return [
         pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     ]
+
+
+def processes(*words: str) -> list[psutil.Process]:
+    """The processes that have each of some words in their command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or ()
+        if all(any(word in argument for argument in command) for word in words):
+            found.append(process)
+    return found
+
+
+DRIVER = """
+import sys, time
+from jupyter_client import KernelManager
+manager = KernelManager(kernel_name=sys.argv[1], connection_file=sys.argv[2])
+manager.start_kernel()
+client = manager.blocking_client()
+client.start_channels()
+client.wait_for_ready(timeout=30)
+print(manager.provisioner.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def driven_kernel(jupyter: Jupyter, name: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """A kernel that a Jupyter of its own has started; yields that Jupyter and the run process."""
+    connection = jupyter.root / "runtime" / f"kernel-{name}.json"
+    argv = [sys.executable, "-c", DRIVER, name, str(connection)]
+    environ = {**os.environ, **jupyter.environ}
+    with subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout
+        try:
+            yield driver, psutil.Process(int(driver.stdout.readline()))
+        finally:
+            driver.kill()
+            connection.unlink()  # Jupyter's own, which it could not remove
 
 
 class Errors:

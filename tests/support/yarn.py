@@ -152,6 +152,8 @@ class Yarn:
             "yarn.nodemanager.resource.memory-mb": "8192",
             "yarn.nodemanager.resource.cpu-vcores": "8",
             "yarn.nodemanager.vmem-check-enabled": "false",
+            "yarn.nodemanager.container-monitor.interval-ms": "500",
+            "yarn.nodemanager.resource.memory.enforced": "false",  # else only control groups would kill
             "yarn.nodemanager.disk-health-checker.enable": "false",
             "yarn.nodemanager.delete.debug-delay-sec": "0",
             "yarn.nodemanager.env-whitelist": "JAVA_HOME,HADOOP_CONF_DIR",
