@@ -2160,9 +2160,9 @@ def csv_field(text: str) -> str:
 
 def split_csv(text: str) -> list[str]:
     """Return the fields of a CSV line."""
-    import csv
+    from _csv import reader  # what csv hands on; csv itself loads re, which stays in memory
 
-    return next(csv.reader([text]), [])
+    return next(reader([text]), [])
 
 
 def mount_options(step: Step, box: Box, plan: Plan, facts: Facts) -> list[str]:
@@ -6173,11 +6173,15 @@ def quoted(word: str) -> str:
 
 
 def masked(assignment: str) -> str:
-    """Return NAME=VALUE with the value hidden where the name or a password in a URL calls for it."""
+    """Return NAME=VALUE with the value hidden where the name or a password in a URL calls for it.
+
+    The value may be such an assignment again: ``--pass=--env=TOKEN=x``, where --pass hands an option on.
+    """
     name, equals, value = assignment.partition("=")
-    if equals and (any(word in name.upper() for word in _SECRET_NAMES) or ("://" in value and "@" in value)):
+    secret = name != "--pass" and any(word in name.upper() for word in _SECRET_NAMES)
+    if equals and (secret or ("://" in value and "@" in value)):
         return f"{name}=***"
-    return assignment
+    return name + equals + (masked(value) if "=" in value else value)
 
 
 def environment_difference(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

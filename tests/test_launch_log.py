@@ -45,7 +45,9 @@ def test_without_a_plan_there_is_only_the_command():
         ("jupyterhub_api_token=x", "jupyterhub_api_token=***"),
         ("DB=postgres://me:pw@host/db", "DB=***"),
         ("PAGE=https://host/", "PAGE=https://host/"),
-        ("--pass=PASSWORD=x", "--pass=***"),
+        ("--pass=PASSWORD=x", "--pass=PASSWORD=***"),
+        ("--pass=--env=A_TOKEN=x", "--pass=--env=A_TOKEN=***"),
+        ("--pass=--bind=/a:/b", "--pass=--bind=/a:/b"),
         ("KEY", "KEY"),
     ],
 )
