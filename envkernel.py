@@ -3266,6 +3266,10 @@ class Job(Record):
         """Return the command that says why a job ended whose program has ended before it."""
         raise NotImplementedError
 
+    def cancel(self, known: str) -> list[str]:
+        """Return the command that ends a job whose program has ended before it."""
+        raise NotImplementedError
+
     def explain(self, status: int, said: str, known: str, facts: Facts) -> UserError:
         """Return why the job ended, from the program's exit status and the end of its stderr."""
         raise NotImplementedError
@@ -3613,6 +3617,10 @@ class YarnJob(Job):
     def report(self, known: str) -> list[str]:
         """Return the command that says what became of the application."""
         return [*self.argv[:-1], "report", known]
+
+    def cancel(self, known: str) -> list[str]:
+        """Return the command that kills the application."""
+        return [*self.argv[:-1], "kill", known]
 
     def explain(self, status: int, said: str, known: str, facts: Facts) -> UserError:
         """Return why the application ended, where the helper could not say."""
@@ -7911,6 +7919,7 @@ class Agent:
         self.loop.signals(AGENT_SIGNALS, self.signal)
         address = agent_address(orders, os.environ)
         self.listener = listen_at(address, orders.get("node-ports", ""))
+        self.supervision = Supervision(self.loop, os.environ, Facts(), self.stop)
         self.loop.watch(self.listener.fileno(), READ, self.accept)
         if stdin >= 0:
             self.loop.watch(stdin, READ, lambda mask: self.stdin(stdin))
@@ -8030,10 +8039,14 @@ class Agent:
         if number == 17:
             self.reap()
         elif number != 2:
-            self.status = 128 + number
-            self.tell(stopped=number, problem=over_memory(os.environ, Facts()))
-            self.kernel.signal(15)
-            self.loop.after(0.15, self.end)
+            self.stop(number, over_memory(os.environ, Facts()))
+
+    def stop(self, number: int, problem: dict[str, Any] | None) -> None:
+        """End the kernel and soon this process, as the signal `number` would; say why, if that is known."""
+        self.status = 128 + number
+        self.tell(stopped=number, problem=problem)
+        self.kernel.signal(15)
+        self.loop.after(0.15, self.end)
 
     def reap(self) -> None:
         """Say how the kernel ended."""
@@ -8124,6 +8137,148 @@ def over_memory(environ: Mapping[str, str], facts: Facts) -> dict[str, Any] | No
             f"Ask for more: --memory={max(used >> 19, 1024)}.",
         )
     )
+
+
+NODE_MANAGER = b"org.apache.hadoop.yarn.server.nodemanager.NodeManager"
+"""The program that starts and supervises the containers of a YARN node, as its command line names it."""
+
+
+class Supervision:
+    """Ends an agent in a container of YARN that nobody supervises any more.
+
+    What a NodeManager has started lives on when that is killed, and the ResourceManager misses a
+    node after 10 minutes only (yarn.nm.liveness-monitor.expiry-interval-ms).  So the agent watches the
+    NodeManager's process.  When that is gone, it knocks at two doors every `PING` seconds:
+
+    - The application master's.  Once nobody listens there the application is over, in whatever way.
+    - The NodeManager's.  With yarn.nodemanager.recovery.enabled a NodeManager that is started again
+      takes its containers back, at the same port: the kernel shall live through that.  See
+      https://hadoop.apache.org/docs/stable/hadoop-yarn/hadoop-yarn-site/NodeManagerRestart.html.
+      Where the node's yarn-site.xml says so the application master alone decides, however long it takes.
+      Elsewhere a NodeManager that has not answered for `LOST` seconds counts as a lost node.
+
+    stop: called with a signal's number and the problem.  Where the NodeManager can't be seen (in a
+    container of Docker's) nothing is watched.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        environ: Mapping[str, str],
+        facts: Facts,
+        stop: Callable[[int, dict[str, Any]], None],
+    ) -> None:
+        self.loop, self.environ, self.facts, self.stop = loop, environ, facts, stop
+        self.deadline: object = None
+        manager = node_manager(environ, facts)
+        if manager:
+            watch_process(loop, manager, self.left)
+
+    def left(self) -> None:
+        """The NodeManager is gone."""
+        host = self.environ.get("NM_HOST", "")
+        self.doors = [
+            (self.environ.get("SKEIN_APPMASTER_ADDRESS", ""), self.master_answers),
+            (f"{host}:{self.environ.get('NM_PORT', '')}", self.manager_answers),
+        ]
+        self.returns = recovers_containers(self.environ, self.facts)
+        self.manager_answers(False)
+        self.look()
+
+    def look(self) -> None:
+        """Knock at both doors, again and again."""
+        for address, answers in self.doors:
+            knock(self.loop, address, answers)
+        self.loop.after(PING, self.look)
+
+    def master_answers(self, listens: bool) -> None:
+        """Without an application master there is no application."""
+        if not listens:
+            self.end("and the application is over")
+
+    def manager_answers(self, listens: bool) -> None:
+        """A NodeManager that is there again may have taken the container back."""
+        if listens:
+            self.loop.cancel(self.deadline)
+            self.deadline = None
+        elif not self.deadline and not self.returns:
+            self.deadline = self.loop.after(LOST, lambda: self.end(f"and has not come back for {LOST:g} s"))
+
+    def end(self, how: str) -> None:
+        """End the kernel and say why."""
+        node = node_name(self.environ)
+        hint = "Start the kernel again; it will get another node if that one is down."
+        self.stop(9, vars(UserError(f"The NodeManager of node {node} has ended, {how}.", hint)))
+
+
+def node_manager(environ: Mapping[str, str], facts: Facts) -> int:
+    """Return the pid of the NodeManager above this process, 0 where there is none to be seen."""
+    pid = os.getpid() if "SKEIN_APPMASTER_ADDRESS" in environ else 0
+    while pid and NODE_MANAGER not in (facts.read(f"/proc/{pid}/cmdline") or b"").split(b"\0"):
+        stat = facts.read(f"/proc/{pid}/stat") or b") S 0"  # proc(5): the parent's pid is the fourth field
+        pid = int(stat.rpartition(b")")[2].split()[1])
+    return pid
+
+
+def recovers_containers(environ: Mapping[str, str], facts: Facts) -> bool:
+    """Tell whether a NodeManager of this node takes its containers back when it is started again.
+
+    Off by default (yarn-default.xml); HADOOP_CONF_DIR is in the default of yarn.nodemanager.env-whitelist.
+    """
+    text = facts.read(environ.get("HADOOP_CONF_DIR", "/etc/hadoop/conf") + "/yarn-site.xml") or b""
+    _, _, rest = text.partition(b"<name>yarn.nodemanager.recovery.enabled</name>")
+    return b"<value>true</value>" in b"".join(rest.partition(b"</property>")[0].split())
+
+
+def watch_process(loop: Loop, pid: int, gone: Callable[[], None]) -> None:
+    """Call `gone` once when the process `pid` has ended.  Looks once a second on Python 3.8."""
+    if hasattr(os, "pidfd_open"):
+        try:
+            file = os.pidfd_open(pid)
+        except OSError:
+            gone()
+            return
+
+        def ended(mask: int) -> None:
+            loop.forget(file)
+            os.close(file)
+            gone()
+
+        loop.watch(file, READ, ended)
+    elif os.path.exists(f"/proc/{pid}"):
+        loop.after(1, lambda: watch_process(loop, pid, gone))
+    else:
+        gone()
+
+
+def knock(loop: Loop, address: str, answers: Callable[[bool], None]) -> None:
+    """Call `answers` with whether anybody listens at ``HOST:PORT``; not at all where nothing comes back."""
+    import _socket
+
+    host, _, port = address.rpartition(":")
+    sock = _socket.socket()
+    sock.setblocking(False)
+    refused = 111  # ECONNREFUSED; errno would be loaded for it alone
+
+    def answered(mask: int) -> None:
+        error = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
+        loop.forget(sock.fileno())
+        sock.close()
+        if error in (0, refused):
+            answers(not error)
+
+    try:
+        sock.connect((host, int(port)))
+    except BlockingIOError:
+        loop.watch(sock.fileno(), WRITE, answered)
+    except ConnectionRefusedError:
+        sock.close()
+        answers(False)
+    except (OSError, ValueError):  # no such name, no such network
+        sock.close()
+    else:
+        sock.close()
+        answers(True)
 
 
 def node_name(environ: Mapping[str, str]) -> str:
@@ -8414,6 +8569,8 @@ class Keeper:
         """Follow a run process."""
         if message.get("do") == "end" or message.get("adopt", self.digest) != self.digest:
             self.end()
+        elif message.get("do") == "give up":
+            self.give_up()
         elif message.get("do") == "explain":
             if not self.job.detached:
                 self.loop.after(self.NOTICE, self.overdue)
@@ -8448,6 +8605,13 @@ class Keeper:
             said = self.said.decode(errors="replace")
             self.gone(self.job.lost(self.place["node"], said, self.id, self.facts))
             self.end()
+
+    def give_up(self) -> None:
+        """End the job of an agent that can't do it: it is out of reach, or nobody supervises it."""
+        if self.job.detached and self.id and not self.child and not self.ending:
+            self.place = None
+            self.start_child(self.job.cancel(self.id), bytes)
+        self.end()
 
     def gone(self, error: UserError | None) -> None:
         """Tell the run process that the job is over, and why."""
@@ -8775,7 +8939,7 @@ class RemoteKernel:
             if self.tries < 4:
                 self.loop.after(self.tries, self.reach)
                 return
-            self.keeper.tell(do="end")
+            self.keeper.tell(do="give up")
             self.fail(
                 UserError(
                     "The node {node} can't be reached at {address}, port {port}.".format(**self.place),
@@ -8812,7 +8976,7 @@ class RemoteKernel:
                 self.error = ended_error(self.status, where, message["tail"], self.plan.install)
             self.drain()
         if message.get("stopped") and message.get("problem"):
-            self.keeper.tell(do="end")
+            self.keeper.tell(do="give up")
             self.fail(UserError(**message["problem"]))
         elif "stopped" in message:
             self.keeper.tell(do="explain")
@@ -8826,7 +8990,7 @@ class RemoteKernel:
 
     def agent_lost(self) -> None:
         """Nothing was heard of the node for a while."""
-        self.keeper.tell(do="end")
+        self.keeper.tell(do="give up")
         self.fail(
             UserError(
                 "The node {} has not answered for {:g} s.".format(self.place["node"], LOST),
@@ -8954,7 +9118,7 @@ def yarn_main(words: Sequence[str]) -> int:
         return yarn_agent()
     try:
         import_from_here()
-        return {"check": client_check, "submit": client_submit, "report": client_report}[words[1]](words[2:])
+        return CLIENTS[words[1]](words[2:])
     except UserError as error:
         report_failure(error)
         return error.status
@@ -9084,6 +9248,7 @@ def application_end(client: Any, number: str, said: str) -> UserError:
             break
         time.sleep(0.25)
     else:
+        kill_application(client, number)  # its container is gone, but nobody has told the ResourceManager
         return UserError(
             f"The YARN application {number} does not answer.", "Start the kernel again.", detail=said
         )
@@ -9099,6 +9264,25 @@ def client_report(words: Sequence[str]) -> int:
     """Say what became of an application."""
     _, client = open_skein()
     raise application_end(client, words[0], "")
+
+
+def client_kill(words: Sequence[str]) -> int:
+    """Kill an application, if it has not ended."""
+    _, client = open_skein()
+    kill_application(client, words[0])
+    return 0
+
+
+def kill_application(client: Any, number: str) -> None:
+    """Kill an application, if it has not ended and YARN answers."""
+    try:
+        client.kill_application(number)
+    except Exception as error:
+        say_yarn(f"application {number} could not be killed: {error}")
+
+
+CLIENTS = {"check": client_check, "submit": client_submit, "report": client_report, "kill": client_kill}
+"""What the helper can do, by the word after ``envkernel yarn client``."""
 
 
 def yarn_agent() -> int:

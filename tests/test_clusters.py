@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,69 @@ def test_memory_of_a_container_is_what_all_its_processes_have() -> None:
     assert problem["hint"] == "Ask for more: --memory=1220."
     assert envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "1024"}, facts(files=files)) is None
     assert envkernel.over_memory({}, facts(files=files)) is None
+
+
+NODE_MANAGER = envkernel.NODE_MANAGER.decode()
+SITE = """<configuration><property>
+  <name>yarn.nodemanager.recovery.enabled</name> <value> %s </value>
+</property><property><name>other</name><value>true</value></property></configuration>"""
+
+
+def test_node_manager_is_found_above_a_container() -> None:
+    files = {
+        f"/proc/{os.getpid()}/cmdline": b"python\0-I\0",
+        f"/proc/{os.getpid()}/stat": b"%d (a) b) S 71 1 1" % os.getpid(),
+        "/proc/71/cmdline": b"bash\0launch\0",
+        "/proc/71/stat": b"71 (bash) S 72 1 1",
+        "/proc/72/cmdline": f"java\0-cp\0x\0{NODE_MANAGER}\0".encode(),
+    }
+    container = {"SKEIN_APPMASTER_ADDRESS": "h:1"}
+    assert envkernel.node_manager(container, facts(files=files)) == 72
+    assert envkernel.node_manager({}, facts(files=files)) == 0, "not on YARN"
+    files["/proc/71/stat"] = b"71 (bash) S 0 1 1"  # in a PID namespace
+    assert envkernel.node_manager(container, facts(files=files)) == 0
+
+
+@pytest.mark.parametrize(("value", "recovers"), [("true", True), ("false", False)])
+def test_whether_containers_live_through_a_restart_of_their_node_manager(value: str, recovers: bool) -> None:
+    world = facts(files={"/conf/yarn-site.xml": (SITE % value).encode()})
+    assert envkernel.recovers_containers({"HADOOP_CONF_DIR": "/conf"}, world) is recovers
+    assert not envkernel.recovers_containers({"HADOOP_CONF_DIR": "/none"}, world)
+
+
+def supervise(monkeypatch: pytest.MonkeyPatch, seconds: float, site: str, doors: list[int]) -> str:
+    """Say how an agent ends within some seconds after its NodeManager; doors: ports of master and manager."""
+    monkeypatch.setattr(envkernel, "PING", 0.05)
+    monkeypatch.setattr(envkernel, "LOST", 0.3)
+    loop = envkernel.Loop()
+    ends: list[str] = []
+
+    def stop(number: int, problem: dict[str, Any]) -> None:
+        ends.append(problem["message"])
+        loop.stop()
+
+    with subprocess.Popen(["sleep", "60"]) as manager:
+        files = {f"/proc/{manager.pid}/cmdline": envkernel.NODE_MANAGER}
+        files[f"/proc/{os.getpid()}/stat"] = b"1 (x) S %d" % manager.pid
+        files["/conf/yarn-site.xml"] = (SITE % site).encode()
+        environ = {"NM_HOST": "127.0.0.1", "NM_PORT": str(doors[1]), "HADOOP_CONF_DIR": "/conf"}
+        environ["SKEIN_APPMASTER_ADDRESS"] = f"localhost:{doors[0]}"
+        envkernel.Supervision(loop, environ, facts(files=files), stop)
+        loop.after(0.1, manager.kill)
+        loop.after(seconds, loop.stop)
+        loop.run()
+    return "".join(ends)
+
+
+def test_lost_node_manager_ends_the_kernel_unless_it_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        here, gone = listening.getsockname()[1], closed.getsockname()[1]
+        assert "has not come back for 0.3 s" in supervise(monkeypatch, 5, "false", [here, gone])
+        assert supervise(monkeypatch, 0.8, "false", [here, here]) == ""
+        assert supervise(monkeypatch, 0.8, "true", [here, gone]) == ""
+        assert "the application is over" in supervise(monkeypatch, 5, "true", [gone, gone])
+        assert "the application is over" in supervise(monkeypatch, 5, "false", [gone, here])
 
 
 def test_kills_for_want_of_memory_are_counted() -> None:

@@ -193,6 +193,29 @@ def test_container_out_of_memory(jupyter: Jupyter, cluster: Any, packed: Path, e
     assert "--memory=" in said
 
 
+def test_node_manager_is_lost(
+    jupyter: Jupyter, yarn: Yarn, cluster: Any, packed: Path, errors: Errors
+) -> None:
+    """Its containers' processes live on, and YARN would not miss it for 10 minutes."""
+    install(jupyter, "lost", packed)
+    try:
+        with jupyter.kernel("lost", stderr=errors.file) as kernel:
+            [number] = running(cluster)
+            pids = node_pids(kernel)
+            masters = [process.pid for process in processes("skein.ApplicationMaster", number)]
+            yarn.crash_node()
+            assert alive(pids) == pids
+            wait_for(lambda: not alive(pids), f"the end of {pids}", 25)
+            kernel.manager.provisioner.process.wait(5)
+            assert final(cluster, number, 10)[0] == "KILLED"
+            yarn.start_node()
+            wait_for(lambda: not alive(masters), f"the end of {masters}", 10)
+    finally:
+        if "nodemanager" not in yarn.daemons:
+            yarn.start_node()
+    assert "The NodeManager of node localhost has ended, and has not come back for 20 s." in errors.text()
+
+
 def test_death_of_jupyter(jupyter: Jupyter, cluster: Any, packed: Path) -> None:
     install(jupyter, "widow", packed, "--linger=60")
     with driven_kernel(jupyter, "widow") as (driver, run):

@@ -27,6 +27,7 @@ from support.slurm import free_ports, wait_for
 PROGRAMS = ("java", "mvn")
 LEASH = ["setpriv", "--pdeathsig=TERM"]  # ends with the tests, however they end
 HADOOP = "3.4.1"
+REGISTERED = "NodeManager from node"  # what the ResourceManager logs of one
 RM = "org.apache.hadoop.yarn.server.resourcemanager"
 POM = Path(__file__).with_name("yarn-pom.xml")
 # Guice and cglib reach into java.lang; Hadoop's own scripts pass the same to Java 17.
@@ -76,20 +77,32 @@ class Yarn:
             "SKEIN_CONFIG": str(self.dir / "skein"),
             "JAVA_HOME": str(Path(shutil.which("java") or "java").resolve().parents[1]),
         }
+        self.own_environ = {**os.environ, **self.environ}  # a test's marks its own processes
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Start both daemons and wait until the node is registered."""
         self._write_conf()
         self.spawn("resourcemanager", f"{RM}.ResourceManager")
-        self.spawn("nodemanager", "org.apache.hadoop.yarn.server.nodemanager.NodeManager")
-        wait_for(self._registered, "the NodeManager", 60)
+        self.start_node()
 
-    def _registered(self) -> bool:
+    def start_node(self) -> None:
+        """Start the NodeManager and wait until it is registered."""
+        before = self.log("resourcemanager").count(REGISTERED)
+        self.spawn("nodemanager", "org.apache.hadoop.yarn.server.nodemanager.NodeManager")
+        wait_for(lambda: self._registered() > before, "the NodeManager", 60)
+
+    def crash_node(self) -> None:
+        """Kill the NodeManager; the processes of its containers live on.  `start_node` brings it back."""
+        daemon = self.daemons.pop("nodemanager")
+        daemon.kill()
+        daemon.wait()
+
+    def _registered(self) -> int:
         for name, daemon in self.daemons.items():
             if daemon.poll() is not None:
                 raise RuntimeError(f"the {name} ended:\n{self.log(name)[-4000:]}")
-        return "NodeManager from node" in self.log("resourcemanager")
+        return self.log("resourcemanager").count(REGISTERED)
 
     def stop(self) -> None:
         """End daemons and containers, remove the directory."""
@@ -117,7 +130,7 @@ class Yarn:
                     classpath,
                     main,
                 ],
-                env={**os.environ, **self.environ},
+                env=self.own_environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
