@@ -7488,7 +7488,7 @@ def watched(plan: Plan, launch: Launch, facts: Facts) -> Plan:
         start = int(launch.options["earlier"].rpartition("@")[2].partition("-")[0])
         recent = time.time_ns() - start < AGAIN * 10**9 and connection.get("transport") != "ipc"
         failed = recent and "not started" not in lines and not used_ports(connection, facts)
-    if not failed:
+    if not failed or not connection:
         return plan
     folder = f"{private_base(plan.environ, '', facts)}/{kernel_key(path)}"
     return plan.but(care=Care(folder, connection=connection))

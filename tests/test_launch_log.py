@@ -162,5 +162,7 @@ def test_who_stands_beside_a_kernel_that_is_started_again(more, tcp, transport, 
     plan = envkernel.Plan(["/x/python"], {"TMPDIR": "/tmp"})
     again = envkernel.watched(plan, launch, Files(files))
     assert (again.care is not None) == beside
+    launch.options["connection-file"] = envkernel.CONNECTION_FILE  # nothing is launched: the command by hand
+    assert envkernel.watched(plan, launch, Files(files)) == plan
     assert again.but(care=None) == plan
     assert not beside or again.care.connection == connection
