@@ -9105,8 +9105,12 @@ def connect_place(place: Mapping[str, Any]) -> Any:
 
 # ---- yarn ---------------------------------------------------------------------------------------
 
-YARN_SCRIPT = "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
-"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's."""
+YARN_SCRIPT = "source environment/bin/activate\nexport PATH\nexec python -I envkernel.py yarn agent\n"
+"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's.
+
+conda-pack's script exports no PATH, and bash has one of its own where yarn.nodemanager.env-whitelist lets
+none through; a Python that is not told of it takes itself for the one that it was built as.
+"""
 
 ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
 """Keys in the application's key-value store, which only who holds its certificate can read."""

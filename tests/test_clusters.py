@@ -415,7 +415,7 @@ def test_yarn_state() -> None:
 
 def test_no_text_of_the_user_is_in_the_containers_script() -> None:
     assert envkernel.YARN_SCRIPT == (
-        "source environment/bin/activate\nexec python -I envkernel.py yarn agent\n"
+        "source environment/bin/activate\nexport PATH\nexec python -I envkernel.py yarn agent\n"
     )
 
 
