@@ -18,7 +18,7 @@ from jupyter_client import BlockingKernelClient
 from support import memory
 from support.clusters import Errors, alive, driven_kernel, processes, run_process
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
-from support.slurm import wait_for
+from support.slurm import run_sshd, wait_for
 from support.yarn import Yarn
 
 pytestmark = pytest.mark.live
@@ -127,13 +127,21 @@ def test_two_kernels_and_the_suite_of_jupyter_kernel_test(
         assert first.value("6 * 7") == "42"
 
 
-def test_exit_in_the_kernel_is_success(jupyter: Jupyter, cluster: Any, packed: Path) -> None:
-    install(jupyter, "leave", packed)
-    with jupyter.kernel("leave") as kernel:
-        [number] = running(cluster)
-        kernel.client.execute("exit")
-        kernel.manager.provisioner.process.wait(10)
-        assert final(cluster, number) == ("FINISHED", "SUCCEEDED")
+def test_exit_in_a_kernel_behind_ssh_is_success(
+    jupyter: Jupyter, yarn: Yarn, cluster: Any, packed: Path, tmp_path: Path
+) -> None:
+    with run_sshd(tmp_path, "localhost", "127.0.0.1") as ssh:
+        jupyter.environ["PATH"] = f"{ssh}:{yarn.environ['PATH']}"
+        install(jupyter, "leave", packed, "--tunnel=ssh")
+        with jupyter.kernel("leave") as kernel:
+            [number] = running(cluster)
+            agent = psutil.Process(node_pids(kernel)[1])
+            [place] = [c.laddr for c in agent.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            assert place.ip == "127.0.0.1"
+            assert processes("ssh", f"/tunnel:127.0.0.1:{place.port}"), "the way to the agent"
+            kernel.client.execute("exit")
+            kernel.manager.provisioner.process.wait(10)
+            assert final(cluster, number) == ("FINISHED", "SUCCEEDED")
 
 
 def test_failing_kernel_is_a_failure(jupyter: Jupyter, cluster: Any, packed: Path, errors: Errors) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import pytest
 
@@ -237,26 +237,8 @@ class Slurm:
     @contextlib.contextmanager
     def sshd(self, folder: Path) -> Iterator[Path]:
         """Run an sshd on the far node; yields a folder with an ``ssh`` that has the right key and address."""
-        for name in ("host", "user"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-        os.makedirs("/run/sshd", exist_ok=True)
-        server = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", "2222", "-h", str(folder / "host")]
-        keys = f"AuthorizedKeysFile={folder}/user.pub"
-        for option in (keys, "PidFile=none", "StrictModes=no", "UsePAM=no"):
-            server += ["-o", option]
-        config = f"Host far\n HostName {self.far}\n Port 2222\n IdentityFile {folder}/user\n"
-        config += f" UserKnownHostsFile {folder}/known\n StrictHostKeyChecking accept-new\n"
-        (folder / "config").write_text(config)
-        (folder / "bin").mkdir()
-        (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/config "$@"\n')
-        (folder / "bin" / "ssh").chmod(0o755)
-        inside = ["nsenter", f"--net=/run/netns/{self.netns}"]
-        with subprocess.Popen([*inside, *server], stderr=subprocess.DEVNULL) as daemon:
-            wait_for(lambda: ":2222" in self.on_far("ss", "-ltnH"), "sshd", 5)
-            try:
-                yield folder / "bin"
-            finally:
-                daemon.terminate()
+        with run_sshd(folder, "far", self.far, ["nsenter", f"--net=/run/netns/{self.netns}"]) as programs:
+            yield programs
 
     def logs(self) -> str:
         """The ends of all logs, for a failure's message."""
@@ -268,6 +250,39 @@ class Slurm:
                 *[line for line in text.splitlines()[-20:] if "pmi" not in line.lower()],
             ]
         return "\n" + "\n".join(lines)
+
+
+@contextlib.contextmanager
+def run_sshd(folder: Path, node: str, address: str, inside: Sequence[str] = ()) -> Iterator[Path]:
+    """Run an sshd at an address of `node`, started by the command `inside`.
+
+    Yields a folder with an ``ssh`` that has the right key and address.
+    """
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    os.makedirs("/run/sshd", exist_ok=True)
+    [port] = free_ports(1)
+    server = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", str(port), "-h", str(folder / "host")]
+    keys = f"AuthorizedKeysFile={folder}/user.pub"
+    for option in (f"ListenAddress={address}", keys, "PidFile=none", "StrictModes=no", "UsePAM=no"):
+        server += ["-o", option]
+    config = f"Host {node}\n HostName {address}\n Port {port}\n IdentityFile {folder}/user\n"
+    config += f" UserKnownHostsFile {folder}/known\n StrictHostKeyChecking accept-new\n"
+    (folder / "config").write_text(config)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/config "$@"\n')
+    (folder / "bin" / "ssh").chmod(0o755)
+
+    def listens() -> bool:
+        with socket.socket() as sock:
+            return sock.connect_ex((address, port)) == 0
+
+    with subprocess.Popen([*inside, *server], stderr=subprocess.DEVNULL) as daemon:
+        try:
+            wait_for(listens, "sshd", 5)
+            yield folder / "bin"
+        finally:
+            daemon.terminate()
 
 
 def free_ports(count: int) -> list[int]:
