@@ -145,6 +145,10 @@ class UserError(Exception):
         self.status = status
         self.detail = detail
 
+    def name_kernel(self, name: str) -> None:
+        """Put the kernel's name into a hint that was given where it is not known."""
+        self.hint = self.hint.replace("envkernel update NAME", "envkernel update " + name)
+
 
 def missing_place(what: str, path: str, hint: str, closed: str) -> UserError:
     """Return the error for an environment that is not there, or (closed) behind what may not be read."""
@@ -4172,10 +4176,7 @@ def setup(
     if folder:
         common["update"] = True
     if os.path.exists(destination) and not common.get("replace") and not folder:
-        raise UserError(
-            f"There is a kernel named {common['name']} already, in {destination}.",
-            "Add --replace to replace it, or choose another name.",
-        )
+        raise name_taken(destination)
     try:
         write_kernel(request, destination, facts, environ)
     except BaseException:
@@ -4184,6 +4185,14 @@ def setup(
     if common.get("check") and not common.get("dry-run"):
         return check_command({"NAME": common["name"]}, facts)
     return 0
+
+
+def name_taken(folder: str) -> UserError:
+    """Return the error for a kernelspec's folder that is there already."""
+    return UserError(
+        f"There is a kernel named {os.path.basename(folder)} already, in {folder}.",
+        "Add --replace to replace it, or choose another name.",
+    )
 
 
 def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapping[str, str]) -> None:
@@ -4210,7 +4219,8 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
 
         print(json.dumps(spec, indent=1))
         return
-    install_kernelspec(destination, spec, files, readable="user" not in common, folder=kernel.folder)
+    replace = "replace" in common or "update" in common
+    install_kernelspec(destination, spec, files, "user" not in common, kernel.folder, replace)
     compile_script(script)
     say_installed(common["name"], destination, offer="check" not in common)
 
@@ -4296,6 +4306,9 @@ def lasting_python(facts: Facts) -> str:
     The run phase needs the standard library only, so the system's Python does.
     """
     base = str(getattr(sys, "_base_executable", sys.executable))
+    if sys.prefix != sys.base_prefix and (base == sys.executable or not facts.is_executable(base)):
+        base = "{}/bin/python{}.{}".format(sys.base_prefix, *sys.version_info)  # Python < 3.11 does not say
+    base = facts.absolute(base)
     if not facts.exists(os.path.dirname(os.path.dirname(base)) + "/conda-meta"):
         return base
     question = ["-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 8))"]
@@ -4415,15 +4428,21 @@ def need_jupyter_client() -> Any:
 
 
 def install_kernelspec(
-    destination: str, spec: Mapping[str, Any], files: Mapping[str, bytes], readable: bool, folder: str = ""
+    destination: str,
+    spec: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    readable: bool,
+    folder: str = "",
+    replace: bool = True,
 ) -> None:
     """Write a kernelspec through jupyter_client, whole or not at all.
 
     It is written beside its place first; an old one is put back where the last step fails.
     files: what stands in it beside kernel.json, by name.  readable: others may read it, whatever the
-    umask.  folder: a kernelspec whose files are copied first.
+    umask.  folder: a kernelspec whose files are copied first.  replace: one that is there may go.
     Raises UserError where it can't be written.
     """
+    import errno
     import json
     import shutil
     import tempfile
@@ -4445,7 +4464,10 @@ def install_kernelspec(
                 file.write(content)
         name = os.path.basename(destination)
         new = manager.install_kernel_spec(source, name, prefix=os.path.join(stage, "prefix"))
-        swap_folder(new, destination, os.path.join(stage, "old"))
+        if replace:
+            swap_folder(new, destination, os.path.join(stage, "old"))
+        else:
+            os.rename(new, destination)  # fails where another setup was faster
         if readable:
             make_readable(destination, made)
         elif "env" in spec:
@@ -4453,6 +4475,8 @@ def install_kernelspec(
     except OSError as error:
         if made and not os.path.exists(destination):
             shutil.rmtree(made, ignore_errors=True)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.isdir(destination):
+            raise name_taken(destination) from None
         raise UserError(
             f"The kernelspec can't be written to {destination}: {os.strerror(error.errno or 0)}.",
             "Choose a place where you may write: --user (for you), --sys-prefix or --prefix=DIR.",
@@ -5169,10 +5193,14 @@ def plan_of(kernel: Installed, facts: Facts) -> Plan:
     for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
         if not facts.exists(path) and os.path.isabs(path):
             raise UserError(f"{path} is gone.", f"Make the kernel again: envkernel update {kernel.name}.")
-    launch = launch_from_argv(kernel.tokens)
-    environ = launch_environ(facts)
-    environ.update(known_fields(kernel.spec)["env"])
-    return finish_plan(plan_launch(launch, facts, environ), launch, facts)
+    try:
+        launch = launch_from_argv(kernel.tokens)
+        environ = launch_environ(facts)
+        environ.update(known_fields(kernel.spec)["env"])
+        return finish_plan(plan_launch(launch, facts, environ), launch, facts)
+    except UserError as error:
+        error.name_kernel(kernel.name)
+        raise
 
 
 def state_of(kernel: Installed, facts: Facts) -> str:
@@ -5318,6 +5346,8 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
 
 def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel update NAME``: write a kernel again from the command that made it."""
+    import contextlib
+
     kernel = our_kernel(options["NAME"], facts)
     command = kernel.command
     if not command:
@@ -5334,7 +5364,7 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
         if word.startswith("--kernel-template=") and word.partition("=")[2] not in installed_kernels():
             head[index] = f"--kernel-template={kernel.name}"  # the template is gone: this is its clone
     entries: list[str] = []
-    if kernel.tokens:
+    with contextlib.suppress(UserError):  # what can't be read any more is written anew
         for step in launch_from_argv(kernel.tokens).steps:
             entries += step.options.get("recorded", [])
     recorded = dict(entry.partition("=")[::2] for entry in entries)
@@ -5384,18 +5414,28 @@ def shared_container(kernel: Installed, facts: Facts) -> Membership | None:
         return None
 
 
+def remove_kernelspec(folder: str) -> None:
+    """Remove a kernelspec's folder, or the link to it, whole or not at all.  Raises OSError."""
+    import shutil
+    import tempfile
+
+    if os.path.islink(folder):
+        os.unlink(folder)
+        return
+    stage = tempfile.mkdtemp(prefix=".envkernel-", dir=os.path.dirname(folder))
+    try:
+        os.rename(folder, os.path.join(stage, "old"))
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
 def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel remove NAME``: remove a kernelspec that envkernel made."""
-    import shutil
-
     kernel = our_kernel(options["NAME"], facts)
     runs = running_containers(kernel, facts)
     shared = shared_container(kernel, facts)
     try:
-        if os.path.islink(kernel.folder):
-            os.unlink(kernel.folder)
-        else:
-            shutil.rmtree(kernel.folder)
+        remove_kernelspec(kernel.folder)
     except OSError as error:
         raise UserError(
             f"The kernelspec {kernel.folder} can't be removed: {os.strerror(error.errno or 0)}.",
@@ -9774,6 +9814,7 @@ def run(tokens: Sequence[str]) -> int:
     except UserError as error:
         load_rest()
         launch = launch or salvage_launch(tokens)
+        error.name_kernel(launch.options.get("name", "NAME"))
         if "log" not in launch.options:
             log_launch(launch, tokens, plan, before)
         return become_error_kernel(error, launch)

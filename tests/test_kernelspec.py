@@ -189,6 +189,29 @@ def test_replacing_leaves_the_new_one_only(tmp_path):
     assert tree(tmp_path) == ["kernels", "kernels/x", "kernels/x/kernel.json", "kernels/x/logo-svg.svg"]
 
 
+def test_of_two_setups_at_once_the_second_is_refused(tmp_path):
+    folder = tmp_path / "kernels" / "x"
+    install(folder, "1")
+    with pytest.raises(UserError, match="There is a kernel named x already") as caught:
+        envkernel.install_kernelspec(str(folder), {"argv": ["2"]}, {}, True, replace=False)
+    assert "--replace" in caught.value.hint
+    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["1"]}
+    assert tree(tmp_path) == ["kernels", "kernels/x", "kernels/x/kernel.json", "kernels/x/logo-svg.svg"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_lasting_python_is_never_that_of_a_virtualenv(tmp_path, monkeypatch, own):
+    """Before 3.11, Python names the virtualenv's own as its base."""
+    python = str(tmp_path / "x" / ".." / "bin" / "python")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(sys, "_base_executable", python if own else sys.base_prefix + "/bin/../bin/python3")
+    found = envkernel.lasting_python(envkernel.Facts())
+    assert os.access(found, os.X_OK)
+    assert not found.startswith(str(tmp_path))
+    assert ".." not in found
+
+
 def test_a_failed_install_leaves_the_old_one_untouched(tmp_path, monkeypatch):
     folder = tmp_path / "kernels" / "x"
     install(folder, "1")

@@ -155,6 +155,38 @@ def test_list_show_update_remove(call, world):
     assert call("list", "--json")[1].strip() == "[]"
 
 
+def test_a_remove_that_fails_leaves_the_whole_kernel(call, world, monkeypatch):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    folder = world / "jupyter_data_dir" / "kernels"
+    before = sorted(folder.rglob("*"))
+
+    def fail(source, target):
+        raise OSError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        status, _, err = call("remove", "x")
+    assert (status, sorted(folder.rglob("*"))) == (1, before)
+    assert f"{folder}/x can't be removed: Permission denied." in err
+    assert call("remove", "x")[0] == 0
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["--format=9", "--foo"])
+def test_update_mends_what_its_own_hint_sends_there(call, world, change):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    path = world / "jupyter_data_dir" / "kernels" / "x" / "kernel.json"
+    before = path.read_text()
+    spec = json.loads(before)
+    at = spec["argv"].index("--format=2")
+    spec["argv"][at : at + 1] = [change] if "format" in change else ["--format=2", change]
+    path.write_text(json.dumps(spec))
+    assert "envkernel update x" in call("show", "x")[1]
+    assert "envkernel update x" in call("check", "x")[2]
+    status, _, err = call("update", "x")
+    assert (status, path.read_text()) == (0, before), err
+
+
 def test_list_says_what_is_broken(call, world):
     call("virtualenv", "--name=x", "--user", "bare", *TRUE)
     (world / "bare").rename(world / "moved")
