@@ -3998,8 +3998,9 @@ def template_kernel(name: str, facts: Facts) -> Kernel:
 def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
     """Return the kernel that a request asks for.
 
-    plan: the environment it will run in.  The command after ``--`` comes first, then --kernel-cmd,
-    --kernel-template, --kernel.  Raises UserError for a kernel that is not there.
+    plan: the environment it will run in.  The command after ``--`` or of --kernel-cmd takes the place of
+    the one that --kernel or --kernel-template names (`check_choice`).
+    Raises UserError for a kernel that is not there.
     """
     common = request.common
     if "kernel-template" in common:
@@ -4152,9 +4153,26 @@ def check_request(request: Request) -> None:
     places = [option for option in ("user", "sys-prefix", "prefix") if option in common]
     if len(places) > 1:
         raise usage_error(f"--{places[0]} and --{places[1]} exclude each other.", "Give one of them.")
+    check_choice(request)
     for entry in common.get("env", []):
         if not entry.partition("=")[0]:
             raise usage_error(f"--env {entry} names no variable.", "Write it as --env NAME=VALUE.")
+
+
+def check_choice(request: Request) -> None:
+    """Raise UserError (status 2) where a request asks for two kernels, or for two programs to run one.
+
+    --kernel or --kernel-template may stand beside a command: names, metadata and logos are then the kernel's.
+    """
+    common = request.common
+    making = any(step.options.get("create") for step in request.steps)  # with this --python, not of the kernel
+    for one, wrong, other in (
+        ("--kernel", "kernel-template" in common, "--kernel-template"),
+        ("--kernel-cmd", request.command is not None, "a kernel command after --"),
+        ("--python", request.command is not None and not making, "a kernel command after --"),
+    ):
+        if one[2:] in common and wrong:
+            raise usage_error(f"{one} and {other} exclude each other.", "Give one of them.")
 
 
 def setup(

@@ -94,6 +94,36 @@ def test_a_kernel_command_that_cannot_work_is_refused(common, message):
     assert caught.value.status == 2
 
 
+@pytest.mark.parametrize(
+    ("common", "command", "message"),
+    [
+        ({"kernel": "ir", "kernel-template": "demo"}, None, "--kernel and --kernel-template exclude"),
+        ({"kernel-cmd": f"R {CF}"}, ["python", CF], "--kernel-cmd and a kernel command after -- exclude"),
+        ({"python": "python3"}, ["python", CF], "--python and a kernel command after -- exclude"),
+    ],
+)
+def test_two_kernels_for_one_are_refused(common, command, message):
+    with pytest.raises(UserError) as caught:
+        envkernel.check_request(Request({"name": "x", **common}, [Step("virtualenv", {}, ["/v"])], command))
+    assert message in caught.value.message
+    assert caught.value.status == 2
+
+
+@pytest.mark.parametrize(
+    ("common", "options", "command"),
+    [
+        ({"kernel": "ir", "kernel-cmd": f"R {CF}", "python": "SELF"}, {}, None),  # as in 1.x
+        ({"kernel-template": "ir", "kernel-cmd": f"R {CF}"}, {}, None),
+        ({"kernel": "ir"}, {}, ["R", CF]),
+        ({"kernel-template": "ir"}, {}, ["R", CF]),
+        ({"python": "python3.12"}, {"create": True}, ["python", CF]),  # which makes the virtualenv
+    ],
+)
+def test_a_command_may_stand_beside_the_kernel_it_is_for(common, options, command):
+    step = Step("virtualenv", options, ["/v"])
+    assert envkernel.check_request(Request({"name": "x", **common}, [step], command)) is None
+
+
 def test_a_mistyped_mode_after_the_dashes_gets_a_suggestion():
     with pytest.raises(UserError) as caught:
         choose(command=["cnda", "x"])
