@@ -4162,10 +4162,10 @@ def check_request(request: Request) -> None:
 def check_choice(request: Request) -> None:
     """Raise UserError (status 2) where a request asks for two kernels, or for two programs to run one.
 
-    --kernel or --kernel-template may stand beside a command: names, metadata and logos are then the kernel's.
+    --kernel or --kernel-template may stand beside a command: metadata and logos are then the kernel's.
     """
     common = request.common
-    making = any(step.options.get("create") for step in request.steps)  # with this --python, not of the kernel
+    making = any(step.options.get("create") for step in request.steps)  # --python makes the virtualenv
     for one, wrong, other in (
         ("--kernel", "kernel-template" in common, "--kernel-template"),
         ("--kernel-cmd", request.command is not None, "a kernel command after --"),
@@ -4441,6 +4441,11 @@ def need_jupyter_client() -> Any:
         ) from None
     import warnings
 
+    if os.path.expanduser("~") == "~":
+        raise UserError(
+            f"Your home folder is not known: HOME is not set, and the system knows no user {os.getuid()}.",
+            "Set HOME to a folder of yours.",
+        )
     warnings.filterwarnings("ignore", "Invalid kernelspec directory name")
     return KernelSpecManager(ensure_native_kernel=False)
 
@@ -4544,12 +4549,19 @@ def say_installed(name: str, folder: str, offer: bool) -> None:
     """Tell where the kernelspec is, what to do where Jupyter does not look, and (offer) how to test it."""
     from jupyter_core.paths import jupyter_path
 
-    print(f"Installed the kernel {name.lower()} in {folder}")
+    lines = [f"Installed the kernel {name.lower()} in {folder}"]
     if os.path.dirname(folder) not in jupyter_path("kernels"):
-        base = os.path.dirname(os.path.dirname(folder))
-        print(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or install with --user.")
+        base = quoted(os.path.dirname(os.path.dirname(folder)))
+        lines.append(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
     if offer:
-        print(f"Test it: envkernel check {name.lower()}")
+        lines.append(f"Test it: envkernel check {name.lower()}")
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        failure = lost_output(error)
+        if isinstance(failure, UserError):
+            failure.hint = f"The kernel {name.lower()} is installed all the same, in {folder}."
+        raise failure from None
 
 
 # ---- logos --------------------------------------------------------------------------------------
@@ -5301,6 +5313,45 @@ def print_json(value: Any) -> None:
     import json
 
     print(json.dumps(value, indent=1))
+
+
+def carry_out(argv: Sequence[str], facts: Facts) -> int:
+    """Do what a user types: help, a management command or a setup."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    own = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
+    if argv[0] in MODES and ("-h" in own or "--help" in own):
+        print(mode_help(MODES[argv[0]]))
+        return 0
+    if argv[0] in COMMANDS:
+        command = COMMANDS[argv[0]]
+        if "-h" in own or "--help" in own:
+            print(f"usage: envkernel {argv[0]} {command.argument}\n\n{command.summary}")
+            print("\n" + option_help(command.options) if command.options else "", end="\n")
+            return 0
+        return command.run(parse_command(argv[0], argv[1:]), facts)
+    return setup(argv, facts)
+
+
+def lost_output(error: OSError) -> Exception:
+    """Return what to raise for an error while printing; any other is returned as it is.
+
+    A line more shows whether it is the output that fails; then what still waits to be written is given up.
+    """
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return error
+    except OSError as again:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return UserError(
+            f"The output can't be written: {os.strerror(again.errno or 0)}.", "Send it somewhere else."
+        )
+    return error
 
 
 def list_command(options: Mapping[str, Any], facts: Facts) -> int:
@@ -9883,6 +9934,7 @@ def prepare_terminal() -> None:
     import io
     import signal
 
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the caller has closed it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -9891,33 +9943,17 @@ def prepare_terminal() -> None:
 
 
 def setup_or_manage(argv: Sequence[str]) -> int:
-    """What a user types: help, a management command or a setup."""
+    """What a user types, from the first to the last word that is printed.  Raises UserError."""
     prepare_terminal()
-    facts = Facts()
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    own = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
-    if argv[0] in MODES and ("-h" in own or "--help" in own):
-        print(mode_help(MODES[argv[0]]))
-        return 0
     try:
-        if argv[0] in COMMANDS:
-            command = COMMANDS[argv[0]]
-            if "-h" in own or "--help" in own:
-                print(f"usage: envkernel {argv[0]} {command.argument}\n\n{command.summary}")
-                print("\n" + option_help(command.options) if command.options else "", end="\n")
-                return 0
-            status = command.run(parse_command(argv[0], argv[1:]), facts)
-            sys.stdout.flush()
-            return status
-        return setup(argv, facts)
+        status = carry_out(argv, Facts())
+        sys.stdout.flush()
+        return status
     except UserError as error:
         error.status = 1 if error.status in (126, 127) else error.status
         raise
+    except OSError as error:
+        raise lost_output(error) from None
 
 
 def load(*names: str) -> None:

@@ -522,3 +522,41 @@ def test_a_current_folder_that_is_gone(call, world):
 
 def test_the_version(call):
     assert call("--version") == (0, envkernel.__version__ + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["list"], "Send it somewhere else."),
+        (["--help"], "Send it somewhere else."),
+        (["virtualenv", "--name=x", "--user", "--dry-run", "bare", *TRUE], "Send it somewhere else."),
+        (["virtualenv", "--name=x", "--user", "bare", *TRUE], "The kernel x is installed all the same"),
+    ],
+)
+def test_output_that_cannot_be_written_is_an_error(world, words, said):
+    with open("/dev/full", "wb") as full:
+        call = [sys.executable, SCRIPT, *words]
+        done = subprocess.run(call, cwd=world, stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "envkernel: The output can't be written: No space left on device.\n"
+    assert (done.returncode, done.stderr[: len(message)]) == (1, message)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ignored" not in done.stderr  # what Python says where it fails again at its end
+
+
+def test_a_closed_output_takes_nothing(world):
+    call = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, SCRIPT, "list"]
+    done = subprocess.run(call, cwd=world, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_user_whom_the_system_does_not_know_is_told_to_set_home(call, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    status, _, err = call("list")
+    assert status == 1
+    assert "Your home folder is not known" in err
+    assert "Set HOME" in err
