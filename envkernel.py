@@ -4201,8 +4201,16 @@ def setup(
         facts.unmake()
         raise
     if common.get("check") and not common.get("dry-run"):
-        return check_command({"NAME": common["name"]}, facts)
+        return check_installed(common["name"], destination, facts)
     return 0
+
+
+def check_installed(name: str, folder: str, facts: Facts) -> int:
+    """Check the kernel in a kernelspec's folder, also where Jupyter finds none there or another one first."""
+    if installed_kernels().get(name.lower()) != folder:
+        paths = [os.path.dirname(os.path.dirname(folder)), *os.environ.get("JUPYTER_PATH", "").split(":")]
+        os.environ["JUPYTER_PATH"] = ":".join(path for path in paths if path)
+    return check_command({"NAME": name}, facts)
 
 
 def name_taken(folder: str) -> UserError:
@@ -5219,6 +5227,12 @@ def our_kernel(name: str, facts: Facts) -> Installed:
 
 def plan_of(kernel: Installed, facts: Facts) -> Plan:
     """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken."""
+    for name, kind in _FIELDS.items():
+        if not isinstance(kernel.spec.get(name, kind()), kind):
+            raise UserError(
+                f"The kernel.json in {kernel.folder} is broken: {name} is of a wrong type.",
+                f"Make the kernel again: envkernel update {kernel.name}.",
+            )
     argv = kernel.spec["argv"]
     for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
         if not facts.exists(path) and os.path.isabs(path):
@@ -5413,6 +5427,17 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
     return 0
 
 
+def place_of(folder: str) -> dict[str, Any]:
+    """Return the common option (``user``, ``prefix``) that says where a kernelspec's folder is."""
+    from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
+
+    base = os.path.dirname(os.path.dirname(folder))
+    if base == jupyter_data_dir():
+        return {"user": True}
+    end = "/share/jupyter"
+    return {"prefix": base[: -len(end)]} if base.endswith(end) and base != SYSTEM_JUPYTER_PATH[0] else {}
+
+
 def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel update NAME``: write a kernel again from the command that made it."""
     import contextlib
@@ -5421,10 +5446,12 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     command = kernel.command
     if not command:
         launch = launch_from_argv(kernel.tokens)
-        names = {"name": kernel.name, "display-name": kernel.spec.get("display_name", kernel.name)}
-        request = Request({**launch.options, **names}, launch.steps, launch.command)
+        known = known_fields(kernel.spec)
+        names = {"name": kernel.name, "display-name": known["display_name"] or kernel.name}
+        options = {**launch.options, **names, **place_of(kernel.folder)}
+        request = Request(options, launch.steps, launch.command)
         request.common.pop("connection-file", None)
-        request.common["language"] = kernel.spec.get("language", "python")
+        request.common["language"] = known["language"] or "python"
         command = setup_command(request, launch.steps)
     own = command.index("--") if "--" in command else len(command)
     name = f"--name={kernel.name}"  # the folder may have been copied to another name
@@ -5432,6 +5459,9 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     for index, word in enumerate(head):
         if word.startswith("--kernel-template=") and word.partition("=")[2] not in installed_kernels():
             head[index] = f"--kernel-template={kernel.name}"  # the template is gone: this is its clone
+        if word.startswith("--logo=") and not facts.exists(word.partition("=")[2]):
+            copies = [f"{kernel.folder}/{file}" for file in (LOGO_SVG, LOGO_NAMES[max(LOGO_SIZES)])]
+            head[index] = "--logo=" + next(filter(facts.exists, copies), word.partition("=")[2])
     entries: list[str] = []
     with contextlib.suppress(UserError):  # what can't be read any more is written anew
         for step in launch_from_argv(kernel.tokens).steps:
@@ -5483,6 +5513,17 @@ def shared_container(kernel: Installed, facts: Facts) -> Membership | None:
         return None
 
 
+def remove_logs(name: str, environ: Mapping[str, str]) -> None:
+    """Remove the launch logs of a kernel, so that the next one of that name begins without any."""
+    import contextlib
+
+    folder, prefix = log_place(name, environ)
+    with contextlib.suppress(OSError):
+        for file in os.listdir(folder):
+            if file.startswith(prefix):
+                os.unlink(f"{folder}/{file}")
+
+
 def remove_kernelspec(folder: str) -> None:
     """Remove a kernelspec's folder, or the link to it, whole or not at all.  Raises OSError."""
     import shutil
@@ -5513,6 +5554,8 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     print(f"Removed the kernel {kernel.name} from {kernel.folder}")
     if runs:
         print("Still running, until their notebooks are shut down: " + ", ".join(runs))
+    if not runs and kernel.name not in installed_kernels():
+        remove_logs(kernel.name, os.environ)
     for base in private_bases(os.environ, facts):
         sweep_jobs(base)
     if shared:
@@ -6012,6 +6055,12 @@ class Facts:
         Only the difference is applied to `environ`, for bash rewrites some variables of its own.
         Raises UserError where a script ended the shell.
         """
+        if self.quiet:
+            known = {name: value for kind, name, value in actions if kind == "export"}
+            for kind, name, _ in actions:
+                if kind == "source" and name.endswith("/bin/activate"):
+                    known["VIRTUAL_ENV"] = os.path.dirname(os.path.dirname(name))
+            return {**environ, **known}
         names = {"BASH_ENV", "SHELLOPTS", "BASHOPTS", "POSIXLY_CORRECT"}
         clean = {name: value for name, value in environ.items() if name not in names}
         words = [word for action in actions for word in action]
@@ -6035,7 +6084,7 @@ class Facts:
         return self._bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&237"], environ) or {}
 
     quiet = False
-    """What scripts and programs say on stderr is dropped (for `list`)."""
+    """No activation script is run, and what programs say on stderr is dropped (for `list`)."""
 
     def _bash_environ(self, words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str] | None:
         """Return the environment that bash writes to descriptor 237; None where it wrote none."""

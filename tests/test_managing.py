@@ -187,6 +187,47 @@ def test_update_mends_what_its_own_hint_sends_there(call, world, change):
     assert (status, path.read_text()) == (0, before), err
 
 
+def test_update_needs_neither_the_logo_that_was_given(call, world):
+    (world / "my.svg").write_text("<svg/>")
+    call("virtualenv", "--name=x", "--user", "--logo=my.svg", "bare", *TRUE)
+    (world / "my.svg").unlink()
+    for _ in range(2):
+        status, _, err = call("update", "x")
+        assert status == 0, err
+    folder = world / "jupyter_data_dir" / "kernels" / "x"
+    assert (folder / "logo-svg.svg").read_text() == "<svg/>"
+
+
+def test_remove_takes_the_logs_of_that_kernel_only(call, world):
+    for name in ("x", "x.y"):
+        call("virtualenv", f"--name={name}", "--user", "bare", *TRUE)
+        envkernel.start_log(name, f"of {name}\n", os.environ)
+    assert call("remove", "x")[0] == 0
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    assert "The kernel x has no launch log" in call("log", "x")[2]
+    assert "of x.y" in call("log", "x.y")[1]
+
+
+def test_list_runs_no_activation_script(call, world):
+    call("virtualenv", "--name=x", "--user", "bare", *TRUE)
+    with open(world / "bare" / "bin" / "activate", "a") as file:
+        file.write(f"\ntouch {world}/ran; echo noise >&2\n")
+    status, out, err = call("list", "--json")
+    assert (status, err, json.loads(out)[0]["state"]) == (0, "", "ok")
+    assert not (world / "ran").exists()
+    assert call("show", "x")[0] == 0
+    assert (world / "ran").exists()
+
+
+def test_check_at_setup_finds_the_kernel_where_jupyter_does_not(call, world, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PATH", "")
+    words = ["virtualenv", "--name=x", f"--prefix={world}/p", "--check", "bare"]
+    status, out, err = call(*words, "--", "/bin/false", "{connection_file}")
+    assert status == 1
+    assert "There is no kernel named" not in err
+    assert "start " in out
+
+
 def test_list_says_what_is_broken(call, world):
     call("virtualenv", "--name=x", "--user", "bare", *TRUE)
     (world / "bare").rename(world / "moved")
@@ -214,7 +255,13 @@ def test_a_kernelspec_of_envkernel_1_is_listed_and_updated(call, world):
     spec = {"argv": argv, "display_name": "Old one", "language": "R"}
     (folder / "kernel.json").write_text(json.dumps(spec))
     assert json.loads(call("list", "--json")[1])[0]["name"] == "old"
+    (folder / "kernel.json").write_text(json.dumps({**spec, "display_name": ["Old one"]}))
+    state = json.loads(call("list", "--json")[1])[0]["state"]
+    assert state == f"The kernel.json in {folder} is broken: display_name is of a wrong type."
+    assert state in call("check", "old")[2]
+    (folder / "kernel.json").write_text(json.dumps(spec))
     assert call("update", "old")[0] == 0
+    assert "--user" in json.loads(call("show", "old", "--json")[1])["command"]
     new = json.loads((folder / "kernel.json").read_text())
     assert (new["display_name"], new["language"]) == ("Old one", "R")
     assert new["metadata"]["envkernel"]["mode"] == "virtualenv"
