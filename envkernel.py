@@ -4238,7 +4238,7 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
     if common.get("self-contained"):
         files["envkernel.py"] = facts.read(script) or b""
         script = os.path.join(destination, "envkernel.py")
-    python = lasting_python(facts) if common.get("self-contained") else sys.executable
+    python = plain_path(lasting_python(facts) if common.get("self-contained") else sys.executable, facts)
     spec = kernelspec_json(request, launch, kernel, kernelspec_argv(launch, script, python))
     if common.get("dry-run"):
         import json
@@ -4326,6 +4326,13 @@ def seen_here(steps: Sequence[Step]) -> list[Step]:
     return near if near and near[-1] is steps[-1] else list(steps)
 
 
+def plain_path(path: str, facts: Facts) -> str:
+    """Return a program's path without ``..``, so that it needs no other folder; a link stays followed."""
+    plain = os.path.normpath(path)
+    folders = {facts.real_path(os.path.dirname(one)) for one in (path, plain)}
+    return plain if len(folders) == 1 else path
+
+
 def lasting_python(facts: Facts) -> str:
     """Return a Python >= 3.8 that stays when this one's environment goes, this one where there is none.
 
@@ -4334,7 +4341,6 @@ def lasting_python(facts: Facts) -> str:
     base = str(getattr(sys, "_base_executable", sys.executable))
     if sys.prefix != sys.base_prefix and (base == sys.executable or not facts.is_executable(base)):
         base = "{}/bin/python{}.{}".format(sys.base_prefix, *sys.version_info)  # Python < 3.11 does not say
-    base = facts.absolute(base)
     if not facts.exists(os.path.dirname(os.path.dirname(base)) + "/conda-meta"):
         return base
     question = ["-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 8))"]

@@ -239,7 +239,14 @@ def test_the_lasting_python_is_never_that_of_a_virtualenv(tmp_path, monkeypatch,
     found = envkernel.lasting_python(envkernel.Facts())
     assert os.access(found, os.X_OK)
     assert not found.startswith(str(tmp_path))
-    assert ".." not in found
+
+
+def test_a_plain_path_needs_no_other_folder(tmp_path):
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/deep")
+    facts = envkernel.Facts()
+    assert envkernel.plain_path(f"{tmp_path}/far/deep/../python", facts) == f"{tmp_path}/far/python"
+    assert envkernel.plain_path(f"{tmp_path}/link/../python", facts) == f"{tmp_path}/link/../python"
 
 
 def test_a_failed_install_leaves_the_old_one_untouched(tmp_path, monkeypatch):
