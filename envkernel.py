@@ -646,7 +646,7 @@ def near_words(word: str, known: Sequence[str]) -> str:
     """Return a question that names the known words nearest to `word`, empty where none is near."""
     import difflib
 
-    near = difflib.get_close_matches(word, known, 3, 0.6)
+    near = difflib.get_close_matches(word, list(dict.fromkeys(known)), 3, 0.6)
     return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -1029,7 +1029,7 @@ def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         raise missing_place(
             "conda environment",
             prefix,
-            f"Create it (conda create --prefix {prefix} ipykernel), or set the kernel up with another one.",
+            f"Create it (conda create --prefix {quoted(prefix)} ipykernel), or set the kernel up elsewhere.",
             facts.closed(prefix + "/conda-meta"),
         )
     environ = plan.environ
@@ -1050,7 +1050,7 @@ def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         environ=environ,
         search=[prefix + "/bin"],
         where=f"the conda environment {prefix}",
-        install="conda install --prefix {} %s".format(prefix.replace("%", "%%")),
+        install="conda install --prefix {} %s".format(quoted(prefix).replace("%", "%%")),
     )
 
 
@@ -1103,7 +1103,7 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         raise missing_place(
             "virtualenv",
             path,
-            f"Create it (python3 -m venv {path}, or envkernel virtualenv --create ...), or give its path.",
+            f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create), or give another.",
             facts.closed(script),
         )
     environ = venv_environ(text, path, plan.environ, facts)
@@ -1118,7 +1118,7 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         environ=environ,
         search=[path + "/bin"],
         where=f"the virtualenv {path}",
-        install="{}/bin/python -m pip install %s".format(path.replace("%", "%%")),
+        install="{} -m pip install %s".format(quoted(path + "/bin/python").replace("%", "%%")),
     )
 
 
@@ -1625,7 +1625,7 @@ def missing_hint(program: str, plan: Plan, facts: Facts) -> str:
         link = f"{(plan.search or [''])[0]}/{program}"
         goal = facts.real_path(link)
         gone = f"Its Python is gone (it was {goal})" if goal != link else "Its Python is gone"
-        anew = f"python3 -m venv --clear {os.path.dirname(os.path.dirname(link))}"
+        anew = f"python3 -m venv --clear {quoted(os.path.dirname(os.path.dirname(link)))}"
         return f"{gone}; make it anew: `{anew} && {plan.install % 'ipykernel'}`."
     if is_python(program):
         return f"Try: {plan.install % 'ipykernel'}."
@@ -1661,9 +1661,12 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
     said = facts.output([*plan.argv[:cut], "-c", FIND_MODULE, top], plan.environ)
     detail = os.fsdecode(said.err).strip()
     if said.status == MODULE_MISSING:
+        install = plan.install
+        if facts.host is facts and os.path.dirname(plan.argv[0]) not in (plan.search or ()):
+            install = quoted(plan.argv[0]).replace("%", "%%") + " -m pip install %s"  # it is from elsewhere
         raise UserError(
             f"There is no {top} in {plan.where}: {plan.argv[0]} can't import it.",
-            f"Try: {plan.install % PACKAGES.get(top, top)}.",
+            f"Try: {install % PACKAGES.get(top, top)}.",
             detail=detail,
         )
     if said.status:
@@ -3556,7 +3559,14 @@ def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Ma
     if test.status:
         said = os.fsdecode(test.err).strip()
         said = said.replace("allocation failure:", "srun: error: Unable to allocate resources:")
-        raise slurm_end(test.status, srun_lines(said), "")
+        told = srun_lines(said)
+        if not slurm_reason(told)[0]:
+            raise UserError(
+                f"Slurm can't be asked whether it takes such a job (srun: exit status {test.status}).",
+                "`sinfo` has to work here.",
+                detail=told or said,
+            )
+        raise slurm_end(test.status, told, "")
     return step.but(options={**find_tunnel(step.options, facts, environ), "srun": srun})
 
 
@@ -4150,6 +4160,8 @@ def check_request(request: Request) -> None:
             f"{name!r} can't be the name of a kernel.",
             "Use ASCII letters, digits, '.', '_' and '-' only, and begin with a letter, a digit or '_'.",
         )
+    if len(name) > 255:
+        raise usage_error(f"The kernel's name has {len(name)} characters.", "A folder's may have 255.")
     places = [option for option in ("user", "sys-prefix", "prefix") if option in common]
     if len(places) > 1:
         raise usage_error(f"--{places[0]} and --{places[1]} exclude each other.", "Give one of them.")
@@ -6150,9 +6162,10 @@ class Facts:
             except OSError as error:
                 raise cannot_start(command[0], error) from None
             if done.returncode:
+                lacking = self.output([command[0], "-c", "import ensurepip"], os.environ).status
                 raise UserError(
                     f"The virtualenv {path} could not be made: {' '.join(command)} failed.",
-                    "See above. On Debian, venv needs: apt install python3-venv.",
+                    "See above." + " On Debian, venv needs: apt install python3-venv." * bool(lacking),
                 )
 
     def tell(self, text: bytes) -> None:

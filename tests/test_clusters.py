@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import envkernel
-from envkernel import Launch, Output, Plan, Step
+from envkernel import Launch, Output, Plan, Step, UserError
 from support.facts import FakeFacts
 
 SRUN = "/opt/slurm/bin/srun"
@@ -528,3 +528,14 @@ def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
     envkernel.sweep_jobs(str(base))
     assert os.listdir(base) == ["other"]
     envkernel.sweep_jobs(f"{base}/nothing")
+
+
+def test_a_slurm_that_cannot_be_asked_has_no_job():
+    said = b"srun: fatal: Could not establish a configuration source"
+    argv = ("/bin/srun", "--test-only", "--nodes=1", "--ntasks=1", "true")
+    facts = FakeFacts(programs=["/bin/srun"], answers={argv: Output(1, b"", said)})
+    with pytest.raises(UserError) as caught:
+        envkernel.setup_slurm(Step("slurm"), facts, {"PATH": "/bin"}, {})
+    assert "can't be asked whether it takes such a job (srun: exit status 1)" in caught.value.message
+    assert caught.value.detail == said.decode()
+    assert "below" not in caught.value.hint

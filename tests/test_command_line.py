@@ -195,3 +195,15 @@ def test_a_mistyped_command_line_exits_with_2_and_says_so_on_stderr(capfd):
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err == "envkernel: envkernel conda has no option --nmae.\n  Did you mean --name?\n"
+
+
+def test_a_word_is_suggested_once():
+    assert envkernel.near_words("--nmae", ["--name", "--name", "--net"]) == "Did you mean --name or --net?"
+
+
+def test_a_name_that_no_folder_can_have_is_refused():
+    request = Request({"name": "x" * 300}, [Step("virtualenv", {}, ["/v"])])
+    with pytest.raises(UserError) as caught:
+        envkernel.check_request(request)
+    assert caught.value.status == 2
+    assert "300 characters" in caught.value.message

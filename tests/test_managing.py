@@ -607,3 +607,28 @@ def test_a_user_whom_the_system_does_not_know_is_told_to_set_home(call, monkeypa
     assert status == 1
     assert "Your home folder is not known" in err
     assert "Set HOME" in err
+
+
+def test_a_hint_can_be_pasted(call, world):
+    os.rename(world / "bare", world / "my $(env)")
+    status, _, err = call("virtualenv", "--name=x", "--user", "my $(env)")
+    assert status == 1
+    assert f"Try: '{world}/my $(env)/bin/python' -m pip install ipykernel." in err
+    for mode, make in (("virtualenv", "python3 -m venv"), ("conda", "conda create --prefix")):
+        assert f"{make} '{world}/no; such'" in call(mode, "--name=x", "--user", "./no; such")[2]
+    status, out, _ = call("virtualenv", "--name=x", f"--prefix={world}/a b", "my $(env)", *TRUE)
+    assert f"JUPYTER_PATH='{world}/a b/share/jupyter'," in out
+
+
+def test_the_python_from_elsewhere_is_the_one_to_install_into(call, world):
+    shutil.copytree(world / "bare", world / "other", symlinks=True)
+    status, _, err = call("virtualenv", "--name=x", "--user", "--python=other/bin/python", "bare")
+    assert status == 1
+    assert f"Try: {world}/other/bin/python -m pip install ipykernel." in err
+
+
+def test_a_virtualenv_that_cannot_be_made_for_another_reason_needs_no_package(call):
+    status, _, err = call("virtualenv", "--name=x", "--user", "--create", "a:b")
+    assert status == 1
+    assert "could not be made" in err
+    assert "python3-venv" not in err
