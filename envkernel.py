@@ -686,7 +686,10 @@ def parse_setup(tokens: Sequence[str], facts: Facts) -> Request:
     rest: Sequence[str] | None = tokens
     while rest and (not steps or rest[0] in MODES):
         mode = find_mode(rest[0])
-        step, rest = parse_step(mode, rest[1:], facts, common, first=not steps)
+        typed = rest[1:]
+        step, rest = parse_step(mode, typed, facts, common, first=not steps)
+        if len(step.targets) < mode.targets[0]:
+            check_env_words(mode, typed[: typed.index("--")] if "--" in typed else typed)
         check_targets(mode, step)
         steps.append(step)
     if rest is not None and not rest:
@@ -695,6 +698,17 @@ def parse_setup(tokens: Sequence[str], facts: Facts) -> Request:
             "Give the kernel command or another mode there, or leave the -- out.",
         )
     return Request(common, steps, rest)
+
+
+def check_env_words(mode: Mode, tokens: Sequence[str]) -> None:
+    """Raise UserError (status 2) where ``--env NAME`` has taken the next word, the target, as its value."""
+    for index, token in enumerate(tokens[:-2]):
+        name, value = tokens[index + 1 : index + 3]
+        if token == "--env" and "=" not in name:
+            raise usage_error(
+                f"{mode.name} needs {mode.target}: --env {name} {value} was read as {name}={value}.",
+                f"Write --env {name}=VALUE and {mode.target}.",
+            )
 
 
 def check_targets(mode: Mode, step: Step) -> None:
@@ -1134,8 +1148,12 @@ def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], commo
             raise usage_error(
                 "--create makes the virtualenv and --dry-run writes nothing.", "Leave one of them out."
             )
-        python = common.pop("python", "SELF")  # it makes the environment; the kernel's is the one inside
-        facts.create_virtualenv(path, sys.executable if python == "SELF" else python)
+        chosen = common.pop("python", "")  # it makes the environment; the kernel's is the one inside
+        python = sys.executable if chosen in ("", "SELF") else chosen
+        if chosen and facts.is_executable(path + "/bin/python"):
+            found = python if "/" in python else search_program(python, path_entries(environ), facts)
+            check_same_python(path, found or python, facts, environ)
+        facts.create_virtualenv(path, python)
     step = step.but(targets=[path], options=options)
     active = plan_virtualenv(step, Plan([], environ), facts, Launch([], [])).environ["VIRTUAL_ENV"]
     if facts.real_path(active) != facts.real_path(path):
@@ -1144,6 +1162,20 @@ def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], commo
             "  Make it anew where it is now.\n".encode(errors="surrogateescape")
         )
     return step
+
+
+def check_same_python(path: str, python: str, facts: Facts, environ: Mapping[str, str]) -> None:
+    """Raise UserError unless the virtualenv that is there already has the Python that is asked for."""
+    told = [
+        os.fsdecode(facts.output([program, "-c", "import sys; print(sys.version)"], environ).out)
+        for program in (path + "/bin/python", python)
+    ]
+    if told[0] != told[1]:
+        has = told[0].partition(" ")[0]
+        raise UserError(
+            f"{path} is there already and has Python {has}, which is not that of --python={python}.",
+            "Give a folder that does not exist yet, or leave --python out.",
+        )
 
 
 _SHELL_SAFE = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+:,./_-"
@@ -5340,6 +5372,14 @@ def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
     }
 
 
+def one_line(text: str) -> str:
+    r"""Return a text as it may stand in a line on a terminal: a newline as ``\n``, ESC as ``\x1b``."""
+    return "".join(
+        c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON."""
     import json
@@ -5400,7 +5440,7 @@ def list_command(options: Mapping[str, Any], facts: Facts) -> int:
         print("envkernel has made no kernel that Jupyter finds here.")
         return 0
     table = [["NAME", "MODE", "TARGET", "WHERE", "STATE"]]
-    table += [[row[key] for key in ("name", "mode", "target", "folder", "state")] for row in rows]
+    table += [[one_line(row[key]) for key in ("name", "mode", "target", "folder", "state")] for row in rows]
     widths = [max(len(line[column]) for line in table) for column in range(5)]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -5434,14 +5474,17 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
     if options.get("json"):
         print_json(shown)
         return 0
-    print(f"kernel       {shown['name']} ({shown['display_name']})")
-    print(f"folder       {shown['folder']}")
-    print(f"made by      {shlex.join(shown['command']) or 'envkernel 1.x'}")
-    print(f"state        {state}")
+    lines = [
+        f"kernel       {shown['name']} ({shown['display_name']})",
+        f"folder       {shown['folder']}",
+        f"made by      {shlex.join(shown['command']) or 'envkernel 1.x'}",
+        f"state        {state}",
+    ]
     if plan:
-        print(f"executes     {shlex.join(plan.argv)}")
+        lines.append(f"executes     {shlex.join(plan.argv)}")
         for name, value in sorted(changes.items()):
-            print(f"environment  {'- ' + name if value is None else '+ ' + name + '=' + value}")
+            lines.append(f"environment  {'- ' + name if value is None else '+ ' + name + '=' + value}")
+    print(*map(one_line, lines), sep="\n")
     return 0
 
 
@@ -6393,7 +6436,9 @@ def log_text(
     ]
     if plan:
         lines.append("runs: " + " ".join(quoted(masked(word)) for word in plan.argv))
-        lines += ["environment:", *("  " + line for line in environment_difference(before, plan.environ))]
+        own = {name: value for name, value in before.items() if name not in plan.given}  # --env: by Jupyter
+        changes = environment_difference(own, {**plan.environ, **plan.given})
+        lines += ["environment:", *("  " + line for line in changes)]
     return "\n".join(lines) + "\n"
 
 

@@ -207,3 +207,9 @@ def test_a_name_that_no_folder_can_have_is_refused():
         envkernel.check_request(request)
     assert caught.value.status == 2
     assert "300 characters" in caught.value.message
+
+
+def test_env_that_takes_the_target_is_told():
+    error = refused("virtualenv", "--name=x", "--env", "FOO", "/v")
+    assert error.message == "virtualenv needs PATH: --env FOO /v was read as FOO=/v."
+    assert error.hint == "Write --env FOO=VALUE and PATH."

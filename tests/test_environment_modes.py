@@ -411,3 +411,20 @@ def test_a_missing_module_is_looked_for_with_the_python_itself(where):
     facts.answers[ask] = Output(-11)
     with pytest.raises(UserError, match="does not work: it ended with status -11"):
         finished(command, facts)
+
+
+@pytest.mark.parametrize(("told", "refused"), [(b"3.8.18 (x)\n", True), (b"3.11.7 (x)\n", False)])
+def test_a_virtualenv_that_is_there_keeps_its_python_or_is_refused(told, refused):
+    ask = ("-c", "import sys; print(sys.version)")
+    answers = {
+        ("/v/bin/python", *ask): Output(0, b"3.11.7 (x)\n", b""),
+        ("/o/python", *ask): Output(0, told, b""),
+    }
+    facts = FakeFacts({"/v/bin/activate": b""}, ["/v/bin/python"], answers, sourced={"VIRTUAL_ENV": "/v"})
+    facts.create_virtualenv = lambda path, python: None
+    step, common = Step("virtualenv", {"create": True}, ["/v"]), {"python": "/o/python"}
+    if refused:
+        with pytest.raises(UserError, match="/v is there already and has Python 3"):
+            envkernel.setup_virtualenv(step, facts, {}, common)
+    else:
+        assert envkernel.setup_virtualenv(step, facts, {}, common) == Step("virtualenv", {}, ["/v"])

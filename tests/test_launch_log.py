@@ -166,3 +166,9 @@ def test_who_stands_beside_a_kernel_that_is_started_again(more, tcp, transport, 
     assert envkernel.watched(plan, launch, Files(files)) == plan
     assert again.but(care=None) == plan
     assert not beside or again.care.connection == connection
+
+
+def test_what_env_gives_is_in_the_log_though_jupyter_has_set_it():
+    plan = envkernel.Plan(["/k"], {"PATH": "/x", "N": "4"}, given={"N": "4", "A_KEY": "s"})
+    text = envkernel.log_text(TOKENS, plan, {"PATH": "/x", "N": "4", "A_KEY": "s"}, 2e9, 77)
+    assert text.endswith("environment:\n  + A_KEY=***\n  + N=4\n")

@@ -632,3 +632,15 @@ def test_a_virtualenv_that_cannot_be_made_for_another_reason_needs_no_package(ca
     assert status == 1
     assert "could not be made" in err
     assert "python3-venv" not in err
+
+
+def test_list_and_show_print_no_terminal_codes(call, world):
+    target, name = world / "a\nb\x1b[31m", "two\nlines\x1b[31m"
+    os.rename(world / "bare", target)
+    assert call("virtualenv", "--name=x", "--user", f"--display-name={name}", target, *TRUE)[0] == 0
+    status, out, _ = call("list")
+    assert (status, len(out.splitlines())) == (0, 2)
+    assert "/a\\nb\\x1b[31m" in out
+    out = call("show", "x")[1]
+    assert "\x1b" not in out
+    assert "kernel       x (two\\nlines\\x1b[31m)\n" in out
