@@ -716,7 +716,7 @@ def check_targets(mode: Mode, step: Step) -> None:
     least, most = mode.targets
     usage = "Usage: " + usage_line(mode)
     if "" in step.targets:
-        raise usage_error(f"{mode.name} was given an empty {mode.target}.", usage)
+        raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", usage)
     if len(step.targets) < least:
         raise usage_error(f"{mode.name} needs {mode.target}.", usage)
     if len(step.targets) > most:

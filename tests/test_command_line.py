@@ -213,3 +213,7 @@ def test_env_that_takes_the_target_is_told():
     error = refused("virtualenv", "--name=x", "--env", "FOO", "/v")
     assert error.message == "virtualenv needs PATH: --env FOO /v was read as FOO=/v."
     assert error.hint == "Write --env FOO=VALUE and PATH."
+
+
+def test_an_empty_module_is_named():
+    assert refused("lmod", "--name=x", "").message == "lmod was given an empty MODULE."
