@@ -1,6 +1,7 @@
 """The parts of the file that a launch loads: they stand on their own."""
 
 import builtins
+import os
 import subprocess
 import symtable
 import sys
@@ -79,7 +80,8 @@ def test_lines_keep_their_numbers():
 
 def boot(script, *words):
     argv = [sys.executable, "-I", "-S", "-c", envkernel.BOOT, str(script), *words]
-    return subprocess.run(argv, capture_output=True, text=True, check=False)
+    environ = {**os.environ, "JUPYTER_DATA_DIR": str(script.parent)}
+    return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
 
 
 def test_boot_uses_our_cache_pythons_cache_or_the_source(tmp_path):
