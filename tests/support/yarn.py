@@ -126,6 +126,7 @@ class Yarn:
                     "--pdeathsig=TERM",
                     *JAVA,
                     f"-Dhadoop.log.dir={self.dir}",
+                    f"-Djava.io.tmpdir={self.dir}",
                     "-cp",
                     classpath,
                     main,
@@ -156,6 +157,7 @@ class Yarn:
         yarn = {f"yarn.resourcemanager.{name}": f"127.0.0.1:{port}" for name, port in zip(addresses, rm)}
         yarn |= {
             "yarn.resourcemanager.hostname": "127.0.0.1",
+            "yarn.node-attribute.fs-store.root-dir": f"file://{self.dir}/attributes",
             "yarn.nodemanager.hostname": "127.0.0.1",
             "yarn.nodemanager.address": f"127.0.0.1:{rm[5]}",
             "yarn.nodemanager.localizer.address": f"127.0.0.1:{rm[6]}",
