@@ -150,6 +150,13 @@ class Kernel:
         self.debug("disconnect")
         return frame["name"], frame["line"], {row["name"]: row["value"] for row in rows}["m"]
 
+    def interrupt_r(self) -> None:
+        """Interrupt R while it sleeps: it has to reply within 10 seconds."""
+        request = self.client.execute("Sys.sleep(60)")
+        time.sleep(1)
+        self.manager.interrupt_kernel()
+        assert self.client.get_shell_msg(timeout=10)["parent_header"]["msg_id"] == request
+
     def restart(self, now: bool = False) -> float:
         """Restart the kernel; return the seconds until it answers again."""
         start = time.monotonic()
