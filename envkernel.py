@@ -5309,7 +5309,7 @@ def state_of(kernel: Installed, facts: Facts) -> str:
 def running_containers(kernel: Installed, facts: Facts) -> list[str]:
     """Return what runs for a kernel: names of containers, and where no daemon knows any, processes.
 
-    None where its engine does not answer.
+    Nothing where its engine does not answer.
     """
     found: list[str] = []
     label = "--filter=label=envkernel=" + kernel.name
