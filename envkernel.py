@@ -4007,7 +4007,7 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
                 detail=os.fsdecode(said.err).strip().rpartition("\n")[2],
             ) from None
         return kernel
-    texts = {name: facts.read(f"{folder}/{name}") for name in (*LOGO_NAMES.values(), LOGO_SVG)}
+    texts = {name: facts.read(f"{folder}/{name}") for name in (*LOGO_PNGS, LOGO_SVG)}
     logos = {name: text for name, text in texts.items() if text is not None}
     own = kernel_from_spec(spec, {**logos, **kernel.files})
     return own.but(
@@ -4323,7 +4323,7 @@ def logo_files(kernel: Kernel, mode: str, own: str, facts: Facts) -> dict[str, b
     if own:
         others = {name: data for name, data in kernel.files.items() if not name.startswith("logo-")}
         return {**others, **own_logos(own, facts.read(own))}
-    return {**kernel.files, **badge_logos(kernel.files, mode, kernel.language)}
+    return {**kernel.files, LOGO_SVG: badge_logo(kernel.files, mode, kernel.language)}
 
 
 def prepare_kernel(
@@ -4625,341 +4625,81 @@ def say_installed(name: str, folder: str, offer: bool) -> None:
 # ---- logos --------------------------------------------------------------------------------------
 
 BADGES = {
-    "conda": ("C", (62, 152, 64)),
-    "virtualenv": ("V", (48, 105, 152)),
-    "lmod": ("L", (121, 85, 72)),
-    "docker": ("D", (13, 110, 253)),
-    "podman": ("P", (137, 42, 160)),
-    "singularity": ("S", (0, 121, 140)),
-    "apptainer": ("A", (211, 84, 0)),
-    "slurm": ("S", (183, 28, 28)),
-    "yarn": ("Y", (150, 120, 0)),
+    "conda": ("C", "#3e9840"),
+    "virtualenv": ("V", "#306998"),
+    "lmod": ("L", "#795548"),
+    "docker": ("D", "#0d6efd"),
+    "podman": ("P", "#892aa0"),
+    "singularity": ("S", "#00798c"),
+    "apptainer": ("A", "#d35400"),
+    "slurm": ("S", "#b71c1c"),
+    "yarn": ("Y", "#967800"),
 }
-"""By mode: letter and colour of the badge that tells two kernels in a launcher apart."""
+"""By mode: letter and colour of the badge by which two kernels in a launcher differ."""
 
-LOGO_SIZES = (64, 32)
-LOGO_NAMES = {size: f"logo-{size}x{size}.png" for size in LOGO_SIZES}
 LOGO_SVG = "logo-svg.svg"
-
-_FONT = (
-    "ehhvhhhuhhuhhufgggggfuhhhhhuvgguggvvggugggfggjhhfhhhvhhhv44444v72222ichikokihggggggvhrllhhhhppljjh"
-    "ehhhhheuhhugggehhhliduhhukihfgge11uv444444hhhhhhehhhhha4hhhllrhhha4ahhhha4444v1248gv"
-)
-"""The letters A to Z, 7 rows of 5 dots each, a row as a digit in base 32."""
+LOGO_PNGS = ("logo-64x64.png", "logo-32x32.png")
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_PNG_PASSES = (
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_PNG_LIMIT = 1 << 22
 
 
-class Picture(Record):
-    """Pixels: width, height and four bytes (red, green, blue, opacity) each, row by row."""
-
-    def __init__(self, width: int, height: int, pixels: bytes | bytearray) -> None:
-        self.width = width
-        self.height = height
-        self.pixels = bytearray(pixels)
-
-
-def png_chunks(data: bytes) -> dict[bytes, bytes]:
-    """Return the chunks of a PNG file by type, those of one type joined.  Raises ValueError."""
-    import zlib
-
-    if not data.startswith(_PNG_START):
-        raise ValueError("not a PNG file")
-    chunks: dict[bytes, bytes] = {}
-    at = len(_PNG_START)
-    while at + 12 <= len(data) and b"IEND" not in chunks:
-        length = int.from_bytes(data[at : at + 4], "big")
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
-        if zlib.crc32(kind + body) != int.from_bytes(data[at + 8 + length : at + 12 + length], "big"):
-            raise ValueError("a damaged PNG file")
-        chunks[kind] = chunks.get(kind, b"") + body
-        at += 12 + length
-    if not {b"IHDR", b"IDAT", b"IEND"} <= chunks.keys() or len(chunks[b"IHDR"]) != 13:
-        raise ValueError("a PNG file that is cut short")
-    return chunks
-
-
-def read_png(data: bytes) -> Picture:
-    """Return the picture in a PNG file of any kind (W3C, *PNG specification*).
-
-    Raises ValueError for what is none, is damaged, or has more than four million pixels.
-    """
-    import struct
-    import zlib
-
-    chunks = png_chunks(data)
-    width, height, depth, kind, _, _, interlaced = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
-    if not 0 < width * height <= _PNG_LIMIT or kind not in _PNG_CHANNELS or depth not in (1, 2, 4, 8, 16):
-        raise ValueError("a PNG file of no known size or kind")
-    passes = _PNG_PASSES if interlaced else ((0, 0, 1, 1),)
-    channels = _PNG_CHANNELS[kind]
-    expected = sum(
-        -(-(height - y) // dy) * (1 + -(-(-(-(width - x) // dx) * channels * depth) // 8))
-        for x, y, dx, dy in passes
-        if x < width and y < height
-    )
-    try:
-        raw = zlib.decompressobj().decompress(chunks[b"IDAT"], expected)
-    except zlib.error:
-        raise ValueError("a damaged PNG file") from None
-    if len(raw) != expected:
-        raise ValueError("a PNG file that is cut short")
-    picture = Picture(width, height, bytes(4 * width * height))
-    colour = _png_colours(kind, depth, chunks)
-    at = 0
-    for x, y, dx, dy in passes:
-        if x < width and y < height:
-            at = _read_png_pass(picture, raw, at, (x, y, dx, dy), depth, channels, colour)
-    return picture
-
-
-def _png_colours(kind: int, depth: int, chunks: Mapping[bytes, bytes]) -> Callable[[list[int]], bytes]:
-    """Return what makes red, green, blue and opacity of the samples of one pixel."""
-    palette, opacity = chunks.get(b"PLTE", b""), chunks.get(b"tRNS", b"")
-    scale = 255 / ((1 << depth) - 1)
-    clear = [int.from_bytes(opacity[i : i + 2], "big") for i in range(0, len(opacity) - 1, 2)]
-
-    def colour(samples: list[int]) -> bytes:
-        if kind == 3:
-            index = samples[0]
-            if 3 * index + 3 > len(palette):
-                raise ValueError("a PNG file with a colour outside of its palette")
-            return palette[3 * index : 3 * index + 3] + (opacity[index : index + 1] or b"\xff")
-        alpha = 0 if samples == clear else (1 << depth) - 1
-        values = samples if kind in (4, 6) else [*samples, alpha]
-        values = values if len(values) == 4 else [*values[:1] * 3, values[1]]
-        return bytes(round(value * scale) for value in values)
-
-    return colour
-
-
-def _read_png_pass(
-    picture: Picture,
-    raw: bytes,
-    at: int,
-    grid: tuple[int, int, int, int],
-    depth: int,
-    channels: int,
-    colour: Callable[[list[int]], bytes],
-) -> int:
-    """Put one pass (all there is unless interlaced) into `picture`; return where the next one begins."""
-    x, y, dx, dy = grid
-    columns = range(x, picture.width, dx)
-    bits = depth * channels
-    size = (len(columns) * bits + 7) // 8
-    above = bytearray(size)
-    for row in range(y, picture.height, dy):
-        line = _unfilter(raw[at], bytearray(raw[at + 1 : at + 1 + size]), above, max(1, bits // 8))
-        at += 1 + size
-        above = line
-        if depth == 16:
-            samples = [line[i] << 8 | line[i + 1] for i in range(0, size, 2)]
-        elif depth == 8:
-            samples = list(line)
-        else:
-            ones = (1 << depth) - 1
-            samples = [byte >> shift & ones for byte in line for shift in range(8 - depth, -1, -depth)]
-        for index, column in enumerate(columns):
-            place = 4 * (row * picture.width + column)
-            picture.pixels[place : place + 4] = colour(samples[channels * index : channels * (index + 1)])
-    return at
-
-
-def _unfilter(kind: int, line: bytearray, above: bytearray, step: int) -> bytearray:
-    """Undo the filter of one row of a PNG file; `step` is a pixel's width in bytes."""
-    if kind > 4:
-        raise ValueError("a PNG file with an unknown filter")
-    for index in range(len(line)):
-        left = line[index - step] if index >= step else 0
-        corner = above[index - step] if index >= step else 0
-        up = above[index]
-        if kind == 4:  # Paeth: whichever neighbour is nearest to left + up - corner
-            nearest = left + up - corner
-            guess = min((left, up, corner), key=lambda value: abs(nearest - value))
-        else:
-            guess = (0, left, up, (left + up) // 2)[kind]
-        line[index] = (line[index] + guess) & 255
-    return line
-
-
-def write_png(picture: Picture) -> bytes:
-    """Return a picture as a PNG file."""
-    import struct
-    import zlib
-
-    stride = 4 * picture.width
-    rows = (picture.pixels[at : at + stride] for at in range(0, len(picture.pixels), stride))
-    header = struct.pack(">IIBBBBB", picture.width, picture.height, 8, 6, 0, 0, 0)
-    body = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows), 9)
-    return _PNG_START + b"".join(
-        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
-        for kind, part in ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
+def svg_letter(letter: str, x: int, y: int, size: int, colour: str) -> str:
+    """Return a letter centred at a point of an SVG."""
+    return (
+        f'<text x="{x}" y="{y}" dy=".36em" font-size="{size}" fill="{colour}" text-anchor="middle" '
+        f'font-family="Helvetica,Arial,sans-serif" font-weight="bold">{letter}</text>'
     )
 
 
-def resize(picture: Picture, size: int) -> Picture:
-    """Return a picture fitted into a square of `size` pixels, centred, each pixel the mean of its area."""
-    scale = max(picture.width, picture.height) / size
-    shift_x = (size - picture.width / scale) / 2
-    shift_y = (size - picture.height / scale) / 2
-    result = Picture(size, size, bytes(4 * size * size))
-    for y in range(size):
-        rows = _covered((y - shift_y) * scale, scale, picture.height)
-        for x in range(size):
-            columns = _covered((x - shift_x) * scale, scale, picture.width)
-            sums = [0.0] * 4
-            for row, column in ((row, column) for row in rows for column in columns):
-                at = 4 * (row * picture.width + column)
-                opacity = picture.pixels[at + 3]
-                sums = [s + v * opacity for s, v in zip(sums, (*picture.pixels[at : at + 3], 1))]
-            if sums[3]:
-                colour = [round(value / sums[3]) for value in sums[:3]]
-                area = max(len(rows) * len(columns), 1)
-                at = 4 * (y * size + x)
-                result.pixels[at : at + 4] = bytes([*colour, round(sums[3] / area)])
-    return result
+def logo_svg(image: bytes, kind: str, badge: str = "") -> bytes:
+    """Return an SVG that shows an image of a type, with a badge over it.
 
-
-def _covered(start: float, length: float, most: int) -> range:
-    """Return the pixels of the source under a stretch of the result: the nearest one, or the whole of it."""
-    first, last = round(start), round(start + length)
-    if length < 1:
-        first = int(start + length / 2 + 1) - 1
-        last = first + 1
-    return range(max(first, 0), min(last, most))
-
-
-def letter_dots(letter: str) -> list[tuple[int, int]]:
-    """Return the dots (column, row) of a letter that is 5 wide and 7 high; none for what is no letter."""
-    index = ord(letter.upper()) - ord("A")
-    rows = _FONT[7 * index : 7 * index + 7] if 0 <= index < 26 else ""
-    return [(x, y) for y, row in enumerate(rows) for x in range(5) if int(row, 32) >> (4 - x) & 1]
-
-
-def paint(picture: Picture, shapes: Callable[[float, float], tuple[int, ...] | None]) -> Picture:
-    """Return `picture` with `shapes` over it: a function from a place to a colour (None: clear).
-
-    Places are in units of a square of 64; each pixel is the mean of 16 places.
-    """
-    unit = 64 / picture.width
-    result = picture.but(pixels=bytearray(picture.pixels))
-    for y in range(picture.height):
-        for x in range(picture.width):
-            spots = [
-                shapes((x + i / 4 + 1 / 8) * unit, (y + j / 4 + 1 / 8) * unit)
-                for i in range(4)
-                for j in range(4)
-            ]
-            hits = [spot for spot in spots if spot]
-            if not hits:
-                continue
-            at = 4 * (y * picture.width + x)
-            under = picture.pixels[at : at + 4]
-            rest = (16 - len(hits)) * under[3] / 255
-            total = len(hits) + rest
-            colour = [(sum(spot[k] for spot in hits) + rest * under[k]) / total for k in range(3)]
-            result.pixels[at : at + 4] = bytes([*map(round, colour), round(total * 255 / 16)])
-    return result
-
-
-def badge_shapes(letter: str, colour: tuple[int, ...]) -> Callable[[float, float], tuple[int, ...] | None]:
-    """Return the badge as shapes for `paint`: a white letter on a disc in the lower right corner."""
-    dots = set(letter_dots(letter))
-    white = (255, 255, 255)
-
-    def shape(x: float, y: float) -> tuple[int, ...] | None:
-        distance = (x - 47) ** 2 + (y - 47) ** 2
-        if distance > 17**2:
-            return None
-        inside = ((x - 39.5) // 3, (y - 36.5) // 3) in dots
-        return white if inside or distance > 15**2 else colour
-
-    return shape
-
-
-def tile_shapes(letter: str) -> Callable[[float, float], tuple[int, ...] | None]:
-    """Return a plain logo for a kernel that has none: its language's first letter on a grey square."""
-    dots = set(letter_dots(letter))
-
-    def shape(x: float, y: float) -> tuple[int, ...] | None:
-        corner = max(abs(x - 32) - 20, 0) ** 2 + max(abs(y - 32) - 20, 0) ** 2
-        if corner > 10**2:
-            return None
-        return (90, 98, 112) if ((x - 12) // 5, (y - 9) // 5) in dots else (226, 229, 236)
-
-    return shape
-
-
-def badge_svg(logo: bytes, kind: str, letter: str, colour: tuple[int, ...]) -> bytes:
-    """Return an SVG that shows `logo` (an image of the type `kind`) with a badge.
-
-    The logo goes in as an image: there its scripts don't run and its names clash with nobody's.
+    As an image its scripts don't run, and its names can't clash with others in a page.
     """
     from base64 import b64encode
 
-    paths = "".join(f"M{39.5 + 3 * x:g} {36.5 + 3 * y:g}h3v3h-3z" for x, y in letter_dots(letter))
-    text = (
+    return (
         '<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64" viewBox="0 0 64 64">'
-        f'<image width="64" height="64" href="data:{kind};base64,{b64encode(logo).decode()}"/>'
-        f'<circle cx="47" cy="47" r="16" fill="rgb{colour}" stroke="#fff" stroke-width="2"/>'
-        f'<path fill="#fff" d="{paths}"/></svg>\n'
-    )
-    return text.replace(", ", ",").encode()
+        f'<image width="64" height="64" href="data:{kind};base64,{b64encode(image).decode()}"/>'
+        f"{badge}</svg>\n"
+    ).encode()
 
 
-def badge_logos(files: Mapping[str, bytes], mode: str, language: str) -> dict[str, bytes]:
-    """Return the logos for a kernelspec: those among `files` with the mode's badge on them.
+def badge_logo(files: Mapping[str, bytes], mode: str, language: str) -> bytes:
+    """Return an SVG that shows a kernel's own logo with the badge of a mode.
 
-    Where a size is missing it is made of another one; where there is none at all, of a plain tile.
+    files: of the kernelspec, by name; where no logo is among them, the language's first letter is shown.
     """
+    from html import escape
+
     letter, colour = BADGES[mode]
-    pictures: dict[int, Picture] = {}
-    for name, data in files.items():
-        if name.startswith("logo-") and name.endswith(".png"):
-            try:
-                picture = read_png(data)
-            except ValueError:
-                continue
-            pictures[max(picture.width, picture.height)] = picture
-    tile = paint(Picture(64, 64, bytes(4 * 64 * 64)), tile_shapes(language[:1]))
-    logos: dict[str, bytes] = {}
-    for size in LOGO_SIZES:
-        source = pictures.get(size) or pictures[max(pictures)] if pictures else tile
-        square = source if source.width == source.height == size else resize(source, size)
-        logos[LOGO_NAMES[size]] = write_png(paint(square, badge_shapes(letter, colour)))
+    badge = f'<circle cx="47" cy="47" r="16" fill="{colour}" stroke="#fff" stroke-width="2"/>'
+    badge += svg_letter(letter, 47, 47, 22, "#fff")
     if LOGO_SVG in files:
-        logos[LOGO_SVG] = badge_svg(files[LOGO_SVG], "image/svg+xml", letter, colour)
-    else:
-        largest = write_png(pictures[max(pictures)] if pictures else tile)
-        logos[LOGO_SVG] = badge_svg(largest, "image/png", letter, colour)
-    return logos
+        return logo_svg(files[LOGO_SVG], "image/svg+xml", badge)
+    for name in (*LOGO_PNGS, *sorted(files)):
+        if name.startswith("logo-") and files.get(name, b"").startswith(_PNG_START):
+            return logo_svg(files[name], "image/png", badge)
+    tile = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">'
+        '<rect x="2" y="2" width="60" height="60" rx="10" fill="#e2e5ec"/>'
+        f"{svg_letter(escape(language[:1].upper()), 32, 32, 40, '#5a6270')}</svg>"
+    )
+    return logo_svg(tile.encode(), "image/svg+xml", badge)
 
 
 def own_logos(path: str, data: bytes | None) -> dict[str, bytes]:
     """Return the logos for a kernelspec that ``--logo FILE`` asks for.  Raises UserError.
 
-    path: what the user named; data: what it holds, None where it can't be read.
+    path: as the user gave it; data: what it contains, None where it can't be read.
     """
     if data is None:
         raise UserError(f"The logo {path} can't be read.", "Give the path of a PNG or SVG file.")
     if b"<svg" in data[:4096]:
         return {LOGO_SVG: data}
-    try:
-        picture = read_png(data)
-    except ValueError as error:
-        raise UserError(f"The logo {path} can't be used: {error}.", "Give a PNG or SVG file.") from None
-    return {LOGO_NAMES[size]: write_png(resize(picture, size)) for size in LOGO_SIZES}
+    if not data.startswith(_PNG_START):
+        raise UserError(f"The logo {path} is not a PNG file and not an SVG.", "Give a PNG or SVG file.")
+    return {LOGO_SVG: logo_svg(data, "image/png"), **dict.fromkeys(LOGO_PNGS, data)}
 
 
 # ---- completion ---------------------------------------------------------------------------------
@@ -5521,7 +5261,7 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
         if word.startswith("--kernel-template=") and word.partition("=")[2] not in installed_kernels():
             head[index] = f"--kernel-template={kernel.name}"  # the template is gone: this is its clone
         if word.startswith("--logo=") and not facts.exists(word.partition("=")[2]):
-            copies = [f"{kernel.folder}/{file}" for file in (LOGO_SVG, LOGO_NAMES[max(LOGO_SIZES)])]
+            copies = [f"{kernel.folder}/{file}" for file in (LOGO_SVG, LOGO_PNGS[0])]
             head[index] = "--logo=" + next(filter(facts.exists, copies), word.partition("=")[2])
     entries: list[str] = []
     with contextlib.suppress(UserError):  # what can't be read any more is written anew
