@@ -28,7 +28,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Mapping, NoReturn, Sequence
 
-    from typing_extensions import Self
+    from typing_extensions import Self, dataclass_transform
+else:
+
+    def dataclass_transform() -> Any:
+        """Tell type checkers that `Record` builds constructors from annotations (PEP 681)."""
+        return lambda cls: cls
 
 # ---- constants ----------------------------------------------------------------------------------
 
@@ -168,8 +173,24 @@ def usage_error(message: str, hint: str = "") -> UserError:
 # ---- records ------------------------------------------------------------------------------------
 
 
+@dataclass_transform()
 class Record:
-    """Plain data, compared by value."""
+    """Plain data, compared by value: the annotated names of a class are its fields, in that order.
+
+    A field without a default has to be given.  Lists and dicts are copied.  (``dataclasses`` takes 10 ms to
+    import.)
+    """
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        fields = type(self).__annotations__
+        named.update(zip(fields, values))
+        if len(values) > len(fields) or not named.keys() <= fields.keys():
+            raise TypeError(f"{type(self).__name__} has only the fields {', '.join(fields)}.")
+        for name, annotation in fields.items():
+            value = named[name] if name in named else getattr(type(self), name)
+            if annotation.startswith(("list[", "dict[")) and not annotation.endswith("None"):
+                value = list(value or ()) if annotation.startswith("list[") else dict(value or {})
+            setattr(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -191,35 +212,31 @@ class Record:
 class Option(Record):
     """One option of envkernel's own: the definition that setup, run, help and completion share.
 
-    flags: ``"--bind -B"``, the long one first.  metavar: empty for a flag that takes no value.
+    spelling: ``"--bind -B"``, the long flag first.  metavar: empty for a flag that takes no value.
     kind: ``text``, ``path`` (made absolute at setup) or ``env`` (NAME=VALUE or NAME VALUE).
     many: may be given more than once.  run: stands in the kernelspec's argv, for the run phase.
     setup: may be typed by a user.
     """
 
-    def __init__(
-        self,
-        flags: str,
-        help: str,
-        *,
-        metavar: str = "",
-        kind: str = "text",
-        many: bool = False,
-        run: bool = False,
-        setup: bool = True,
-        choices: Sequence[str] = (),
-        example: str = "",
-    ) -> None:
-        self.flags = flags.split()
-        self.name = self.flags[0][2:]
-        self.help = help
-        self.metavar = metavar
-        self.kind = kind
-        self.many = many
-        self.run = run
-        self.setup = setup
-        self.choices = choices
-        self.example = example
+    spelling: str
+    help: str
+    metavar: str = ""
+    kind: str = "text"
+    many: bool = False
+    run: bool = False
+    setup: bool = True
+    choices: Sequence[str] = ()
+    example: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags, the long one first."""
+        return self.spelling.split()
+
+    @property
+    def name(self) -> str:
+        """The long flag without its dashes."""
+        return self.flags[0][2:]
 
 
 class Step(Record):
@@ -229,17 +246,10 @@ class Step(Record):
     engine: tokens that go to the engine (docker run, apptainer exec, srun) as they stand.
     """
 
-    def __init__(
-        self,
-        mode: str,
-        options: dict[str, Any] | None = None,
-        targets: Sequence[str] = (),
-        engine: Sequence[str] = (),
-    ) -> None:
-        self.mode = mode
-        self.options: dict[str, Any] = dict(options or {})
-        self.targets = list(targets)
-        self.engine = list(engine)
+    mode: str
+    options: dict[str, Any] = {}
+    targets: list[str] = []
+    engine: list[str] = []
 
 
 class Launch(Record):
@@ -251,17 +261,10 @@ class Launch(Record):
     legacy: read from a kernelspec that envkernel 1.x wrote.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        command: Sequence[str],
-        options: dict[str, Any] | None = None,
-        legacy: bool = False,
-    ) -> None:
-        self.steps = list(steps)
-        self.command = list(command)
-        self.options: dict[str, Any] = dict(options or {})
-        self.legacy = legacy
+    steps: list[Step]
+    command: list[str]
+    options: dict[str, Any] = {}
+    legacy: bool = False
 
 
 class Plan(Record):
@@ -278,36 +281,23 @@ class Plan(Record):
     job: what runs it on a cluster; None on this host.
     """
 
-    def __init__(
-        self,
-        argv: Sequence[str],
-        environ: Mapping[str, str],
-        search: Sequence[str] | None = None,
-        where: str = "this machine",
-        install: str = "install %s",
-        care: Care | None = None,
-        given: Mapping[str, str] | None = None,
-        inside: Sequence[str] = (),
-        job: Job | None = None,
-    ) -> None:
-        self.argv = list(argv)
-        self.environ = dict(environ)
-        self.search = None if search is None else list(search)
-        self.where = where
-        self.install = install
-        self.care = care
-        self.given = dict(given or {})
-        self.inside = list(inside)
-        self.job = job
+    argv: list[str]
+    environ: dict[str, str]
+    search: list[str] | None = None
+    where: str = "this machine"
+    install: str = "install %s"
+    care: Care | None = None
+    given: dict[str, str] = {}
+    inside: list[str] = []
+    job: Job | None = None
 
 
 class Output(Record):
     """What a program said: exit status (negative: the signal), stdout and stderr as bytes."""
 
-    def __init__(self, status: int, out: bytes = b"", err: bytes = b"") -> None:
-        self.status = status
-        self.out = out
-        self.err = err
+    status: int
+    out: bytes = b""
+    err: bytes = b""
 
 
 class Mode(Record):
@@ -323,36 +313,19 @@ class Mode(Record):
     there is no engine.
     """
 
-    def __init__(
-        self,
-        name: str,
-        summary: str,
-        options: Sequence[Option],
-        setup: Callable[..., Step],
-        plan: Callable[..., Plan],
-        *,
-        aliases: Sequence[str] = (),
-        target: str = "",
-        targets: tuple[int, int] = (1, 1),
-        minus: bool = False,
-        remote: bool = False,
-        container: bool = False,
-        engine: Callable[..., Mapping[str, bool]] | None = None,
-        example: str = "",
-    ) -> None:
-        self.name = name
-        self.summary = summary
-        self.options = list(options)
-        self.setup = setup
-        self.plan = plan
-        self.aliases = aliases
-        self.target = target
-        self.targets = targets
-        self.minus = minus
-        self.remote = remote
-        self.container = container
-        self.engine = engine
-        self.example = example
+    name: str
+    summary: str
+    options: list[Option]
+    setup: Callable[..., Step]
+    plan: Callable[..., Plan]
+    aliases: Sequence[str] = ()
+    target: str = ""
+    targets: tuple[int, int] = (1, 1)
+    minus: bool = False
+    remote: bool = False
+    container: bool = False
+    engine: Callable[..., Mapping[str, bool]] | None = None
+    example: str = ""
 
 
 MODES: dict[str, Mode] = {}
@@ -665,15 +638,9 @@ class Request(Record):
     command: the kernel command after the last ``--``, None where there is none.
     """
 
-    def __init__(
-        self,
-        common: dict[str, Any],
-        steps: Sequence[Step],
-        command: Sequence[str] | None = None,
-    ) -> None:
-        self.common = common
-        self.steps = list(steps)
-        self.command = None if command is None else list(command)
+    common: dict[str, Any]
+    steps: list[Step]
+    command: list[str] | None = None
 
 
 def parse_setup(tokens: Sequence[str], facts: Facts) -> Request:
@@ -697,7 +664,7 @@ def parse_setup(tokens: Sequence[str], facts: Facts) -> Request:
             "Nothing stands after the --.",
             "Give the kernel command or another mode there, or leave the -- out.",
         )
-    return Request(common, steps, rest)
+    return Request(common, steps, None if rest is None else list(rest))
 
 
 def check_env_words(mode: Mode, tokens: Sequence[str]) -> None:
@@ -1155,7 +1122,7 @@ def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], commo
             check_same_python(path, found or python, facts, environ)
         facts.create_virtualenv(path, python)
     step = step.but(targets=[path], options=options)
-    active = plan_virtualenv(step, Plan([], environ), facts, Launch([], [])).environ["VIRTUAL_ENV"]
+    active = plan_virtualenv(step, Plan([], dict(environ)), facts, Launch([], [])).environ["VIRTUAL_ENV"]
     if facts.real_path(active) != facts.real_path(path):
         facts.tell(
             f"envkernel: {path} was made as {active} and moved: its activate script puts that on PATH.\n"
@@ -2065,17 +2032,16 @@ class Box(Record):
     owner: what names its copies: the kernel's key, or the container's where that is shared.
     """
 
-    def __init__(self, folder: str, care: Care) -> None:
-        self.folder = folder
-        self.inside = INSIDE
-        self.care = care
-        self.binds: list[Bind] = []
-        self.workdir = ""
-        self.environ: dict[str, str] = {}
-        self.secret: dict[str, str] = {}
-        self.command: list[str] = []
-        self.publish: list[int] = []
-        self.owner = ""
+    folder: str
+    care: Care
+    inside: str = INSIDE
+    binds: list[Bind] = []
+    workdir: str = ""
+    environ: dict[str, str] = {}
+    secret: dict[str, str] = {}
+    command: list[str] = []
+    publish: list[int] = []
+    owner: str = ""
 
     def path(self, name: str) -> str:
         """Return where a file of the private folder is on the host."""
@@ -2389,11 +2355,10 @@ def variable_tokens(box: Box, environ: Mapping[str, str], init: bool) -> tuple[d
 class ContainerEnd(Record):
     """Says why a container ended: called with exit status, stderr's end and facts."""
 
-    def __init__(self, program: str, image: str, name: str, mark: str = "") -> None:
-        self.program = program
-        self.image = image
-        self.name = name
-        self.mark = mark  # a file that is there after an OOM kill
+    program: str
+    image: str
+    name: str
+    mark: str = ""
 
     def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
         """Return the reason, None where the exit status says all."""
@@ -2689,7 +2654,7 @@ def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
         options = {**step.options, **extra}
         tried = step.but(options={name: value for name, value in options.items() if name not in skip})
         launch = Launch([], [], {"name": "probe"})
-        said = facts.try_plan(plan_engine(tried, Plan(["true"], environ), facts, launch))
+        said = facts.try_plan(plan_engine(tried, Plan(["true"], dict(environ)), facts, launch))
         text, status = os.fsdecode(said.err), said.status
         if status != 125 and "docker-init" not in text:  # 125: the engine itself failed
             return settle_guest(step.but(options=options), facts, environ)
@@ -2708,7 +2673,7 @@ def settle_guest(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
     """
     if step.options["identity"] != "given":
         return step
-    plan = plan_engine(step, Plan([], environ), facts, Launch([], [], {"name": "probe"}))
+    plan = plan_engine(step, Plan([], dict(environ)), facts, Launch([], [], {"name": "probe"}))
     said = facts.output([*plan.inside, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
     try:
         uid, gid, *rows = [int(word) for word in said.out.split()]
@@ -2971,9 +2936,8 @@ class ApptainerEnd(Record):
         ),
     )
 
-    def __init__(self, image: str, oom_kills: int = 0) -> None:
-        self.image = image
-        self.oom_kills = oom_kills  # at the start
+    image: str
+    oom_kills: int = 0
 
     def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
         """Return the reason, None where the exit status says all."""
@@ -3120,7 +3084,7 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
     skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
     for extra in ({}, *([] if step.options.get("shared") else [{"place": "tmp"}])):
         options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
-        start = Plan(["/no/such/program"], environ)
+        start = Plan(["/no/such/program"], dict(environ))
         output = facts.try_plan(
             plan_apptainer(step.but(options=options), start, facts, Launch([], [], {"name": "probe"}))
         )
@@ -3847,30 +3811,16 @@ class Kernel(Record):
     test: a command that succeeds where the kernel is really installed, empty where the command tells.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        language: str = "python",
-        *,
-        display_name: str = "",
-        metadata: Mapping[str, Any] | None = None,
-        interrupt_mode: str = "",
-        protocol: str = "",
-        files: Mapping[str, bytes] | None = None,
-        folder: str = "",
-        env: Mapping[str, str] | None = None,
-        test: Sequence[str] = (),
-    ) -> None:
-        self.command = list(command)
-        self.language = language
-        self.display_name = display_name
-        self.metadata = dict(metadata or {})
-        self.interrupt_mode = interrupt_mode
-        self.protocol = protocol
-        self.files = dict(files or {})
-        self.folder = folder
-        self.env = dict(env or {})
-        self.test = list(test)
+    command: list[str]
+    language: str = "python"
+    display_name: str = ""
+    metadata: dict[str, Any] = {}
+    interrupt_mode: str = ""
+    protocol: str = ""
+    files: dict[str, bytes] = {}
+    folder: str = ""
+    env: dict[str, str] = {}
+    test: list[str] = []
 
 
 KERNELS = {
@@ -3920,7 +3870,7 @@ def kernel_from_spec(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Ker
         metadata={key: value for key, value in known["metadata"].items() if key != "envkernel"},
         interrupt_mode=known["interrupt_mode"],
         protocol=known["kernel_protocol_version"],
-        files=files,
+        files=dict(files),
         env={name: value for name, value in known["env"].items() if isinstance(value, str)},
     )
 
@@ -4178,7 +4128,9 @@ def launch_of(
     options = {option.name: request.common.get(option.name) for option in COMMON_OPTIONS if option.run}
     names = [*env, *(entry.partition("=")[0] for entry in request.common.get("env", []))]
     options["env"] = list(dict.fromkeys(names)) or None
-    return Launch(steps, command, {name: value for name, value in options.items() if value is not None})
+    return Launch(
+        list(steps), list(command), {name: value for name, value in options.items() if value is not None}
+    )
 
 
 def check_request(request: Request) -> None:
@@ -4311,7 +4263,7 @@ def setup_steps(request: Request, facts: Facts, environ: Mapping[str, str]) -> l
             raise
         if mode.remote or mode.container:
             continue
-        environ = mode.plan(steps[-1], Plan([], environ), facts, Launch([], [])).environ
+        environ = mode.plan(steps[-1], Plan([], dict(environ)), facts, Launch([], [])).environ
     return steps
 
 
@@ -4967,13 +4919,16 @@ class Installed(Record):
     tokens: what its run phase reads.  command: what made it, empty where that is not known (1.x).
     """
 
-    def __init__(self, name: str, folder: str, spec: Mapping[str, Any], tokens: Sequence[str]) -> None:
-        self.name = name
-        self.folder = folder
-        self.spec = dict(spec)
-        self.tokens = list(tokens)
-        words = own_metadata(spec).get("command")
-        self.command = [decode_token(word) for word in words] if isinstance(words, list) else []
+    name: str
+    folder: str
+    spec: dict[str, Any]
+    tokens: list[str]
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that made it, empty where that is not recorded."""
+        words = own_metadata(self.spec).get("command")
+        return [decode_token(word) for word in words] if isinstance(words, list) else []
 
 
 def own_metadata(spec: Any) -> dict[str, Any]:
@@ -5619,13 +5574,10 @@ def check_command(options: Mapping[str, Any], facts: Facts) -> int:
 class Command(Record):
     """A management command.  argument: metavar of what it takes, empty for nothing."""
 
-    def __init__(
-        self, run: Callable[..., int], argument: str, summary: str, options: Sequence[Option] = ()
-    ) -> None:
-        self.run = run
-        self.argument = argument
-        self.summary = summary
-        self.options = list(options)
+    run: Callable[..., int]
+    argument: str
+    summary: str
+    options: list[Option] = []
 
 
 _JSON = Option("--json", "Print JSON.")
@@ -6614,38 +6566,20 @@ class Care(Record):
     status and the end of its stderr; None where nothing more than these is known.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        *,
-        files: Sequence[tuple[str, bytes]] = (),
-        copies: Sequence[tuple[str, str]] = (),
-        signal: Sequence[str] = (),
-        leader: bool = True,
-        init: Sequence[str] = (),
-        cleanup: Sequence[Sequence[str]] = (),
-        remove: Sequence[str] = (),
-        litter: bool = False,
-        shared: Shared | None = None,
-        connection: Mapping[str, Any] | None = None,
-        relay: str = "",
-        owner: int = -1,
-        explain: Callable[[int, str, Facts], UserError | None] | None = None,
-    ) -> None:
-        self.folder = folder
-        self.files = list(files)
-        self.copies = list(copies)
-        self.signal = list(signal)
-        self.leader = leader
-        self.init = list(init)
-        self.cleanup = [list(command) for command in cleanup]
-        self.remove = list(remove)
-        self.litter = litter
-        self.shared = shared
-        self.connection = dict(connection or {})
-        self.relay = relay
-        self.owner = owner
-        self.explain = explain
+    folder: str
+    files: list[tuple[str, bytes]] = []
+    copies: list[tuple[str, str]] = []
+    signal: list[str] = []
+    leader: bool = True
+    init: list[str] = []
+    cleanup: list[Sequence[str]] = []
+    remove: list[str] = []
+    litter: bool = False
+    shared: Shared | None = None
+    connection: dict[str, Any] = {}
+    relay: str = ""
+    owner: int = -1
+    explain: Callable[[int, str, Facts], UserError | None] | None = None
 
 
 class Shared(Record):
@@ -6656,19 +6590,11 @@ class Shared(Record):
     copies: pairs (folder, its copy), made before it starts and removed with it.
     """
 
-    def __init__(
-        self,
-        alive: Sequence[str],
-        start: Sequence[str],
-        stop: Sequence[str],
-        keep: bool = False,
-        copies: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        self.alive = list(alive)
-        self.start = list(start)
-        self.stop = list(stop)
-        self.keep = keep
-        self.copies = list(copies)
+    alive: list[str]
+    start: list[str]
+    stop: list[str]
+    keep: bool = False
+    copies: list[tuple[str, str]] = []
 
 
 class Membership:
@@ -9148,7 +9074,7 @@ def client_submit(words: Sequence[str]) -> int:
     files["environment"] = skein.File(source="file://" + spec["environment"], type="archive")
     service = skein.Service(
         resources=skein.Resources(memory=spec["memory"], vcores=spec["vcores"]),
-        files=files,
+        files=dict(files),
         script=YARN_SCRIPT,
     )
     application = skein.ApplicationSpec(name=spec["name"], queue=spec["queue"], services={"kernel": service})
@@ -9332,15 +9258,12 @@ class Failure(Record):
     log: path of the launch log.  language: the kernelspec's.  Empty where there is none.
     """
 
-    def __init__(
-        self, kernel: str, message: str, hint: str = "", detail: str = "", log: str = "", language: str = ""
-    ) -> None:
-        self.kernel = kernel
-        self.message = message
-        self.hint = hint
-        self.detail = detail
-        self.log = log
-        self.language = language
+    kernel: str
+    message: str
+    hint: str = ""
+    detail: str = ""
+    log: str = ""
+    language: str = ""
 
     @property
     def heading(self) -> str:
