@@ -3254,6 +3254,13 @@ class Job(Record):
         """Return what the program gets on stdin.  own: returns this file, see `own_code`."""
         raise NotImplementedError
 
+    def directories(self, notebook: str) -> list[str]:
+        """Return where the kernel may start on its node, the best first; where the agent does if empty.
+
+        notebook: the directory of the notebook.
+        """
+        raise NotImplementedError
+
     def read_state(self, said: str, known: str) -> tuple[str, bool]:
         """Return the job's id and whether it waits, from what the program said on stderr."""
         raise NotImplementedError
@@ -3332,6 +3339,11 @@ class SlurmJob(Job):
         return (
             b"%s %d %d\n" % (magic.encode(), len(code), len(source)) + code + source + to_json(orders) + b"\n"
         )
+
+    def directories(self, notebook: str) -> list[str]:
+        """Return the notebook's directory and HOME, unless srun is given a directory."""
+        given = any(token.startswith(("--chdir", "-D")) for token in self.argv)
+        return [] if given or "SLURM_WORKING_DIR" in self.environ else [notebook, os.path.expanduser("~")]
 
     def read_state(self, said: str, known: str) -> tuple[str, bool]:
         """Return the number of the job and whether it waits, from what srun said on stderr."""
@@ -3617,6 +3629,10 @@ class YarnJob(Job):
         """Return what the helper gets on stdin: the application, and the orders for its agent."""
         return to_json({"spec": self.spec, "orders": dict(orders)}) + b"\n"
 
+    def directories(self, notebook: str) -> list[str]:
+        """Return the notebook's directory, unless files are sent into the container's own."""
+        return [notebook] if list(self.spec["files"]) == ["envkernel.py"] else []
+
     def read_state(self, said: str, known: str) -> tuple[str, bool]:
         """Return the application's id and whether it waits, from what the helper said on stderr."""
         for line in said.splitlines():
@@ -3782,7 +3798,7 @@ register(
             Option("--queue", "Queue to submit to (default: default).", metavar="NAME", run=True),
             Option(
                 "--file",
-                "Send a file along, into the folder that the kernel starts in.",
+                "Send a file along, into the container's own directory, where the kernel then starts.",
                 metavar="NAME=PATH",
                 many=True,
                 run=True,
@@ -7760,6 +7776,7 @@ def become_node_kernel(
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(stderr, 2)
+        enter_directory(orders["directories"], node_name(environ))
         launch = launch_from_data(orders["launch"])
         launch.options["connection-file"] = path
         # ipykernel ends itself when its parent is not the one that is named here
@@ -7780,6 +7797,21 @@ def become_node_kernel(
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:
         os._exit(status if 0 <= status < 256 else 1)
+
+
+def enter_directory(directories: Sequence[str], node: str) -> None:
+    """Enter the first of some directories that can be; say so on stderr if that is not the first."""
+    for path in directories:
+        try:
+            os.chdir(path)
+        except OSError:
+            continue
+        if path != directories[0]:
+            said = (
+                f"envkernel: The node {node} has no directory {directories[0]}: the kernel starts in {path}."
+            )
+            write_all(2, said.encode(errors="surrogateescape") + b"\n")
+        return
 
 
 AGENT_SIGNALS = (1, 2, 15, 17)  # HUP, INT, TERM, CHLD
@@ -8282,6 +8314,7 @@ def agent_orders(
         "secret": os.urandom(32).hex(),
         "connection": dict(connection),
         "launch": launch_to_data(job.launch),
+        "directories": job.directories(os.getcwd()),
         "environ": {name: environ[name] for name in names if name in environ},
         "linger": job.linger,
         "transport": job.transport,
@@ -8315,6 +8348,8 @@ class Keeper:
         self.said = b""
         self.line = b""
         self.child = self.tunnel = self.feeder = 0
+        self.directory = os.getcwd()
+        os.chdir("/")
         self.ending = self.waits = False
         self.failure: UserError | None = None
         self.linger: object = None
@@ -8327,7 +8362,7 @@ class Keeper:
 
     def run(self) -> None:
         """Submit the job and keep it until it is over."""
-        self.start_child(self.job.argv, self.feed)
+        self.start_child(self.job.argv, self.feed, self.directory)
         if self.job.queue_timeout:
             self.loop.after(self.job.queue_timeout, self.too_late)
         self.loop.run()
@@ -8342,7 +8377,7 @@ class Keeper:
         """Return what the program gets on stdin."""
         return self.job.feed(self.orders, lambda: own_code(self.job.launch, self.facts))
 
-    def start_child(self, argv: Sequence[str], feed: Callable[[], bytes]) -> None:
+    def start_child(self, argv: Sequence[str], feed: Callable[[], bytes], directory: str = "/") -> None:
         """Start the program that holds the job and give it `feed` on stdin, which stays open."""
         stdin, self.stdin = os.pipe()
         out, out_end = os.pipe()
@@ -8350,7 +8385,7 @@ class Keeper:
         keeper = os.getpid()
         self.child = os.fork()
         if not self.child:
-            execute_below(argv, self.job.environ, (stdin, out_end, err_end), keeper)
+            execute_below(argv, self.job.environ, (stdin, out_end, err_end), keeper, directory)
         os.close(stdin)
         os.close(err_end)
         self.feeder = os.fork()
@@ -8574,7 +8609,7 @@ def feed_program(stdin: int, feed: Callable[[], bytes], out: int, keeper: int) -
 
 
 def execute_below(
-    argv: Sequence[str], environ: Mapping[str, str], files: Sequence[int], parent: int
+    argv: Sequence[str], environ: Mapping[str, str], files: Sequence[int], parent: int, directory: str = "/"
 ) -> NoReturn:
     """In a child: become the program `argv`, with `files` as its 0, 1 and 2; it dies with `parent`."""
     import _signal
@@ -8586,6 +8621,7 @@ def execute_below(
         for number, file in enumerate(files):
             os.dup2(file, number)
         die_with_parent(parent)
+        os.chdir(directory)
         os.execve(argv[0], list(argv), dict(environ))
     except OSError as error:
         os.write(2, f"{argv[0]}: {error}\n".encode())
@@ -8703,7 +8739,6 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
     try:
         os.setsid()
         sock.close()
-        os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR)
         for file in (0, 1, 2):
             os.dup2(null, file)

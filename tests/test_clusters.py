@@ -54,6 +54,32 @@ def test_job_inside_a_job_is_a_new_one() -> None:
     assert plan({}, ["--jobid=5"], inside).environ == inside
 
 
+def test_directories_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    assert plan({}, [], {}).job.directories("/n") == ["/n", "/home/u"]
+    assert plan({}, ["--chdir=/x"], {}).job.directories("/n") == []
+    assert plan({}, [], {"SLURM_WORKING_DIR": "/x"}).job.directories("/n") == []
+    files = {"envkernel.py": "/e"}
+    job = envkernel.YarnJob([], {}, Launch([], []), {}, {"files": files})
+    assert job.directories("/n") == ["/n"]
+    job.spec["files"]["a"] = "/a"
+    assert job.directories("/n") == [], "the files are in the container's own directory"
+
+
+def test_first_directory_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("/")
+    envkernel.enter_directory([], "n1")
+    assert os.getcwd() == "/"
+    envkernel.enter_directory([str(tmp_path), "/usr"], "n1")
+    assert os.getcwd() == str(tmp_path)
+    envkernel.enter_directory([f"{tmp_path}/no", "/usr"], "n1")
+    assert os.getcwd() == "/usr"
+    said = capfd.readouterr().err
+    assert said == f"envkernel: The node n1 has no directory {tmp_path}/no: the kernel starts in /usr.\n"
+
+
 def test_options_of_the_job() -> None:
     options = {"queue-timeout": "60", "linger": "0.5", "tunnel": "ssh", "tunnel-program": "/usr/bin/ssh"}
     job = plan({**options, "node-ports": "5000-5009", "node-transport": "tcp"}, [], {}).job

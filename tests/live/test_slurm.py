@@ -7,6 +7,7 @@ import json
 import os
 import pwd
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from jupyter_client import KernelManager
 from support import memory
 from support.apptainer import Apptainer
 from support.clusters import Errors, alive, driven_kernel, processes, run_process
+from support.docker import Docker
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.modules import Modules
 from support.slurm import Slurm, wait_for
@@ -198,6 +200,57 @@ def test_chain_with_a_container(
         assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
         kernel.restart(now=True)
         assert kernel.value("1 + 1") == "2"
+
+
+def test_kernel_starts_in_the_notebooks_directory(
+    jupyter: Jupyter, cluster: Slurm, errors: Errors, tmp_path: Path
+) -> None:
+    """As with plain srun; where the node lacks it, in HOME."""
+    notebooks = tmp_path / "note books"
+    notebooks.mkdir()
+    (notebooks / "data.csv").write_text("1,2")
+    install(jupyter, "here", "--partition=far")
+    with jupyter.kernel("here", cwd=str(notebooks)) as kernel:
+        assert kernel.value("open('data.csv').read()") == "1,2"
+        assert kernel.environ()["SLURM_SUBMIT_DIR"] == str(notebooks)
+        kernel.restart()
+        assert kernel.value("__import__('os').getcwd()") == str(notebooks)
+    install(jupyter, "given", "--partition=far", "--chdir=/usr")
+    with jupyter.kernel("given", cwd=str(notebooks)) as kernel:
+        assert kernel.value("__import__('os').getcwd()") == "/usr"
+    bare = tmp_path / "node-python"
+    (notebooks / "deep").mkdir()
+    hide = f"mount -t tmpfs none '{notebooks}' && exec /usr/bin/python3 \"$@\""
+    bare.write_text(f'#!/bin/sh\nexec unshare --mount sh -c {shlex.quote(hide)} sh "$@"\n')
+    bare.chmod(0o755)
+    install(jupyter, "lacks", "--partition=far", f"--node-python={bare}")
+    with jupyter.kernel("lacks", cwd=str(notebooks / "deep"), stderr=errors.file) as kernel:
+        assert kernel.value("__import__('os').getcwd()") == jupyter.environ["HOME"]
+    assert f"The node far has no directory {notebooks}/deep: the kernel starts in" in errors.text()
+
+
+def test_notebooks_directory_in_a_container_on_a_node(
+    jupyter: Jupyter,
+    cluster: Slurm,
+    docker: Docker,
+    apptainer: Apptainer,
+    python_rootfs: Path,
+    tmp_path: Path,
+) -> None:
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    (notebooks / "data.csv").write_text("1,2")
+    jupyter.environ.update(docker.environ)
+    command = ("--", "python3", *COMMAND)
+    jupyter.environ["PATH"] = f"{apptainer.folder}:{jupyter.environ['PATH']}"
+    install(jupyter, "docker", "--partition=near", chain=("docker", "--pwd", "python", *command))
+    install(
+        jupyter, "apptainer", "--partition=far", chain=("apptainer", "--pwd", str(python_rootfs), *command)
+    )
+    for name in ("docker", "apptainer"):
+        with jupyter.kernel(name, cwd=str(notebooks)) as kernel:
+            assert kernel.value("__import__('os').getcwd()") == str(notebooks)
+            assert kernel.value("open('data.csv').read()") == "1,2"
 
 
 def test_two_nodes_at_once(jupyter: Jupyter, other: Jupyter, cluster: Slurm) -> None:

@@ -116,13 +116,16 @@ def node_pids(kernel: Kernel) -> list[int]:
 
 
 def test_two_kernels_and_the_suite_of_jupyter_kernel_test(
-    jupyter: Jupyter, cluster: Any, packed: Path, monkeypatch: pytest.MonkeyPatch
+    jupyter: Jupyter, cluster: Any, packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in jupyter.environ.items():
         if name in ("HADOOP_CONF_DIR", "SKEIN_CONFIG", "JAVA_HOME", "PATH"):
             monkeypatch.setenv(name, value)
     install(jupyter, "suite", packed)
-    with jupyter.kernel("suite") as first:
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    with jupyter.kernel("suite", cwd=str(notebooks)) as first:
+        assert first.value("__import__('os').getcwd()") == str(notebooks)
         run_protocol_tests("suite")
         assert first.value("6 * 7") == "42"
 
