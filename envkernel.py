@@ -1087,9 +1087,12 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
             f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create), or give another.",
             facts.closed(script),
         )
-    environ = venv_environ(text, path, plan.environ, facts)
-    if environ is None:
-        environ = facts.source([("source", script, "")], plan.environ)
+    if holds_code(text, os.fsencode(path)):
+        raise UserError(
+            f"{script} does not quote the name of its directory: bash would run a part of that name.",
+            "Create the virtualenv again in a directory without $ ` \" and ' in its name.",
+        )
+    environ = facts.source([("source", script, "")], plan.environ)
     if not environ.get("VIRTUAL_ENV"):
         raise UserError(
             f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV.",
@@ -1145,205 +1148,19 @@ def check_same_python(path: str, python: str, facts: Facts, environ: Mapping[str
         )
 
 
-_SHELL_SAFE = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789@%+:,./_-"
-_ACTIVATE_NAMES = (b"VIRTUAL_ENV", b"VIRTUAL_ENV_PROMPT", b"PS1", b"TCL_LIBRARY", b"TK_LIBRARY")
+def holds_code(script: bytes, path: bytes) -> bool:
+    """Return whether a shell would run a part of the path that is written in a ``bin/activate``.
 
-ACTIVATE_SCRIPTS = {
-    # venv of CPython
-    (2150, 1308019582274827987): "-",  # 3.6.15
-    (2154, 2041408376861858688): "-",  # 3.7.16
-    (2133, 1285096921339970629): "-",  # 3.8.18
-    (1858, 1207790535780181627): "-",  # 3.9.18
-    (1860, 264558162081170322): "-",  # 3.9.21
-    (1942, 1358205313436313737): "L",  # 3.10.13
-    (1944, 91542491068495928): "L",  # 3.10.16, Debian's 3.11.2
-    (1644, 411376955877657451): "L",  # 3.11.7
-    (1646, 1723545576756879540): "L",  # 3.11.11
-    (1954, 94046226132731604): "L",  # 3.12.1
-    (1956, 1534941111602314617): "L",  # 3.12.8
-    (1990, 195322707562330407): "A",  # 3.13.0
-    (1992, 1168693998735052758): "A",  # 3.13.1
-    (1999, 432756479990587298): "A",  # 3.13.1 under MinGW
-    (2353, 268154420550093927): "A",  # 3.15 in development
-    # virtualenv
-    (2178, 437590441473095636): "-s",  # 20.0.0 - 20.0.33
-    (2327, 1145109686182080448): "-s",  # 20.0.34 - 20.3.0
-    (2335, 1856935682617298845): "-s",  # 20.3.1 - 20.4.3
-    (2105, 395816551761143319): "-s",  # 20.4.4 - 20.23.1
-    (2200, 1636404133570190128): "Bs",  # 20.24.0 - 20.26.1, uv 0.0.5 - 0.1.3
-    (2208, 1308726227962052419): "Bs",  # 20.26.2 - 20.26.5
-    (2210, 1733471141959803999): "Bs",  # 20.26.6 - 20.32.0
-    (2877, 1867222005391464964): "Bst",  # 20.33.1 - 20.35.4
-    (3105, 657383945512409497): "Bstd",  # 20.36.0 - 20.37.0
-    (3306, 371478160650078763): "Bktd",  # 20.38.0 - 21.1.0
-    (3319, 902061352732358855): "Bktd",  # 21.2.0 - 21.4.1
-    (3327, 429809832689919873): "Bktd",  # 21.4.2
-    (3293, 698190000028907966): "Bktd",  # 21.4.3 - 21.7.0
-    (3699, 199862438214149323): "Bktd",  # 21.8.1 - 21.12.1
-    (4186, 326325580527297699): "Bktd",  # 21.13.0 - 21.14.0
-    (6242, 462457235971287216): "Bktd",  # 21.14.13 - 21.15.0
-    (6477, 2228812490453357486): "Bktd",  # 21.15.4
-    (6477, 1508236550073836931): "Bsktd",  # 21.15.7
-    # uv
-    (3312, 1874138303363952663): "Bs",  # 0.1.4 - 0.2.32
-    (3667, 2260916818238913778): "Bs",  # 0.2.33 - 0.4.20
-    (3669, 1537710869256788872): "Cs",  # 0.4.21 - 0.6.12
-    (3989, 1248259597706991700): "Cs",  # 0.5.17
-    (4043, 138293496798575463): "Cs",  # 0.6.13 - 0.7.5
-    (4041, 242121747483503377): "Bs",  # 0.7.6 - 0.8.15
-    (4049, 1683682185337028166): "Bs",  # 0.8.16 - 0.13.0
-    (4200, 688661906722332605): "Bs",  # 0.13.4 - 0.13.8
-}
-"""The untouched ``bin/activate`` scripts: what they do, by `fingerprint` of `read_activate`'s text.
-
-Measured by making environments with each creator and comparing ``env -0`` before and after in bash.
-All set VIRTUAL_ENV and put its bin before PATH.  The letters say what else they do:
-
-``-``  VIRTUAL_ENV_PROMPT is left alone
-``A``  it becomes the literal;  ``L``: it is unset where VIRTUAL_ENV_DISABLE_PROMPT is set
-``B``  it becomes the literal, or the folder's name where that is empty;  ``C``: that in parentheses
-``s``  PYTHONHOME is unset even where it is empty, else only where it is not
-``k``  PKG_CONFIG_PATH gets lib/pkgconfig;  ``t``: TCL_LIBRARY and TK_LIBRARY are set
-``d``  the script relocates itself where VIRTUAL_ENV is no folder
-"""
-
-
-def shell_literal(word: bytes) -> bytes | None:
-    """Return what a shell word stands for, None where it is more than a literal.
-
-    Quotes, dollars and backslashes are never taken for literal: no creator has always quoted them right.
+    Older creators did not quote it: sourcing the script of a directory ``$(date)`` would run ``date``.
     """
-    value = b""
-    while word:
-        quote = word[:1]
-        if quote in (b"'", b'"'):
-            body, end, word = word[1:].partition(quote)
-            if not end or body.translate(None, b"$`\\\"'") != body:
-                return None
-        else:
-            body = word.split(b"'")[0].split(b'"')[0]
-            word = word[len(body) :]
-            if body.translate(None, _SHELL_SAFE):
-                return None
-        value += body
-    return value
-
-
-def read_activate(script: bytes) -> tuple[bytes, dict[bytes, bytes]]:
-    """Return the text of a ``bin/activate`` with its literals blanked, and those literals by name.
-
-    What is not a plain literal stays in the text, so that an edited script has a text of its own.
-    ``x`` is the literal that older scripts compare with nothing to see whether there is a prompt.
-    """
-    literals: dict[bytes, bytes] = {}
-    lines: list[bytes] = []
-    path = condition = b""
-    for line in script.split(b"\n"):
-        name, word = _activate_literal(line.strip())
-        value = shell_literal(word.replace(b"${PS1:-}", b"").replace(b"${PS1-}", b"")) if name else None
-        if value is not None:
-            if name == b"set":
-                condition = value
-            elif name.endswith(b"_LIBRARY") and value != condition:
-                return b"", {}
-            literals.setdefault(name, value)
-            path = word if name == b"VIRTUAL_ENV" else path
-            line = line.replace(word, b"@")
-        lines.append(line)
-    text = b"\n".join(lines)
-    return (text.replace(path, b"@") if path else text), literals
-
-
-def _activate_literal(text: bytes) -> tuple[bytes, bytes]:
-    """Return the name and the word of the literal that a line of ``bin/activate`` holds."""
-    name, equals, word = (text[7:] if text.startswith(b"export ") else text).partition(b"=")
-    if equals and name in _ACTIVATE_NAMES:
-        return name, word
-    if text.startswith(b'if [ "x') and text.endswith((b" != x ] ; then", b" != x ]; then")):
-        return b"x", text[5 : text.rindex(b" != x")]
-    if text.startswith(b"if [ ") and text.endswith(b' != "" ]; then'):
-        return b"set", text[5:-14]
-    return b"", b""
-
-
-def fingerprint(text: bytes) -> tuple[int, int]:
-    """Return a number that tells texts apart, with their length: the text modulo a Mersenne prime.
-
-    It guards against edits, not against attacks; hashlib and zlib would cost 0.2 to 0.7 ms to load.
-    """
-    return len(text), int.from_bytes(text, "big") % ((1 << 61) - 1)
-
-
-_ACTIVATE_CALLS = (
-    "[ alias basename cd command deactivate dirname echo export hash pydoc realpath unalias uname unset"
-)
-_ACTIVATE_MEETS = frozenset(["SCRIPT_PATH", *(f"BASH_FUNC_{name}%%" for name in _ACTIVATE_CALLS.split())])
-"""Variables that an untouched script would meet: exported functions that it calls, and uv's own."""
-
-
-def with_plain_names(script: bytes, path: bytes) -> bytes:
-    """Return a ``bin/activate`` without its path, where a shell would read more than a name in it.
-
-    Older creators wrote path and name into the script unescaped: in bash a folder called ``$(date)``
-    would be run, and one with a quote in it breaks the script.  See `with_real_names`.
-    """
-    if not path.translate(None, _SHELL_SAFE + b" "):
-        return script
-    quoted = path.replace(b"'", b"'\"'\"'")
-    for form in (quoted, path):
-        script = script.replace(form, _PATH_MARK)
-    return script.replace(os.path.basename(path), _NAME_MARK)
-
-
-def with_real_names(literal: bytes, path: bytes) -> str:
-    """Return a literal with the names back in place that `with_plain_names` blanked."""
-    return os.fsdecode(literal.replace(_PATH_MARK, path).replace(_NAME_MARK, os.path.basename(path)))
-
-
-_PATH_MARK, _NAME_MARK = b"@path@", b"@name@"
-
-
-def venv_environ(
-    script: bytes, target: str, environ: Mapping[str, str], facts: Facts
-) -> dict[str, str] | None:
-    """Return what an untouched ``bin/activate`` makes of an environment (ACTIVATION.md, *venv*).
-
-    target: the folder it was found in.  None where the script is not known to be untouched, or meets
-    leftovers of another activation: then bash has to source it.
-    """
-    text, literals = read_activate(with_plain_names(script, os.fsencode(target)))
-    rules = ACTIVATE_SCRIPTS.get(fingerprint(text), "")
-    path, prompt, tcl, tk = (
-        with_real_names(literals.get(name, b""), os.fsencode(target))
-        for name in (b"VIRTUAL_ENV", b"VIRTUAL_ENV_PROMPT", b"TCL_LIBRARY", b"TK_LIBRARY")
-    )
-    leftovers = any(name.startswith("_OLD_") or name in _ACTIVATE_MEETS for name in environ)
-    if (
-        not rules
-        or not path
-        or leftovers
-        or not environ.get("PATH")
-        or ("d" in rules and not facts.isdir(path))
-    ):
-        return None
-    result = {**environ, "VIRTUAL_ENV": path, "PATH": f"{path}/bin:{environ['PATH']}"}
-    if "s" in rules or result.get("PYTHONHOME"):
-        result.pop("PYTHONHOME", None)
-    if ("L" in rules and not environ.get("VIRTUAL_ENV_DISABLE_PROMPT")) or "A" in rules:
-        result["VIRTUAL_ENV_PROMPT"] = prompt
-    elif "L" in rules:
-        result.pop("VIRTUAL_ENV_PROMPT", None)
-    elif "B" in rules or "C" in rules:
-        name = os.path.basename(path)
-        default = name if "B" in rules else f"({name}) "
-        result["VIRTUAL_ENV_PROMPT"] = prompt if literals.get(b"x") != b"x" else default
-    if "k" in rules:
-        old = environ.get("PKG_CONFIG_PATH", "")
-        result["PKG_CONFIG_PATH"] = f"{path}/lib/pkgconfig" + (f":{old}" if old else "")
-    for name, value in (("TCL_LIBRARY", tcl), ("TK_LIBRARY", tk)):
-        if "t" in rules and value:
-            result[name] = value
-    return result
+    in_double = any(c in path for c in b'$`"') or path.endswith(b"\\")
+    in_single = b"'" in path
+    forms = [os.fsencode(quoted(os.fsdecode(path)))]
+    forms += [] if in_double else [b'"' + path + b'"']
+    forms += [] if in_single else [b"'" + path + b"'"]
+    for form in forms:
+        script = script.replace(form, b"")
+    return (in_double or in_single) and path in script
 
 
 _LMOD_PLACES = (

@@ -75,7 +75,7 @@ class Bench:
         venv = self.folder / "venv"
         done(sys.executable, "-m", "venv", "--without-pip", venv)
         ours = self.launch("virtualenv", venv)
-        yield Row("virtualenv", ours, BARE, FLOOR, 1.5)
+        yield Row("virtualenv", ours, BARE, FLOOR, 2.5)
         yield Row("virtualenv", ours, "bash: source bin/activate", sourcing(venv / "bin/activate"), None)
         edited = self.folder / "edited"
         shutil.copytree(venv, edited, symlinks=True)
@@ -95,7 +95,7 @@ class Bench:
         scripts = make_conda(self.folder / "scripts", activate={"a.sh": "export A=1\n"})
         self.environ["CONDA_EXE"] = f"{root}/bin/conda"
         plain = self.launch("conda", prefix)
-        yield Row("conda", plain, BARE, FLOOR, 1.5)
+        yield Row("conda", plain, BARE, FLOOR, 1.8)
         yield Row("conda, variables", self.launch("conda", state), BARE, FLOOR, None)
         script = scripts / "etc/conda/activate.d/a.sh"
         yield Row(
@@ -111,7 +111,7 @@ class Bench:
         self.environ["MODULEPATH"] = str(self.folder / "tree" / "core")
         self.environ.update(bash_environ(f". {LMOD}/init/bash", self.environ))
         bare = [self.environ["LMOD_CMD"], "python", "load", "gcc/12"]
-        yield Row("lmod", self.launch("lmod", "gcc/12"), "lmod python load", bare, 1.5)
+        yield Row("lmod", self.launch("lmod", "gcc/12"), "lmod python load", bare, 1.7)
         chain = self.launch("lmod", "gcc/12", "--", "virtualenv", venv)
         yield Row("lmod + virtualenv", chain, "lmod python load", bare, None)
 

@@ -11,7 +11,6 @@ from typing import Any, Dict
 
 import pytest
 
-import envkernel
 from support import bash_environ, difference
 from support.jupyter import PRINT_ENVIRON, Jupyter
 from support.venvs import create_venv, creators, found_pythons
@@ -90,30 +89,20 @@ def test_the_environment_is_the_same(creator: str, jupyter: Jupyter, activate_sc
     assert_same(jupyter, jupyter.dry_run("virtualenv", script.parents[1], *PRINT_ENVIRON), script)
 
 
-@pytest.mark.parametrize("creator", creators())
-def test_an_untouched_script_needs_no_shell(creator: str, activate_scripts: Scripts) -> None:
-    script = activate_scripts[creator]
-    text, path = script.read_bytes(), str(script.parents[1])
-    environ = {"PATH": "/usr/bin"}
-    assert envkernel.venv_environ(text, path, environ, envkernel.Facts()) is not None
-    assert envkernel.venv_environ(text + b"\nexport X=1\n", path, environ, envkernel.Facts()) is None
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("creator", ["venv", "virtualenv", "uv"])
 def test_any_folder_name(creator: str, folder: str, jupyter: Jupyter, tmp_path: Path) -> None:
-    """Where a creator wrote the name so that bash would run or lose it, it is taken as it is."""
+    """Where a creator wrote the name so that bash would run or lose a part of it, setup says so."""
     script = create_venv(VENV if creator == "venv" else creator, tmp_path / "venvs" / FOLDERS[folder])
     path = str(script.parents[1])
-    spec = jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON)
-    starts = {label: STARTS[label] for label in ("clean", "another venv", "no prompt wanted", "odd values")}
     if in_bash(script, jupyter.environ).get("VIRTUAL_ENV") == path:
-        assert_same(jupyter, spec, script, starts)
+        starts = {name: STARTS[name] for name in ("clean", "another venv", "no prompt wanted", "odd values")}
+        assert_same(jupyter, jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON), script, starts)
         return
     assert creator == "venv"
     assert folder == "shell"
-    ours = jupyter.run_environ(spec)
-    assert (ours["VIRTUAL_ENV"], ours["PATH"]) == (path, f"{path}/bin:{jupyter.environ['PATH']}")
+    said = jupyter.envkernel("virtualenv", "--name=x", "--user", path, *PRINT_ENVIRON, status=1)
+    assert "does not quote the name of its directory" in said.stderr
 
 
 @pytest.mark.parametrize("name", ["new\nline", b"caf\xe9 \xff", b"\x01\x1b[0m\x7f"])
@@ -135,10 +124,15 @@ def test_a_moved_environment_with_any_name(name: str | bytes, jupyter: Jupyter, 
 )
 @pytest.mark.parametrize("name", ["$(touch pwned)", "`touch pwned`", "';touch pwned;'", '";touch pwned;"'])
 def test_a_folder_name_is_never_run(name: str, creator: str, jupyter: Jupyter, tmp_path: Path) -> None:
-    path = str(create_venv(creator, tmp_path / name).parents[1])
-    spec = jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON, cwd=tmp_path)
-    ours = jupyter.run_environ(spec, cwd=tmp_path)
-    assert (ours["VIRTUAL_ENV"], ours["PATH"]) == (path, f"{path}/bin:{jupyter.environ['PATH']}")
+    path = create_venv(creator, tmp_path / name).parents[1]
+    typed = ["virtualenv", "--name=x", "--user", path, *PRINT_ENVIRON]
+    said = jupyter.envkernel(*typed, cwd=tmp_path, status=None)
+    assert not (tmp_path / "pwned").exists()
+    if said.returncode:  # the creator wrote the name so that bash would run it
+        assert "does not quote the name of its directory" in said.stderr
+        return
+    ours = jupyter.run_environ(jupyter.spec("x"), cwd=tmp_path)
+    assert (ours["VIRTUAL_ENV"], ours["PATH"]) == (str(path), f"{path}/bin:{jupyter.environ['PATH']}")
     assert not (tmp_path / "pwned").exists()
 
 
