@@ -4489,258 +4489,103 @@ def own_logos(path: str, data: bytes | None) -> dict[str, bytes]:
 
 # ---- completion ---------------------------------------------------------------------------------
 
-
-def completion_rows(facts: Facts) -> dict[str, list[Option]]:
-    """Return what can be completed after each mode and command: its options, the engine's at the end.
-
-    The empty name stands for the options of every mode, which belong before the first ``--``.
-    """
-    rows: dict[str, list[Option]] = {"": COMMON_OPTIONS}
-    for name, mode in MODES.items():
-        own = {flag for option in [*COMMON_OPTIONS, *mode.options] for flag in option.flags}
-        engine = mode.engine([], facts) if mode.engine else {}
-        rows[name] = mode.options + [
-            Option(flag, f"Option of {mode.name}.", metavar="VALUE" if takes else "")
-            for flag, takes in sorted(engine.items())
-            if flag.startswith("--") and flag not in own
-        ]
-    rows.update({name: command.options for name, command in COMMANDS.items()})
-    return {name: [option for option in options if option.setup] for name, options in rows.items()}
-
-
-def summaries() -> dict[str, str]:
-    """Return what stands in the first place of a command line: modes and commands with their help."""
-    modes = {name: mode.summary for name, mode in MODES.items()}
-    return {**modes, **{name: command.summary for name, command in COMMANDS.items()}}
-
-
-def shell_case(rows: Mapping[str, Sequence[str]], indent: str) -> str:
-    """Return the branches of a shell's ``case``: for each name its words, in the array ``found``."""
-    return "\n".join(
-        f"{indent}{name or 'every'}) found=({' '.join(map(quoted, words))}) ;;"
-        for name, words in rows.items()
-    )
-
-
-BASH_COMPLETION = """\
+SHELLS = {
+    "bash": """\
 # bash completion for envkernel; in ~/.bashrc: source <(envkernel completion bash)
-_envkernel_words() {
-    case $1 in
-@OPTIONS@
-    esac
-}
-_envkernel_choices() {
-    case $1 in
-@CHOICES@
-    esac
-}
 _envkernel() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} mode=${COMP_WORDS[1]}
-    local first=yes start=1 index found=() every=()
-    if [[ $cur == = ]]; then cur=; elif [[ $prev == = ]]; then prev=${COMP_WORDS[COMP_CWORD-2]}; fi
-    for ((index = 2; index < COMP_CWORD; index++)); do
-        if [[ ${COMP_WORDS[index]} == -- ]]; then
-            first= start=$((index + 1)) mode=${COMP_WORDS[index + 1]}
-        fi
-    done
-    COMPREPLY=()
-    if ((COMP_CWORD == start)); then
-        found=(@MODES@)
-        [[ $first ]] && found+=(@COMMANDS@)
-    else
-        if [[ $first && " @MODES@ " == *" $mode "* ]]; then
-            _envkernel_words every; every=("${found[@]}")
-        fi
-        found=(); _envkernel_words "$mode"; found+=("${every[@]}")
-        if [[ $prev == -* && " ${found[*]} " == *" $prev= "* ]]; then
-            found=(); _envkernel_choices "$prev"
-        elif [[ $cur != -* ]]; then
-            found=()
-            case $mode in
-                @NAMED@) found=($(envkernel list --names 2> /dev/null)) ;;
-                completion) found=(@SHELLS@) ;;
-            esac
-        fi
-    fi
-    COMPREPLY=($(compgen -W "${found[*]}" -- "$cur"))
-    if [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *= ]]; then compopt -o nospace; fi
+    local IFS=$'\\n'
+    COMPREPLY=($(envkernel completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2> /dev/null))
+    if [[ ${COMPREPLY[0]} == *= ]]; then compopt -o nospace; fi
 }
 complete -o default -F _envkernel envkernel
-"""
-"""The completion script for bash; `fill_in` puts the words into it."""
-
-
-def bash_completion(rows: Mapping[str, Sequence[Option]]) -> str:
-    """Return the completion script for bash."""
-    flags = {
-        name: [
-            flag + ("=" if option.metavar and flag.startswith("--") else "")
-            for option in options
-            for flag in option.flags
-        ]
-        for name, options in rows.items()
-    }
-    named = [name for name, command in COMMANDS.items() if command.argument == "NAME"]
-    return fill_in(
-        BASH_COMPLETION,
-        OPTIONS=shell_case(flags, " " * 8),
-        CHOICES=shell_case(option_choices(rows), " " * 8),
-        MODES=" ".join(MODES),
-        COMMANDS=" ".join(COMMANDS),
-        NAMED="|".join(named),
-        SHELLS=" ".join(SHELLS),
-    )
-
-
-def option_choices(rows: Mapping[str, Sequence[Option]]) -> dict[str, list[str]]:
-    """Return the values of the options that have but a few, by flag."""
-    options = [option for options in rows.values() for option in options if option.choices]
-    return {flag: list(option.choices) for option in options for flag in option.flags} or {"none": []}
-
-
-def fill_in(template: str, **values: str) -> str:
-    """Return a script with its ``@NAME@`` filled in."""
-    for name, value in values.items():
-        template = template.replace(f"@{name}@", value)
-    return template
-
-
-ZSH_COMPLETION = """\
+""",
+    "zsh": """\
 #compdef envkernel
 # zsh completion for envkernel; in ~/.zshrc, after compinit: source <(envkernel completion zsh)
-_envkernel_words() {
-    case $1 in
-@OPTIONS@
-    esac
-}
-_envkernel_choices() {
-    case $1 in
-@CHOICES@
-    esac
-}
 _envkernel() {
-    local mode=$words[2] first=yes start=2 index current=$words[CURRENT]
-    local -a found every modes
-    for ((index = 3; index < CURRENT; index++)); do
-        if [[ $words[index] == -- ]]; then
-            first= start=$((index + 1)) mode=$words[index+1]
-        fi
-    done
-    modes=(@FIRST@)
-    if ((CURRENT == start)); then
-        _describe 'mode or command' modes
-        [[ $first ]] || _files
-    elif [[ $current == --*=* ]]; then
-        _envkernel_choices "${current%%=*}"
-        compset -P '*='
-        if (($#found)); then compadd -a found; else _files; fi
-    elif [[ $current == -* ]]; then
-        if [[ $first && " @MODES@ " == *" $mode "* ]]; then
-            _envkernel_words every; every=($found)
-        fi
-        found=(); _envkernel_words $mode; found+=($every)
-        _describe -o 'option' found -S ''
-    else
-        case $mode in
-            @NAMED@) found=($(envkernel list --names 2> /dev/null)); compadd -a found ;;
-            completion) compadd @SHELLS@ ;;
-            *) _files ;;
-        esac
-    fi
+    local -a found open closed
+    found=(${(f)"$(envkernel completion zsh -- "${(@)words[2,CURRENT]}" 2> /dev/null)"})
+    (($#found)) || { _files; return }
+    open=(${(M)found:#*=:*}) closed=(${found:#*=:*})
+    if (($#open)); then _describe option open -S ''; fi
+    if (($#closed)); then _describe argument closed; fi
 }
 compdef _envkernel envkernel
-"""
-"""The completion script for zsh; `fill_in` puts the words into it."""
-
-
-def zsh_completion(rows: Mapping[str, Sequence[Option]]) -> str:
-    """Return the completion script for zsh."""
-
-    def described(name: str, help: str) -> str:
-        return name.replace(":", "\\:") + ":" + help
-
-    flags = {
-        name: [
-            described(flag + ("=" if option.metavar and flag.startswith("--") else ""), option.help)
-            for option in options
-            for flag in option.flags
-        ]
-        for name, options in rows.items()
-    }
-    first = [described(name, help) for name, help in summaries().items()]
-    return fill_in(
-        ZSH_COMPLETION,
-        OPTIONS=shell_case(flags, " " * 8),
-        CHOICES=shell_case(option_choices(rows), " " * 8),
-        FIRST=" ".join(map(quoted, first)),
-        MODES=" ".join(MODES),
-        NAMED="|".join(name for name, command in COMMANDS.items() if command.argument == "NAME"),
-        SHELLS=" ".join(SHELLS),
-    )
-
-
-FISH_COMPLETION = """\
+""",
+    "fish": """\
 # fish completion for envkernel; in config.fish: envkernel completion fish | source
-function __envkernel_in -d 'which mode or command the cursor is in, and (first) whether no -- comes before'
-    set -l line (commandline -opc)
-    set -l mode $line[2]
-    set -l first yes
-    for index in (seq 3 (count $line))
-        if test "$line[$index]" = --
-            set first no
-            set mode $line[(math $index + 1)]
-        end
-    end
-    test $argv[1] = $first; and contains -- "$mode" $argv[2..-1]
+function __envkernel
+    set -l arguments (commandline -opc) (commandline -ct)
+    envkernel completion fish -- $arguments[2..-1] 2> /dev/null
+    or __fish_complete_path (commandline -ct)
 end
-complete -c envkernel -n '__envkernel_in yes ""' -f
-complete -c envkernel -n '__envkernel_in no ""' -f
-"""
-
-
-def fish_completion(rows: Mapping[str, Sequence[Option]]) -> str:
-    """Return the completion script for fish.
-
-    After ``--`` fish completes no options, so there they are arguments.
-    """
-    lines = []
-    for name, help in summaries().items():
-        for first in ("yes", "no") if name in MODES else ("yes",):
-            where = quoted(f'__envkernel_in {first} ""')
-            lines.append(f"complete -c envkernel -n {where} -f -a {name} -d {quoted(help)}")
-    for name, options in rows.items():
-        names = name or " ".join(MODES)
-        for option in options:
-            words = " ".join(
-                f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.flags
-            )
-            if option.choices:
-                words += f" -x -a {quoted(' '.join(option.choices))}"
-            elif option.metavar:
-                words += " -r -F" if option.kind == "path" else " -x"
-            help = quoted(option.help)
-            lines.append(f"complete -c envkernel -n '__envkernel_in yes {names}' {words} -d {help}")
-            if name in MODES:
-                flags = " ".join(option.flags)
-                lines.append(f"complete -c envkernel -n '__envkernel_in no {names}' -a '{flags}' -d {help}")
-    named = " ".join(name for name, command in COMMANDS.items() if command.argument == "NAME")
-    words = "-f -a '(envkernel list --names 2>/dev/null)'"
-    lines.append(f"complete -c envkernel -n '__envkernel_in yes {named}' {words}")
-    lines.append(f"complete -c envkernel -n '__envkernel_in yes completion' -f -a '{' '.join(SHELLS)}'")
-    return FISH_COMPLETION + "\n".join(lines) + "\n"
-
-
-SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
-"""The completion script's maker by shell."""
+complete -c envkernel -f -a '(__envkernel)'
+""",
+}
+"""The completion script of each shell: it asks this program, and completes files where that has no answer."""
 
 
 def completion_command(options: Mapping[str, Any], facts: Facts) -> int:
-    """``envkernel completion SHELL``: print the completion script."""
-    shell = options["SHELL"]
+    """``envkernel completion SHELL``: print the script; ``-- ARGUMENT ...``: complete the last of them."""
+    shell, typed = options["SHELL"], options.get("rest")
     if shell not in SHELLS:
         raise usage_error(f"There is no completion for {shell!r}.", suggestion(shell, list(SHELLS)))
-    sys.stdout.write(SHELLS[shell](completion_rows(facts)))
-    return 0
+    if typed is None:
+        sys.stdout.write(SHELLS[shell])
+        return 0
+    apart = shell == "bash" and "=" in typed  # bash makes three arguments of --flag=value
+    if apart:
+        typed = "\0".join(typed).replace("\0=\0", "=").replace("\0=", "=").split("\0")
+    found = candidates(typed or [""], facts)
+    for name, help in found.items():
+        shown = name.partition("=")[2] if apart and "=" in typed[-1] else name
+        print(shown + {"bash": "", "zsh": ":" + help, "fish": "\t" + help}[shell])
+    return 0 if found else 1
+
+
+def candidates(typed: Sequence[str], facts: Facts) -> dict[str, str]:
+    """Return what can replace the last of some arguments, which it completes, with its help."""
+    *before, current = typed
+    chained = "--" in before
+    while "--" in before:
+        before = before[before.index("--") + 1 :]
+    if not before:
+        found = {name: mode.summary for name, mode in MODES.items()}
+        found.update({} if chained else {name: command.summary for name, command in COMMANDS.items()})
+    else:
+        options = {
+            flag: option for option in known_options(before[0], chained, facts) for flag in option.flags
+        }
+        flag, equals, _ = current.partition("=")
+        asked = options.get(flag if equals else before[-1])
+        if asked and asked.metavar:
+            found = dict.fromkeys(((flag + equals) * bool(equals) + choice for choice in asked.choices), "")
+        elif current.startswith("-"):
+            ends = {
+                flag: "=" if option.metavar and flag[1] == "-" else "" for flag, option in options.items()
+            }
+            found = {flag + end: options[flag].help for flag, end in ends.items()}
+        else:
+            argument = COMMANDS[before[0]].argument if before[0] in COMMANDS and not chained else ""
+            kernels = [kernel.name for kernel in our_kernels(facts)] if argument == "NAME" else []
+            found = dict.fromkeys(SHELLS if argument == "SHELL" else kernels, "")
+    return {name: help for name, help in found.items() if name.startswith(current)}
+
+
+def known_options(name: str, chained: bool, facts: Facts) -> list[Option]:
+    """Return the options that a user may give to a mode or command, those of the mode's engine last."""
+    if name not in MODES:
+        return [] if chained or name not in COMMANDS else COMMANDS[name].options
+    mode = MODES[name]
+    shared = [option for option in COMMON_OPTIONS if not chained or option.kind == "env"]
+    own = [option for option in [*mode.options, *shared] if option.setup]
+    flags = {flag for option in own for flag in option.flags}
+    engine = mode.engine([], facts) if mode.engine else {}
+    return own + [
+        Option(flag, f"Option of {mode.name}.", metavar="VALUE" if takes else "")
+        for flag, takes in sorted(engine.items())
+        if flag.startswith("--") and flag not in flags
+    ]
 
 
 # ---- managing -----------------------------------------------------------------------------------
@@ -4933,7 +4778,10 @@ def carry_out(argv: Sequence[str], facts: Facts) -> int:
             print(f"usage: envkernel {argv[0]} {command.argument}\n\n{command.summary}")
             print("\n" + option_help(command.options) if command.options else "", end="\n")
             return 0
-        return command.run(parse_command(argv[0], argv[1:]), facts)
+        values = parse_command(argv[0], own)
+        if "--" in argv:
+            values["rest"] = argv[argv.index("--") + 1 :]
+        return command.run(values, facts)
     return setup(argv, facts)
 
 

@@ -1,5 +1,6 @@
 """Shell completion: the scripts, asked by the shells themselves."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -24,20 +25,26 @@ def script(tmp_path):
 
     def write(shell):
         path = tmp_path / f"completion.{shell}"
-        path.write_text(envkernel.SHELLS[shell](envkernel.completion_rows(envkernel.Facts())))
+        path.write_text(envkernel.SHELLS[shell])
         return str(path)
 
     return write
 
 
 @pytest.fixture
-def fake_kernels(tmp_path):
-    """Put a command ``envkernel`` on PATH that lists two kernels."""
+def two_kernels(tmp_path):
+    """Return an environment with ``envkernel`` on PATH and two kernels that it has made."""
     program = tmp_path / "bin" / "envkernel"
     program.parent.mkdir()
-    program.write_text('#!/bin/sh\ntest "$*" = "list --names" && printf "deep\\nscience\\n"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{envkernel.__file__}" "$@"\n')
     program.chmod(0o755)
-    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    for name in ("deep", "science"):
+        spec = {"argv": ["python"], "display_name": name, "metadata": {"envkernel": {"version": "2.0.0"}}}
+        folder = tmp_path / "data" / "kernels" / name
+        folder.mkdir(parents=True)
+        (folder / "kernel.json").write_text(json.dumps(spec))
+    path = f"{program.parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_PATH": ""}
 
 
 QUESTIONS = [
@@ -66,10 +73,10 @@ def words_of(value):
 
 
 @pytest.mark.parametrize(("words", "expected"), QUESTIONS, ids=words_of)
-def test_bash(words, expected, script, fake_kernels, tmp_path):
+def test_bash(words, expected, script, two_kernels, tmp_path):
     said = subprocess.run(
         ["bash", "--norc", "-c", ASK_BASH, "bash", script("bash"), *words],
-        env={**fake_kernels, "ERRORS": str(tmp_path / "errors")},
+        env={**two_kernels, "ERRORS": str(tmp_path / "errors")},
         capture_output=True,
         text=True,
     )
@@ -77,30 +84,44 @@ def test_bash(words, expected, script, fake_kernels, tmp_path):
     assert set(said.stdout.split()) == expected
 
 
-def test_choices_are_values_of_their_option(monkeypatch, script, fake_kernels, tmp_path):
+@pytest.fixture
+def lmod_with(monkeypatch):
+    """Return a function that changes the mode lmod."""
+
+    def change(**changes):
+        mode = envkernel.MODES["lmod"].but(**changes)
+        monkeypatch.setitem(envkernel.MODES, "lmod", mode)
+
+    return change
+
+
+def answers(capsys, shell, *words):
+    status = envkernel.main(["completion", shell, "--", *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == (0 if lines else 1)
+    return lines
+
+
+def test_choices_are_values_of_their_option(lmod_with, capsys):
     option = envkernel.Option("--network", "How it is reached.", metavar="HOW", choices=("unix", "host"))
-    mode = envkernel.MODES["lmod"]
-    monkeypatch.setitem(envkernel.MODES, "lmod", mode.but(options=[*mode.options, option]))
-    for words in (["--network", "u"], ["--network", "=", "u"]):
-        test_bash(["envkernel", "lmod", *words], {"unix"}, script, fake_kernels, tmp_path)
+    lmod_with(options=[option])
+    assert answers(capsys, "bash", "lmod", "--network", "u") == ["unix"]
+    assert answers(capsys, "bash", "lmod", "--network", "=", "u") == ["unix"]
+    assert answers(capsys, "bash", "lmod", "--network", "=") == ["unix", "host"]
+    assert answers(capsys, "fish", "lmod", "--network=u") == ["--network=unix\t"]
 
 
-def test_the_engines_options_are_completed_too(monkeypatch):
-    mode = envkernel.MODES["lmod"].but(
-        engine=lambda tokens, facts: {"--gpus": True, "-e": True, "--rm": False}
-    )
-    monkeypatch.setitem(envkernel.MODES, "lmod", mode)
-    rows = envkernel.completion_rows(envkernel.Facts())
-    assert [(row.name, bool(row.metavar)) for row in rows["lmod"]][-2:] == [("gpus", True), ("rm", False)]
+def test_the_engines_options_are_completed_too(lmod_with, capsys):
+    lmod_with(engine=lambda tokens, facts: {"--gpus": True, "-e": True, "--rm": False})
+    assert answers(capsys, "bash", "lmod", "--gp") == ["--gpus="]
+    assert answers(capsys, "fish", "lmod", "--rm") == ["--rm\tOption of lmod."]
 
 
-def test_each_option_stands_in_each_script():
-    rows = envkernel.completion_rows(envkernel.Facts())
-    for shell, make in envkernel.SHELLS.items():
-        text = make(rows)
-        for option in envkernel.COMMON_OPTIONS:
-            assert (option.name in text) == option.setup, (shell, option)
-        assert not [word for word in ("@OPTIONS@", "@CHOICES@", "@MODES@", "@NAMED@") if word in text]
+@pytest.mark.parametrize("shell", envkernel.SHELLS)
+def test_each_option_is_a_candidate(shell, capsys):
+    found = "\n".join(answers(capsys, shell, "conda", "--"))
+    for option in envkernel.COMMON_OPTIONS:
+        assert (f"--{option.name}" in found) == option.setup, option
 
 
 def test_an_unknown_shell_is_an_error(capfd):
@@ -110,18 +131,18 @@ def test_an_unknown_shell_is_an_error(capfd):
 
 @pytest.mark.live
 @pytest.mark.parametrize(("words", "expected"), QUESTIONS[:-1], ids=words_of)
-def test_fish(words, expected, script, fake_kernels, tmp_path):
+def test_fish(words, expected, script, two_kernels, tmp_path):
     fish = shutil.which("fish")
     assert fish, "fish is missing: tests/apt.txt"
     said = subprocess.run(
         [fish, "--no-config", "-c", f"source {script('fish')}; complete -C '{' '.join(words)}'"],
-        env={**fake_kernels, "HOME": str(tmp_path)},
+        env={**two_kernels, "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert said.stderr == ""
     found = {line.split("\t")[0] for line in said.stdout.splitlines()}
-    assert found == {word.rstrip("=") for word in expected}
+    assert found == expected
 
 
 @pytest.mark.live
@@ -136,13 +157,13 @@ def test_fish(words, expected, script, fake_kernels, tmp_path):
         ("envkernel completion fi", "envkernel completion fish "),
     ],
 )
-def test_zsh(typed, becomes, script, fake_kernels, tmp_path):
+def test_zsh(typed, becomes, script, two_kernels, tmp_path):
     """A key press in a real terminal: zsh completes nowhere else."""
     pexpect = pytest.importorskip("pexpect")
     zsh = shutil.which("zsh")
     assert zsh, "zsh is missing: tests/apt.txt"
     terminal = pexpect.spawn(
-        zsh, ["-f"], env={**fake_kernels, "HOME": str(tmp_path), "TERM": "dumb"}, encoding="utf-8", timeout=10
+        zsh, ["-f"], env={**two_kernels, "HOME": str(tmp_path), "TERM": "dumb"}, encoding="utf-8", timeout=10
     )
     try:
         terminal.sendline(f"PROMPT='ready> '; autoload -Uz compinit; compinit -u; source {script('zsh')}")
