@@ -4907,20 +4907,17 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     return setup(head + command[own:], facts, kernel.folder, recorded)
 
 
-def newest_log(name: str, environ: Mapping[str, str], facts: Facts) -> str:
-    """Return what the newest log of a kernel says, and where it is.
-
-    Raises UserError where there is none.
-    """
+def launch_logs(name: str, environ: Mapping[str, str], facts: Facts) -> list[tuple[str, str]]:
+    """Return path and text of the launch logs of a kernel, the newest first."""
     folder, prefix = log_place(name, environ)
-    names = sorted(file for file in facts.listdir(folder) if file.startswith(prefix))
-    text = facts.read(f"{folder}/{names[-1]}") if names else None
-    if text is None:
-        raise UserError(
-            f"The kernel {name} has no launch log in {folder}.",
-            "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
-        )
-    return f"{folder}/{names[-1]}\n{os.fsdecode(text)}{process_state(os.fsdecode(text), facts)}"
+    paths = [f"{folder}/{file}" for file in sorted(facts.listdir(folder)) if file.startswith(prefix)]
+    texts = [(path, facts.read(path)) for path in reversed(paths)]
+    return [(path, os.fsdecode(text)) for path, text in texts if text is not None]
+
+
+def ended_abnormally(text: str) -> bool:
+    """Return whether a launch log says that the kernel did not start, or ended without being asked to."""
+    return "\nnot started: " in text or "\nreason: " in text
 
 
 def process_state(text: str, facts: Facts) -> str:
@@ -4935,8 +4932,22 @@ def process_state(text: str, facts: Facts) -> str:
 
 
 def log_command(options: Mapping[str, Any], facts: Facts) -> int:
-    """``envkernel log NAME``: print the newest launch log of a kernel."""
-    sys.stdout.write(newest_log(options["NAME"], os.environ, facts))
+    """``envkernel log NAME``: print the last abnormal end of a kernel, then its newest launch."""
+    name = options["NAME"]
+    logs = launch_logs(name, os.environ, facts)
+    if not logs:
+        our_kernel(name, facts)
+        raise UserError(
+            f"The kernel {name} has no launch log in {log_place(name, os.environ)[0]}.",
+            "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
+        )
+    chosen = [log for log in logs if ended_abnormally(log[1])][:1]
+    chosen += [log for log in logs[:1] if log not in chosen]
+    texts = []
+    for path, text in logs if options.get("all") else chosen:
+        title = "The last abnormal end: " if len(chosen) == 2 and path == chosen[0][0] else ""
+        texts.append(f"{title}{path}\n{text}{process_state(text, facts)}")
+    sys.stdout.write("\n".join(texts))
     return 0
 
 
@@ -5274,7 +5285,12 @@ COMMANDS: dict[str, Command] = {
     "check": Command(
         check_command, "NAME", "Start a kernel, use it in every way, and say what fails.", [_JSON]
     ),
-    "log": Command(log_command, "NAME", "Print the log of a kernel's newest launch."),
+    "log": Command(
+        log_command,
+        "NAME",
+        "Print why a kernel ended abnormally the last time, and the log of its newest launch.",
+        [Option("--all", "Print all logs that are kept, the newest first.")],
+    ),
     "update": Command(update_command, "NAME", "Write a kernel again from the command that made it."),
     "remove": Command(remove_command, "NAME", "Remove a kernel."),
     "completion": Command(completion_command, "SHELL", "Print a completion script for bash, zsh or fish."),
@@ -5857,6 +5873,34 @@ def start_log(name: str, text: str, environ: Mapping[str, str], file_name: str =
     except OSError:
         return "", earlier
     return path, earlier
+
+
+def printable(text: str, secret: str = "") -> str:
+    """Return what a program said as it may be shown: no terminal codes, no `secret`."""
+    import re
+
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
+    text = re.sub(r"[^\n]*\r(?=[^\n])", "", text)  # a progress bar: the last state of its line
+    text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+    return text.replace(secret, "***") if secret else text
+
+
+def log_end(
+    path: str, status: int, reason: UserError | None = None, said: bytes = b"", key: str = ""
+) -> None:
+    """Add to a launch log how the program ended.
+
+    status: as in `Output`.  reason: why a kernel that had answered ended although nobody asked it to; None
+    after a normal end, and before the first answer (then `become_error_kernel` adds why it did not start).
+    said: the beginning of what the program said on stderr.  key: never shown.
+    """
+    lines = printable(said.decode("utf-8", "replace"), key).splitlines()
+    ended = f"signal {-status}" if status < 0 else f"exit status {status}"
+    text = ["stderr:", *("  " + line for line in lines), "ended: " + ended]
+    if reason:
+        text += ["reason: " + " ".join(f"{reason.message} {reason.hint}".split())]
+        text += ["  " + line for line in printable(reason.detail, key).splitlines()]
+    append_log(path, "\n".join(text))
 
 
 def append_log(path: str, text: str) -> None:
@@ -6786,26 +6830,6 @@ class SocketRelay:
             self.folder = -1
 
 
-def printable(text: str, secret: str = "") -> str:
-    """Return what a program said as it may be shown: no terminal codes, no `secret`."""
-    import re
-
-    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])", "", text)
-    text = re.sub(r"[^\n]*\r(?=[^\n])", "", text)  # a progress bar: the last state of its line
-    text = "".join(c for c in text if c in "\n\t" or c.isprintable())
-    return text.replace(secret, "***") if secret else text
-
-
-def end_text(status: int, said: bytes, key: str) -> str:
-    """Return what the log of a launch says at its end.
-
-    status: as in `Output`.  said: the beginning of what the program said on stderr.  key: never shown.
-    """
-    lines = printable(said.decode("utf-8", "replace"), key).splitlines()
-    words = f"signal {-status}" if status < 0 else f"exit status {status}"
-    return "\n".join(["stderr:", *("  " + line for line in lines), "ended: " + words])
-
-
 def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
     """Return the error for a kernel that ended before it ever answered, the exit status in words.
 
@@ -6862,6 +6886,7 @@ class Supervisor:
         self.status = 0
         self.ended = False
         self.wanted = False  # somebody wanted it to end
+        self.reason: UserError | None = None  # why it ended although nobody wanted that
         self.relay: SocketRelay | None = None
         self.loop = Loop()
         self.earlier = set() if care.relay else used_ports(care.connection, facts)
@@ -7001,6 +7026,8 @@ class Supervisor:
             raise reason
         if reason:
             tell_error(reason)
+        if self.status and not self.wanted:
+            self.reason = reason or UserError("The kernel ended by itself.")
         return self.status if self.status >= 0 else 128 - self.status
 
     def close(self) -> None:
@@ -7029,7 +7056,8 @@ def supervise(plan: Plan, care: Care, facts: Facts, log: str = "") -> int:
         supervisor.stand_by()
         return supervisor.finish()
     finally:
-        append_log(log, end_text(supervisor.status, supervisor.began, care.connection.get("key", "")))
+        reason, key = supervisor.reason, care.connection.get("key", "")
+        log_end(log, supervisor.status, reason, supervisor.began, key)
         supervisor.close()
 
 
@@ -8456,8 +8484,9 @@ class RemoteKernel:
             _signal.set_wakeup_fd(-1)
             self.keeper.close()
             self.hang_up()
-            end = end_text(self.status, self.began, self.connection.get("key", ""))
-            append_log(self.launch.options.get("log", ""), end)
+            reason = self.error if self.answered else None
+            log = self.launch.options.get("log", "")
+            log_end(log, self.status, reason, self.began, self.connection.get("key", ""))
         if self.error and self.answered:
             tell_error(self.error)
         elif self.error:

@@ -95,8 +95,9 @@ def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
     assert stat.S_IMODE(os.stat(paths[-1]).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(os.path.dirname(other)).st_mode) == 0o700
     envkernel.append_log(paths[-1], "ended: exit status 0")
-    newest = envkernel.newest_log("x", environ, envkernel.Facts())
-    assert newest == f"{paths[-1]}\nlaunch 12\nended: exit status 0\n"
+    logs = envkernel.launch_logs("x", environ, envkernel.Facts())
+    assert logs[0] == (paths[-1], "launch 12\nended: exit status 0\n")
+    assert [path for path, _ in logs] == paths[:2:-1]
 
 
 def test_a_kernel_name_leads_to_no_other_folder(tmp_path):
@@ -113,10 +114,34 @@ def test_a_log_that_cant_be_written_stops_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
-def test_no_log_is_an_error_with_a_hint(tmp_path):
-    with pytest.raises(envkernel.UserError, match="no launch log") as error:
-        envkernel.newest_log("x", {"JUPYTER_DATA_DIR": str(tmp_path)}, envkernel.Facts())
-    assert "JUPYTER_DATA_DIR" in error.value.hint
+LOST = envkernel.UserError("The Slurm job 12 was cancelled.", "Start the kernel again.", detail="srun: x key")
+
+
+def test_the_last_abnormal_end_comes_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
+    paths = []
+    for end in (None, LOST, None, None):
+        paths.append(envkernel.start_log("x", HEAD, os.environ)[0])
+        envkernel.log_end(paths[-1], 0 if end is None else -9, end, b"began\n", "key")
+
+    def said(**options):
+        assert envkernel.log_command({"NAME": "x", **options}, envkernel.Facts()) == 0
+        return capsys.readouterr().out
+
+    first, second = said().split("\n\n")
+    assert first.startswith(f"The last abnormal end: {paths[1]}\nstarted: ")
+    reason = "reason: The Slurm job 12 was cancelled. Start the kernel again.\n  srun: x ***"
+    assert first.endswith("stderr:\n  began\nended: signal 9\n" + reason)
+    assert second.startswith(f"{paths[3]}\nstarted: ")
+    assert [part.split("\n")[0] for part in said(all=True).split("\n\n")] == [
+        paths[3],
+        paths[2],
+        f"The last abnormal end: {paths[1]}",
+        paths[0],
+    ]
+    envkernel.append_log(paths[3], "not started: no image")
+    assert said().startswith(f"{paths[3]}\n")
+    assert paths[1] not in said()
 
 
 def test_the_state_of_the_process():
@@ -132,9 +157,11 @@ def test_the_state_of_the_process():
 @pytest.mark.parametrize(
     ("status", "words"), [(0, "exit status 0"), (137, "exit status 137"), (-9, "signal 9")]
 )
-def test_the_end_tells_status_and_stderr_without_the_key(status, words):
-    text = envkernel.end_text(status, b"\x1b[31mred\x1b[0m abc\xff\nkey: 12-34", "12-34")
-    assert text == f"stderr:\n  red abc\ufffd\n  key: ***\nended: {words}"
+def test_the_end_tells_status_and_stderr_without_the_key(tmp_path, status, words):
+    log = tmp_path / "log"
+    log.write_text(HEAD)
+    envkernel.log_end(str(log), status, None, b"\x1b[31mred\x1b[0m abc\xff\nkey: 12-34", "12-34")
+    assert log.read_text() == HEAD + f"stderr:\n  red abc\ufffd\n  key: ***\nended: {words}\n"
 
 
 ANSWERED = b"  sl local rem st\n 0: 0100007F:C351 0100007F:9999 06 00000000:00000000\n"

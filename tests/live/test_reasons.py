@@ -139,6 +139,25 @@ def test_a_kernel_that_ends_in_its_container_before_it_answers(jupyter, docker, 
     assert "\nended: exit status " in log
 
 
+def test_the_log_says_why_a_kernel_that_had_answered_ended(jupyter, docker):
+    jupyter.environ.update(docker.environ)
+    jupyter.setup("docker", "lost", "--python=python3", "python")
+    with jupyter.kernel("lost") as kernel:
+        assert kernel.execute("6 * 7") == ("42", None)
+        [name] = docker.call("ps", "--filter=label=envkernel=lost", "--format={{.Names}}").split()
+        docker.call("kill", name)
+        deadline = time.monotonic() + 20
+        while "\nended: " not in jupyter.envkernel("log", "lost").stdout and time.monotonic() < deadline:
+            time.sleep(0.1)
+        kernel.restart()
+        assert kernel.execute("6 * 7") == ("42", None)
+        first, second = jupyter.envkernel("log", "lost").stdout.split("\n\n")
+    assert first.startswith("The last abnormal end: ")
+    assert "\nended: exit status 137\nreason: " in first
+    assert "was killed" in first.partition("reason: ")[2]
+    assert second.endswith("running: yes\n")
+
+
 def test_what_a_container_needs_is_gone(jupyter, docker, tmp_path):
     """A folder, the image, the engine itself: each was there at setup.  (The daemon: test_docker.)"""
     jupyter.environ.update(docker.environ)
