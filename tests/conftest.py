@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from support.modes import GROUPS, MAKERS
+
 pytest_plugins = [
     "support.jupyter",
     "support.venvs",
@@ -18,6 +20,7 @@ pytest_plugins = [
     "support.podman",
     "support.registry",
     "support.browser",  # imports others of these
+    "support.modes",
 ]
 
 
@@ -31,15 +34,24 @@ TOGETHER = {
 In the order in which they start: what takes longest comes first."""
 
 
-def group_of(path):
-    """Return what a file of tests runs together with."""
-    return TOGETHER.get(Path(path).stem.partition("_")[2], path)
+def group_of(path, parameter=""):
+    """Return what a file of tests runs together with; a test of all modes, by the daemon of its mode."""
+    own = path if not parameter else f"{path}[{parameter}]"
+    return GROUPS.get(parameter.partition("-")[0]) or TOGETHER.get(Path(path).stem.partition("_")[2], own)
+
+
+def mode_of(nodeid):
+    """Return the mode that a test of all modes is about."""
+    parameter = nodeid.partition("[")[2].rstrip("]")
+    return parameter if parameter in MAKERS else ""
 
 
 def pytest_collection_modifyitems(items):
     """Have the groups run first."""
     order = list(TOGETHER.values())
-    items.sort(key=lambda item: order.index(group) if (group := group_of(item.path)) in order else len(order))
+    for item in items:
+        item.group = group_of(item.path, mode_of(item.nodeid))
+    items.sort(key=lambda item: order.index(item.group) if item.group in order else len(order))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,7 +61,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return group_of(nodeid.partition("::")[0])
+            return group_of(nodeid.partition("::")[0], mode_of(nodeid))
 
     config.option.loadscopereorder = False  # ours stands
     return Files(config, log)

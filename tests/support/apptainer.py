@@ -54,11 +54,14 @@ def kinds() -> list[str]:
 @pytest.fixture(scope="session", params=kinds())
 def apptainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Apptainer:
     """An Apptainer, one after the other."""
-    folder = tmp_path_factory.mktemp("apptainer")
-    target = STANDIN if request.param == "standin" else Path(REAL)
+    return link_apptainer(request.param, tmp_path_factory.mktemp("apptainer"))
+
+
+def link_apptainer(kind: str, folder: Path) -> Apptainer:
+    """Put ``apptainer`` and ``singularity`` of a kind into a folder."""
     for name in ("apptainer", "singularity"):
-        (folder / name).symlink_to(target)
-    return Apptainer(request.param, folder)
+        (folder / name).symlink_to(STANDIN if kind == "standin" else Path(REAL))
+    return Apptainer(kind, folder)
 
 
 @pytest.fixture(scope="session")

@@ -87,9 +87,9 @@ class Docker(Engine):
         self.daemon = daemon
 
 
-@pytest.fixture(scope="session")
-def docker_engine() -> Iterator[Docker]:
-    """A Docker with the images ``python`` (ipykernel), ``bare`` (Python alone) and ``r`` (IRkernel)."""
+@contextlib.contextmanager
+def running_docker() -> Iterator[Docker]:
+    """Have a Docker run with the images ``python`` (ipykernel) and ``bare`` (Python alone)."""
     for program in ("dockerd", "docker", "runc", "mmdebstrap"):
         if not shutil.which(program):
             missing(program)
@@ -104,6 +104,13 @@ def docker_engine() -> Iterator[Docker]:
             yield engine
             for container in engine.containers():
                 engine.call("rm", "-f", container["Id"])
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> Iterator[Docker]:
+    """The Docker of `running_docker`."""
+    with running_docker() as engine:
+        yield engine
 
 
 @pytest.fixture

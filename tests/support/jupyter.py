@@ -360,18 +360,30 @@ def run_protocol_tests(name: str) -> None:
 
 
 @pytest.fixture
-def jupyter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jupyter]:
+def jupyter(tmp_path: Path) -> Iterator[Jupyter]:
     """A private Jupyter, which the test's own process belongs to as well."""
+    with private_jupyter(tmp_path / "jupyter") as private:
+        yield private
+
+
+@contextlib.contextmanager
+def private_jupyter(root: Path) -> Iterator[Jupyter]:
+    """Have this process belong to a private Jupyter, which has to leave nothing."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        private = Jupyter(root)
+        _belong_to(private, monkeypatch)
+        yield private
+        left = private.leftovers(patience=3)
+        for pid in marked_processes(private.mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        assert not left, f"left behind by the test:\n{left}"
+
+
+def _belong_to(private: Jupyter, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("JUPYTER_", "JPY_", "CONDA", "VIRTUAL_ENV", "PYTHON", "LMOD_", "MODULE", "_LM")):
             monkeypatch.delenv(name)
-    private = Jupyter(tmp_path / "jupyter")
     for name, value in private.environ.items():
         if name.startswith("JUPYTER_") or name in ("HOME", "IPYTHONDIR", MARK):
             monkeypatch.setenv(name, value)
-    yield private
-    left = private.leftovers(patience=3)
-    for pid in marked_processes(private.mark):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 9)
-    assert not left, f"left behind by the test:\n{left}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -55,9 +56,9 @@ def need_podman() -> str:
     return shutil.which("podman") or "podman"
 
 
-@pytest.fixture(scope="session")
-def podman_engine() -> Iterator[Engine]:
-    """A Podman of root's with the images ``localhost/python`` and ``localhost/bare``."""
+@contextlib.contextmanager
+def running_podman() -> Iterator[Engine]:
+    """Have a Podman of root's with the images ``localhost/python`` and ``localhost/bare``."""
     program = need_podman()
     with short_folder("podman") as folder:
         engine = Engine("podman", program, podman_environ(folder))
@@ -66,6 +67,13 @@ def podman_engine() -> Iterator[Engine]:
         yield engine
         engine.call("rm", "-f", "-a", "-t", "0")
         engine.call("rmi", "-f", "-a")
+
+
+@pytest.fixture(scope="session")
+def podman_engine() -> Iterator[Engine]:
+    """The Podman of `running_podman`."""
+    with running_podman() as engine:
+        yield engine
 
 
 @pytest.fixture

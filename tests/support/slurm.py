@@ -303,9 +303,9 @@ def wait_for(condition, what: str, timeout: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[Slurm]:
-    """A running Slurm: nodes near and spare on this host, far in a network namespace."""
+@contextlib.contextmanager
+def running_slurm() -> Iterator[Slurm]:
+    """Have a Slurm run: nodes near and spare on this host, far in a network namespace."""
     lacking = [program for program in PROGRAMS if not shutil.which(program)]
     if lacking:
         missing(f"programs of Slurm: {', '.join(lacking)}")
@@ -317,3 +317,10 @@ def slurm() -> Iterator[Slurm]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """The Slurm of `running_slurm`."""
+    with running_slurm() as cluster:
+        yield cluster

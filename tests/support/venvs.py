@@ -81,7 +81,11 @@ def install(prefix: Path, *packages: str) -> None:
 @pytest.fixture(scope="session")
 def kernel_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with ipykernel.  Tests leave it as it is."""
-    path = tmp_path_factory.mktemp("kernel") / "venv"
+    return make_kernel_venv(tmp_path_factory.mktemp("kernel") / "venv")
+
+
+def make_kernel_venv(path: Path) -> Path:
+    """Make an environment with ipykernel; return its path."""
     done(UV, "venv", "-q", "--python", BASE_PYTHON, path, env=ENVIRON)
     install(path, "ipykernel")
     return path

@@ -8,6 +8,7 @@ all that Skein asks of it.  Nothing runs after :meth:`Yarn.stop`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -214,9 +215,9 @@ def write_site(path: Path, settings: dict[str, str]) -> None:
     path.write_text(f"<configuration>\n{rows}</configuration>\n")
 
 
-@pytest.fixture(scope="session")
-def yarn() -> Iterator[Yarn]:
-    """A running YARN with the queues default and small."""
+@contextlib.contextmanager
+def running_yarn() -> Iterator[Yarn]:
+    """Have a YARN run with the queues default and small."""
     lacking = [program for program in PROGRAMS if not shutil.which(program)]
     if lacking:
         missing(f"programs for YARN: {', '.join(lacking)}")
@@ -229,13 +230,24 @@ def yarn() -> Iterator[Yarn]:
 
 
 @pytest.fixture(scope="session")
+def yarn() -> Iterator[Yarn]:
+    """The YARN of `running_yarn`."""
+    with running_yarn() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with skein and ipykernel, packed by venv-pack.
+    """An environment with skein and ipykernel, packed by venv-pack."""
+    return make_packed(tmp_path_factory.mktemp("packed"))
+
+
+def make_packed(folder: Path) -> Path:
+    """Make an environment with skein and ipykernel, packed by venv-pack.
 
     What these two need is taken from the environment of the tests: a NodeManager without Hadoop's
     native library starts one chmod per file that it unpacks.
     """
-    folder = tmp_path_factory.mktemp("packed")
     venv = folder / "venv"
     done(sys.executable, "-m", "venv", "--without-pip", venv)
     pip = [sys.executable, "-m", "pip", "--python", venv, "install", "-q", "--no-deps", "--no-compile"]
