@@ -263,6 +263,8 @@ def test_check_and_remove(life: Life) -> None:
 
 def test_a_kernel_that_ends_at_once_says_why(life: Life) -> None:
     """Its status and what it said are in the cell, in the log, and on stderr."""
+    if life.mode.kind == "environment":
+        return  # it is the process that Jupyter started: only the next start can tell, see `test_reasons`
     words = words_of(life.mode)
     words = [word for word in words if not word.startswith("--python=")]
     words = words[: words.index("--")] if "--" in words else words
@@ -274,7 +276,7 @@ def test_a_kernel_that_ends_at_once_says_why(life: Life) -> None:
         content = kernel.client.execute_interactive("1", timeout=60, allow_stdin=False)["content"]
     said = "\n".join([content["evalue"], *content["traceback"]])
     assert "exit status 3" in said
-    assert "no licence" in said or life.mode.kind == "environment"  # there its stderr is Jupyter's
+    assert "no licence" in said
     assert "exit status 3" in life.place.envkernel("log", name).stdout
     assert "no licence" in log.read_text()
     life.place.envkernel("remove", name)
