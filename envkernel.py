@@ -10,7 +10,7 @@ builds the environment and executes the kernel.
 
 The file reads top to bottom: constants, errors, records with the registry of modes, kernelspec tokens,
 command line, environment modes, container modes, cluster modes, kernelspecs, logos, completion, managing,
-effects (facts, launch log, relay, supervising, the agent on a node, error kernel), main.
+effects (facts, launch log, relay, supervising, the agent on a node, front), main.
 Planning is apart from effect: a mode is a function from options, facts and environment to a `Plan`;
 only the last sections touch the world.
 
@@ -8967,7 +8967,335 @@ def yarn_channel(orders_end: int, place_end: int) -> NoReturn:
         os._exit(status)
 
 
-# ---- error kernel -------------------------------------------------------------------------------
+# ---- front --------------------------------------------------------------------------------------
+
+SHELL, IOPUB, STDIN, CONTROL, HEARTBEAT = range(5)
+SOCKET_TYPES = (b"ROUTER", b"XPUB", b"ROUTER", b"ROUTER", b"REP")
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+"""How a peer of ZMTP 3.0 without encryption begins (https://rfc.zeromq.org/spec/23/)."""
+MORE, LONG, COMMAND = 1, 2, 4
+DELIMITER = b"<IDS|MSG>"
+KEPT_LIMIT = 64 << 20
+"""How many bytes of Jupyter's messages wait for a kernel at most."""
+HELD_LIMIT = 1 << 16
+"""How many bytes of a connection that nobody has answered yet are read: ZeroMQ sends 64."""
+SUBSCRIBER_PATIENCE = 2.0
+"""Seconds in which the first subscriber has to come: a client connects its channels in any order."""
+PROGRESS_INTERVAL = 5.0
+"""Seconds after which a waiting cell shows again for how long it has waited."""
+
+
+class PeerError(Exception):
+    """A peer sent what is neither ZMTP nor a message that Jupyter has signed."""
+
+
+def zmtp_frame(body: bytes, flags: int = 0) -> bytes:
+    """Return one frame as it is sent."""
+    if len(body) < 256:
+        return bytes((flags, len(body))) + body
+    return bytes((flags | LONG,)) + len(body).to_bytes(8, "big") + body
+
+
+def zmtp_message(parts: Sequence[bytes]) -> bytes:
+    """Return the frames of a message as they are sent."""
+    return b"".join([*(zmtp_frame(part, MORE) for part in parts[:-1]), zmtp_frame(parts[-1])])
+
+
+def ready_command(socket_type: bytes) -> bytes:
+    """Return the command that ends a peer's handshake."""
+    size = len(socket_type).to_bytes(4, "big")
+    return zmtp_frame(b"\x05READY\x0bSocket-Type" + size + socket_type, COMMAND)
+
+
+class ZmtpReader:
+    """Cuts what a peer sends into its greeting, commands and messages.
+
+    buffer: what is not cut yet.  parts: the frames of a message whose last one has not come.
+    size: bytes of both.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.parts: list[bytes] = []
+        self.parts_size = 0
+        self.is_greeted = False
+
+    @property
+    def size(self) -> int:
+        return len(self.buffer) + self.parts_size
+
+    def next(self, room: int | None = None) -> tuple[str, list[bytes]] | None:
+        """Return the next event: ``greeting``, ``command`` or ``message`` with its parts; None for none yet.
+
+        room: bytes that a frame may have, checked before any of it is awaited.  Raises PeerError.
+        """
+        if not self.is_greeted:
+            return self._greeting()
+        while True:
+            frame = self._frame(room)
+            if frame is None:
+                return None
+            flags, body = frame
+            if flags & COMMAND:
+                return "command", [body]
+            self.parts.append(body)
+            self.parts_size += len(body) + 64
+            if not flags & MORE:
+                parts, self.parts, self.parts_size = self.parts, [], 0
+                return "message", parts
+
+    def _greeting(self) -> tuple[str, list[bytes]] | None:
+        start = bytes(self.buffer[: len(GREETING)])
+        if (start[:1] or b"\xff") != b"\xff" or (start[9:10] or b"\x7f") != b"\x7f":
+            raise PeerError("no ZMTP")
+        if len(start) < len(GREETING):
+            return None
+        if start[10] < 3 or start[12:32] != GREETING[12:32]:
+            raise PeerError("another version or mechanism of ZMTP")
+        del self.buffer[: len(GREETING)]
+        self.is_greeted = True
+        return "greeting", [start]
+
+    def _frame(self, room: int | None) -> tuple[int, bytes] | None:
+        if len(self.buffer) < 2:
+            return None
+        flags = self.buffer[0]
+        if flags > 7 or (flags & COMMAND and flags & MORE):
+            raise PeerError("no frame of ZMTP")
+        start = 9 if flags & LONG else 2
+        if len(self.buffer) < start:
+            return None
+        size = int.from_bytes(self.buffer[1:start], "big")
+        if room is not None and size > room:
+            raise PeerError(f"a frame of {size} bytes")
+        if len(self.buffer) < start + size:
+            return None
+        body = bytes(self.buffer[start : start + size])
+        del self.buffer[: start + size]
+        return flags, body
+
+    def rest(self) -> bytes:
+        """Return what has come and was not returned by `next`, as it was sent, and forget it."""
+        data = b"".join(zmtp_frame(part, MORE) for part in self.parts) + bytes(self.buffer)
+        self.parts, self.parts_size = [], 0
+        self.buffer.clear()
+        return data
+
+
+class Message(Record):
+    """A message of Jupyter's.  parts: all frames as they came; idents: those before the delimiter."""
+
+    def __init__(self, parts: Sequence[bytes], header: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        self.parts = list(parts)
+        self.idents = self.parts[: self.parts.index(DELIMITER)]
+        self.header = header
+        self.content = content
+        self.kind = str(header["msg_type"])
+        self.size = sum(map(len, parts)) + 1000
+
+    @property
+    def is_visible(self) -> bool:
+        """Whether it runs code in a cell."""
+        return self.kind == "execute_request" and not self.content.get("silent")
+
+
+class Session:
+    """Signs messages with the key of a connection file and checks those of others."""
+
+    def __init__(self, connection: Mapping[str, Any]) -> None:
+        self.key = str(connection.get("key") or "").encode()
+        self.digest = str(connection.get("signature_scheme") or "hmac-sha256").partition("-")[2]
+        self.name = os.urandom(16).hex()
+
+    def signature(self, parts: Sequence[bytes]) -> bytes:
+        """Return the signature of header, parent, metadata and content."""
+        import hmac
+
+        if not self.key:
+            return b""
+        return hmac.new(self.key, b"".join(parts), self.digest).hexdigest().encode()
+
+    def encode(
+        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], idents: Sequence[bytes] = ()
+    ) -> list[bytes]:
+        """Return the frames of a new message.  parent: header of the message that it answers."""
+        import json
+        from datetime import datetime, timezone
+
+        header = {
+            "msg_id": os.urandom(16).hex(),
+            "session": self.name,
+            "username": "",
+            "date": datetime.now(timezone.utc).isoformat(),
+            "msg_type": kind,
+            "version": "5.3",
+        }
+        parts = [json.dumps(part).encode() for part in (header, parent, {}, content)]
+        return [*idents, DELIMITER, self.signature(parts), *parts]
+
+    def decode(self, parts: Sequence[bytes]) -> Message:
+        """Return a message whose signature is right.  Raises PeerError."""
+        import hmac
+        import json
+
+        try:
+            at = parts.index(DELIMITER)
+            signature, *signed = parts[at + 1 : at + 6]
+            if len(signed) != 4 or not hmac.compare_digest(signature, self.signature(signed)):
+                raise PeerError("a wrong signature")
+            header, content = json.loads(signed[0]), json.loads(signed[3])
+            if not isinstance(content, dict) or not isinstance(header["msg_id"], str):
+                raise PeerError("no message of Jupyter's")
+            return Message(parts, header, content)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise PeerError(f"no message of Jupyter's: {error!r}") from None
+
+
+class End:
+    """One end of a connection, as a protocol of asyncio.
+
+    receive: gets its bytes.  peer: the end that it is joined with: each is read only as fast as the other
+    can be written, and the end of what it sends is passed on.
+    """
+
+    def __init__(self, receive: Callable[[bytes], object], lost: Callable[[], object] = _ignore) -> None:
+        self.transport: Any = None
+        self.receive = receive
+        self.lost = lost
+        self.peer: End | None = None
+        self.heard = 0
+        self.at_end = False
+        self.is_full = False
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.heard += len(data)
+        self.receive(data)
+
+    def eof_received(self) -> bool:
+        self.at_end = True
+        if self.peer is None:
+            return False
+        if self.peer.at_end:
+            self.peer.transport.close()
+            return False
+        self.peer.transport.write_eof()
+        return True
+
+    def pause_writing(self) -> None:
+        self.is_full = True
+        if self.peer:
+            self.peer.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.is_full = False
+        if self.peer:
+            self.peer.transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.peer:
+            self.peer.transport.close()
+        self.lost()
+
+    def write(self, data: bytes) -> None:
+        """Send bytes; nothing where the connection is gone."""
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def pair_with(self, peer: End) -> None:
+        """Let each end hold up the other, and pass on its end."""
+        self.peer, peer.peer = peer, self
+        for end, other in ((self, peer), (peer, self)):
+            if end.is_full:
+                other.transport.pause_reading()
+
+
+async def attach(end: Any, sock: Any) -> Any:
+    """Make a connected socket the transport of an end; return the end."""
+    import asyncio
+
+    await asyncio.get_running_loop().create_connection(lambda: end, sock=sock)
+    return end
+
+
+class Join:
+    """Two connections that are joined byte by byte until both have ended.
+
+    ended: a future that is done then.  heard: how many bytes came from the right.
+    """
+
+    def __init__(self, left: End, right: End) -> None:
+        import asyncio
+
+        self.left, self.right = left, right
+        self.ended = asyncio.get_running_loop().create_future()
+        for end, other in ((left, right), (right, left)):
+            end.receive, end.lost = other.transport.write, self._lost
+        left.pair_with(right)
+
+    @classmethod
+    async def sockets(cls, left: Any, right: Any) -> Join:
+        """Join two connected sockets."""
+        early: list[tuple[bytes, ...]] = []
+        first = await attach(End(lambda data: early.append((data,))), left)
+        second = await attach(End(lambda data: early.append((data, b""))), right)
+        join = cls(first, second)
+        for data, *from_right in early:
+            (first if from_right else second).write(data)
+        return join
+
+    def _lost(self) -> None:
+        closing = self.left.transport.is_closing() and self.right.transport.is_closing()
+        if closing and not self.ended.done():
+            self.ended.set_result(None)
+
+    @property
+    def heard(self) -> int:
+        return self.right.heard
+
+    def close(self) -> None:
+        """Close both at once."""
+        for end in (self.left, self.right):
+            end.transport.abort()
+
+
+class FrontKernel(Record):
+    """What the front knows of the kernel that it stands in for.
+
+    name: the kernelspec's.  debugger: whether the kernel has one.  cache: file with the last
+    kernel_info_reply, empty for none.
+    """
+
+    def __init__(self, name: str, language: str = "", debugger: bool = False, cache: str = "") -> None:
+        self.name = name
+        self.language = language
+        self.debugger = debugger
+        self.cache = cache
+
+
+def front_kernel(name: str, command: Sequence[str], environ: Mapping[str, str]) -> FrontKernel:
+    """Return what a kernel's kernel.json says of it; without one the command says the language."""
+    import json
+
+    data = data_dir(environ)
+    prefix = os.path.dirname(os.path.dirname(sys.executable))  # without site, sys.prefix is not a venv's
+    roots = [*environ.get("JUPYTER_PATH", "").split(os.pathsep), data, prefix + "/share/jupyter"]
+    spec: Any = {}
+    for root in [*filter(None, roots), "/usr/local/share/jupyter", "/usr/share/jupyter"]:
+        try:
+            with open(f"{root}/kernels/{name}/kernel.json", encoding="utf-8") as file:
+                spec = json.load(file)
+            break
+        except (OSError, ValueError):
+            continue
+    language = "python" if any("ipykernel" in token for token in command) else ""
+    metadata = spec.get("metadata") or {}
+    cache = "{}/envkernel/{}.info.json".format(data, log_place(name, environ)[1].rstrip("@"))
+    return FrontKernel(name, spec.get("language") or language, bool(metadata.get("debugger")), cache)
+
 
 FAILURE_NAME = "KernelDidNotStart"
 """Name of the error that each cell of a notebook gets whose kernel could not start."""
@@ -9012,29 +9340,40 @@ def failure_lines(failure: Failure) -> list[str]:
     return lines
 
 
-def failure_html(failure: Failure) -> str:
-    """Return a failure as HTML; what stands between backticks in the hint becomes code."""
+def html_with_code(text: str) -> str:
+    """Return a text as HTML; what is between backticks becomes code."""
     import re
     from html import escape
 
-    parts = [f"<b>{escape(failure.heading)}</b>", escape(failure.message)]
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def html_box(parts: Sequence[str], colour: str) -> str:
+    """Return paragraphs of HTML in a box with a coloured edge."""
+    body = "".join(f'<div style="margin: 0.3em 0">{part}</div>' for part in parts)
+    return f'<div style="border-left: 4px solid {colour}; padding: 0.2em 1em">{body}</div>'
+
+
+def failure_html(failure: Failure) -> str:
+    """Return a failure as HTML."""
+    from html import escape
+
+    parts = [f"<b>{escape(failure.heading)}</b>", html_with_code(failure.message)]
     if failure.hint:
-        parts.append(re.sub("`([^`]+)`", r"<code>\1</code>", escape(failure.hint)))
+        parts.append(html_with_code(failure.hint))
     if failure.detail:
         parts.append(f'<pre style="max-height: 20em; overflow: auto">{escape(failure.detail)}</pre>')
     if failure.log:
         parts.append(f"<small>Log of this launch: <code>{escape(failure.log)}</code></small>")
-    body = "".join(f'<div style="margin: 0.3em 0">{part}</div>' for part in parts)
-    return f'<div style="border-left: 4px solid #d32f2f; padding: 0.2em 1em">{body}</div>'
+    return html_box(parts, "#d32f2f")
 
 
 def error_content(failure: Failure) -> dict[str, Any]:
-    """Return the name, value and traceback that stand for the failure in a message."""
+    """Return the name, value and traceback that stand for the failure in a reply."""
     first, *others = failure_lines(failure)
-    value = f"{failure.message} {failure.hint}".rstrip()
     return {
         "ename": FAILURE_NAME,
-        "evalue": value,
+        "evalue": f"{failure.message} {failure.hint}".rstrip(),
         "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m: {first}", *others],
     }
 
@@ -9067,28 +9406,92 @@ def kernel_info_content(failure: Failure) -> dict[str, Any]:
     }
 
 
+def waiting_info(kernel: FrontKernel, text: str) -> dict[str, Any]:
+    """Return the content of a kernel_info_reply before the kernel is there: its own of an earlier launch.
+
+    text: the state of the launch, shown where there was none.
+    """
+    import json
+
+    try:
+        with open(kernel.cache, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return {
+            **kernel_info_content(Failure(kernel.name, "", language=kernel.language)),
+            "banner": f"The kernel {kernel.name} has not started yet. {text}\n",
+            "debugger": kernel.debugger,
+            "supported_features": ["debugger"] if kernel.debugger else [],
+        }
+
+
+def save_info(path: str, content: Mapping[str, Any]) -> None:
+    """Remember what a kernel says of itself; a full disk is no reason not to go on."""
+    import json
+
+    if not path:
+        return
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        temporary = f"{path}.{os.getpid()}"
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(content, file)
+        os.replace(temporary, path)
+    except OSError:
+        return
+
+
 def execute_answer(
     request: Mapping[str, Any], failure: Failure, count: int
 ) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
-    """Return the execute_reply's content and what goes to all clients: the failure in text and HTML."""
+    """Return the execute_reply's content and what goes to all clients: the failure in text and HTML.
+
+    The error that is shown below it has only its name: a notebook shows both.
+    """
     error = error_content(failure)
     reply = {**error, "status": "error", "execution_count": count, "payload": [], "user_expressions": {}}
     if request.get("silent"):
         return reply, []
-    shown = {"text/plain": failure.heading, "text/html": failure_html(failure)}
+    if str(request.get("code", "")).strip() in ("exit", "exit()", "quit", "quit()", "q()"):
+        # in jupyter console this is the way out
+        leave = {"source": "ask_exit", "keepkernel": False}
+        return {"status": "ok", "execution_count": count, "payload": [leave], "user_expressions": {}}, []
+    shown = {
+        "text/plain": "\n".join([failure.heading, *failure_lines(failure)]),
+        "text/html": failure_html(failure),
+    }
     return reply, [
         ("execute_input", {"code": request.get("code", ""), "execution_count": count}),
         ("display_data", {"data": shown, "metadata": {}, "transient": {}}),
-        ("error", error),
+        ("error", {**error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
     ]
 
 
+def empty_reply(
+    kind: str, request: Mapping[str, Any], connection: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the content of a reply that says nothing; None where only a kernel can answer."""
+    cursor = request.get("cursor_pos", 0)
+    replies: dict[str, dict[str, Any]] = {
+        "complete_request": {"matches": [], "cursor_start": cursor, "cursor_end": cursor, "metadata": {}},
+        "inspect_request": {"found": False, "data": {}, "metadata": {}},
+        "is_complete_request": {"status": "unknown"},
+        "history_request": {"history": []},
+        "comm_info_request": {"comms": {}},
+        "connect_request": {name: port for name, port in connection.items() if name.endswith("_port")},
+        "interrupt_request": {},
+        "shutdown_request": {"restart": bool(request.get("restart"))},
+    }
+    reply = replies.get(kind)
+    return None if reply is None else {"status": "ok", **reply}
+
+
 def answer(
-    kind: str, request: Mapping[str, Any], failure: Failure, count: int, ports: Mapping[str, Any]
+    kind: str, request: Mapping[str, Any], failure: Failure, count: int, connection: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]:
     """Return what the error kernel says to one message: the reply's type, its content, what it publishes.
 
-    kind: type of the message; request: its content; count: the execution's number; ports: by channel.
+    kind: type of the message; request: its content; count: the execution's number.
     The type is empty where the protocol knows no reply.
     """
     if kind == "execute_request":
@@ -9097,144 +9500,764 @@ def answer(
         return "", {}, [("comm_close", {"comm_id": request.get("comm_id", ""), "data": {}})]
     if not kind.endswith("_request"):
         return "", {}, []
-    cursor = request.get("cursor_pos", 0)
-    no_debugger = {
-        "type": "response",
-        "seq": 0,
-        "request_seq": request.get("seq", 0),
-        "success": False,
-        "command": request.get("command", ""),
-        "message": failure.message,
-    }
-    replies: dict[str, dict[str, Any]] = {
-        "kernel_info": kernel_info_content(failure),
-        "complete": {"matches": [], "cursor_start": cursor, "cursor_end": cursor, "metadata": {}},
-        "inspect": {"found": False, "data": {}, "metadata": {}},
-        "is_complete": {"status": "complete"},
-        "history": {"history": []},
-        "comm_info": {"comms": {}},
-        "connect": dict(ports),
-        "interrupt": {},
-        "shutdown": {"restart": bool(request.get("restart"))},
-        "debug": no_debugger,
-    }
-    name = kind[: -len("_request")]
-    content = replies.get(name, {"status": "error", **error_content(failure)})
-    return name + "_reply", content if name == "debug" else {"status": "ok", **content}, []
+    content = empty_reply(kind, request, connection)
+    if kind == "kernel_info_request":
+        content = kernel_info_content(failure)
+    elif kind == "is_complete_request":
+        content = {"status": "complete"}
+    elif kind == "debug_request":
+        content = {
+            "type": "response",
+            "seq": 0,
+            "request_seq": request.get("seq", 0),
+            "success": False,
+            "command": request.get("command", ""),
+            "message": failure.message,
+        }
+    return kind[: -len("request")] + "reply", content or {"status": "error", **error_content(failure)}, []
 
 
-class ErrorKernel:
-    """A kernel on the sockets that a connection file names, whose every answer is the failure."""
+def refusal(
+    message: Message, name: str, value: str
+) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+    """Return the reply to a request that is given up, and what is published for it."""
+    error = {"ename": name, "evalue": value, "traceback": [f"\x1b[0;31m{name}\x1b[0m: {value}"]}
+    reply = {"status": "error", "execution_count": 0, **error, "payload": [], "user_expressions": {}}
+    return message.kind.replace("_request", "_reply"), reply, [("error", error)] if message.is_visible else []
 
-    def __init__(self, connection: Mapping[str, Any], failure: Failure) -> None:
-        """Bind the five channels.  Raises ImportError without pyzmq or jupyter_client."""
-        import zmq
-        from jupyter_client.session import Session
 
-        self.zmq: Any = zmq
-        self.failure = failure
-        self.connection = connection
-        self.count = 0
-        self.has_subscriber = False
-        self.session: Any = Session(
-            key=connection.get("key", "").encode(),
-            signature_scheme=connection.get("signature_scheme") or "hmac-sha256",
-        )
-        self.context = zmq.Context()
-        self.shell = self.bind("shell", zmq.ROUTER)
-        self.control = self.bind("control", zmq.ROUTER)
-        self.stdin = self.bind("stdin", zmq.ROUTER)
-        self.heartbeat = self.bind("hb", zmq.ROUTER)
-        self.iopub = self.bind("iopub", zmq.XPUB)
+def notice_content(notice: str) -> dict[str, Any]:
+    """Return the display that says why the kernel before this one ended."""
+    heading = "The previous kernel ended; its variables are gone."
+    html = html_box([f"<b>{heading}</b>", html_with_code(notice)], "#f9a825")
+    return {"data": {"text/plain": f"{heading}\n{notice}", "text/html": html}, "metadata": {}}
 
-    def bind(self, channel: str, kind: int) -> Any:
-        """Return a socket that listens where the connection file says, encrypted if it says so."""
+
+class Progress:
+    """The state of the launch in each cell that waits: shown, updated in place, removed.
+
+    publish: called with type, content and parent header of a message to all clients.
+    """
+
+    def __init__(self, publish: Callable[..., None]) -> None:
         import time
 
-        socket = self.context.socket(kind)
-        socket.linger = 1000
-        if kind == self.zmq.XPUB:
-            socket.setsockopt(self.zmq.XPUB_VERBOSE, 1)
-        if self.connection.get("curve_secretkey"):
-            socket.curve_secretkey = self.connection["curve_secretkey"].encode()
-            socket.curve_publickey = self.connection["curve_publickey"].encode()
-            socket.curve_server = True
-        transport = self.connection.get("transport") or "tcp"
-        colon = ":" if transport == "tcp" else "-"
-        address = "{}://{}{}{}".format(
-            transport, self.connection["ip"], colon, self.connection[channel + "_port"]
-        )
-        for attempt in range(50):  # a kernel that has just ended may still hold its ports
-            try:
-                socket.bind(address)
-                break
-            except self.zmq.ZMQError as error:
-                if attempt == 49:
-                    raise OSError(error.errno, f"{address}: {os.strerror(error.errno)}") from None
-                time.sleep(0.1)
-        return socket
+        self.publish = publish
+        self.text = ""
+        self.cells: list[Mapping[str, Any]] = []
+        self.clock = time.monotonic
+        self.start = self.clock()
+        self.timer: Any = None
 
-    def serve(self) -> None:
-        """Answer until a shutdown, or until the parent (Jupyter) is gone."""
-        parent = os.getppid()
-        poller = self.zmq.Poller()
-        for socket in (self.control, self.shell, self.heartbeat, self.iopub):
-            poller.register(socket, self.zmq.POLLIN)
-        while os.getppid() == parent:
-            ready = dict(poller.poll(1000))
-            if self.heartbeat in ready:
-                self.heartbeat.send_multipart(self.heartbeat.recv_multipart())
-            if self.iopub in ready:
-                self.greet_subscribers()
-            if any(self.handle(socket) for socket in (self.control, self.shell) if socket in ready):
-                break
-        self.context.destroy(linger=1000)
+    def content(self, header: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state as a display of one cell."""
+        from html import escape
 
-    def handle(self, socket: Any) -> bool:
-        """Answer one message; tell whether it was a shutdown."""
+        seconds = int(self.clock() - self.start)
+        waited = f"{seconds // 60} min {seconds % 60:02} s" if seconds >= 60 else f"{seconds} s"
+        html = html_box([f"{escape(self.text)} <small>(waited {waited})</small>"], "#f9a825")
+        data = {"text/plain": f"{self.text} (waited {waited})", "text/html": html}
+        return {"data": data, "metadata": {}, "transient": {"display_id": header["msg_id"]}}
+
+    def add(self, header: Mapping[str, Any]) -> None:
+        """Show the state in one more cell."""
+        self.cells.append(header)
+        self.publish("display_data", self.content(header), header)
+        self._schedule()
+
+    def change(self, text: str) -> None:
+        """Show another state: as a new display, for jupyter console ignores updates of one."""
+        if text == self.text:
+            return
+        self.text = text
+        for header in self.cells:
+            self.publish("clear_output", {"wait": True}, header)
+            self.publish("display_data", self.content(header), header)
+
+    def _schedule(self) -> None:
+        import asyncio
+
+        if self.cells and not self.timer:
+            self.timer = asyncio.get_running_loop().call_later(PROGRESS_INTERVAL, self._tick)
+
+    def _tick(self) -> None:
+        self.timer = None
+        for header in self.cells:
+            self.publish("update_display_data", self.content(header), header)
+        self._schedule()
+
+    def clear(self) -> None:
+        """Remove the state from all cells, also from those that will have no output of their own."""
+        if self.timer:
+            self.timer.cancel()
+        self.timer = None
+        for header in self.cells:
+            self.publish("clear_output", {"wait": False}, header)
+        self.cells = []
+
+
+class Client(End):
+    """A connection of Jupyter's to one of the five ports.
+
+    hello: the command that ended its handshake, empty before.  topics: what it has subscribed to.
+    upstream: its connection to the kernel, where there is one.  is_joined: its bytes go there unread.
+    """
+
+    def __init__(self, front: Front, stream: int) -> None:
+        super().__init__(self.hold, lambda: front.forget(self))
+        self.is_held = True
+        self.is_connecting = False
+        self.front = front
+        self.stream = stream
+        self.reader = ZmtpReader()
+        self.hello = b""
+        self.topics: list[bytes] = []
+        self.upstream: Upstream | None = None
+        self.is_joined = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.front.admitted(self)
+
+    def hold(self, data: bytes) -> None:
+        """Keep what comes as it is."""
+        self.reader.buffer += data
+        if self.reader.size > HELD_LIMIT:
+            self.transport.pause_reading()
+
+    def greet(self) -> None:
+        """Be the peer that Jupyter expects."""
+        self.is_held = False
+        self.receive = self.converse
+        self.transport.resume_reading()
+        self.write(GREETING)
+        self.converse(b"")
+
+    def converse(self, data: bytes) -> None:
+        """Read messages; whoever sends anything else is not heard."""
+        self.reader.buffer += data
         try:
-            idents, message = self.session.recv(socket, self.zmq.NOBLOCK)
-            kind, request = message["msg_type"], message["content"]
-        except Exception:  # a wrong signature or no message at all: whatever a stranger sends ends nothing
-            return False
-        if kind == "execute_request" and request.get("store_history", True) and not request.get("silent"):
-            self.count += 1
-        ports = {name: port for name, port in self.connection.items() if name.endswith("_port")}
-        reply, content, published = answer(kind, request, self.failure, self.count, ports)
-        self.await_subscriber()
-        self.publish("status", {"execution_state": "busy"}, message)
-        for name, data in published:
-            self.publish(name, data, message)
+            while not self.is_joined and not self.transport.is_closing():
+                event = self.reader.next(self.front.room())
+                if event is None:
+                    break
+                kind, parts = event
+                if kind == "command":
+                    self.on_command(parts[0])
+                elif kind == "message":
+                    self.on_message(parts)
+        except PeerError:
+            self.transport.abort()
+
+    def on_command(self, body: bytes) -> None:
+        """Answer a command: the end of the handshake, or a ping."""
+        if body.startswith(b"\x05READY") and not self.hello:
+            self.hello = body
+            self.write(ready_command(SOCKET_TYPES[self.stream]))
+            self.front.settle([self])
+        elif body.startswith(b"\x04PING"):
+            self.write(zmtp_frame(b"\x04PONG" + body[7:], COMMAND))
+        elif not self.hello:
+            raise PeerError("no handshake")
+
+    def on_message(self, parts: list[bytes]) -> None:
+        """Take a message: a beat of the heart is returned, a subscription noted, a request handed on."""
+        if not self.hello:
+            raise PeerError("a message before the handshake")
+        if self.stream == HEARTBEAT:
+            self.write(zmtp_message(parts))
+        elif self.stream == IOPUB:
+            topic = parts[0][1:]
+            if parts[0][:1] == b"\1":
+                self.topics.append(topic)
+                self.front.mailbox.subscribed(self, topic)
+            elif topic in self.topics:
+                self.topics.remove(topic)
+            if self.upstream:
+                self.upstream.write(zmtp_message(parts))
+        else:
+            self.front.on_message(self, self.front.session.decode(parts))
+
+    def drop_upstream(self) -> None:
+        """Part from the kernel; a client that was joined with it has to go as well."""
+        upstream, self.upstream, self.peer = self.upstream, None, None
+        if upstream:
+            upstream.peer = None
+            upstream.transport.abort()
+            self.front.most_heard = max(self.front.most_heard, upstream.heard)
+        if self.is_joined:
+            self.transport.abort()
+
+    def join(self) -> None:
+        """Hand all further bytes to the kernel, and the kernel's to Jupyter, unread."""
+        assert self.upstream
+        if self.upstream.transport.is_closing():
+            self.transport.close()
+        self.is_joined = True
+        self.pair_with(self.upstream)
+        for end, other in ((self, self.upstream), (self.upstream, self)):
+            other.write(end.reader.rest())
+            end.receive = other.transport.write
+        self.transport.resume_reading()
+
+
+class Upstream(End):
+    """A connection to the kernel for one client of Jupyter's, or (client None) for the front itself.
+
+    take: gets each message that comes before the two are joined.
+    """
+
+    def __init__(self, take: Callable[[list[bytes]], object], lost: Callable[[], object] = _ignore) -> None:
+        super().__init__(self.parse, lost)
+        self.take = take
+        self.reader = ZmtpReader()
+
+    def parse(self, data: bytes) -> None:
+        """Read what the kernel sends; its part of the handshake ends here."""
+        self.reader.buffer += data
+        try:
+            while True:
+                event = self.reader.next()
+                if event is None:
+                    break
+                if event[0] == "message":
+                    self.take(event[1])
+        except PeerError:
+            self.transport.abort()
+
+
+class Mailbox:
+    """What Jupyter sends to a kernel that is not there: answered, kept for it, or answered with the failure.
+
+    send: called with a client and the frames of a message for it.  publish: with type, content and parent
+    header of a message for all clients.  failure: why there will be no kernel, once that is known.
+    has_subscriber: nothing is answered before, for at most `SUBSCRIBER_PATIENCE`.
+    """
+
+    def __init__(self, front: Front, kernel: FrontKernel) -> None:
+        self.front = front
+        self.kernel = kernel
+        self.kept: list[tuple[Client, Message]] = []
+        self.size = 0
+        self.progress = Progress(front.publish)
+        self.failure: Failure | None = None
+        self.count = 0
+        self.has_subscriber = False
+        self.timer: Any = None
+
+    def take(self, client: Client, message: Message) -> None:
+        """Answer a message or keep it."""
+        if not self.has_subscriber:
+            self.timer = self.timer or self.front.loop.call_later(SUBSCRIBER_PATIENCE, self.open)
+            self.keep(client, message)
+            return
+        reply = self.answer(message)
         if reply:
-            self.session.send(socket, reply, content, parent=message, ident=idents)
-        self.publish("status", {"execution_state": "idle"}, message)
-        return bool(kind == "shutdown_request")
+            self.front.respond(client, message, *reply)
+        elif self.keep(client, message) and message.is_visible:
+            self.front.publish("status", {"execution_state": "busy"}, message.header)
+            self.progress.add(message.header)
+        if message.kind == "shutdown_request":
+            self.empty()
+            self.front.restart = bool(message.content.get("restart"))
+            self.front.shutdown.set()
 
-    def publish(self, kind: str, content: Mapping[str, Any], parent: Any) -> None:
-        """Send a message to all clients."""
-        topic = f"kernel.{self.session.session}.{kind}".encode()
-        self.session.send(self.iopub, kind, content, parent=parent, ident=topic)
+    def answer(self, message: Message) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]] | None:
+        """Return reply, its content and what is published; None for what only a kernel can answer."""
+        content, kind = message.content, message.kind
+        if self.failure:
+            if message.is_visible and content.get("store_history", True):
+                self.count += 1
+            return answer(kind, content, self.failure, self.count, self.front.connection)
+        if kind == "interrupt_request":
+            self.cancel()
+        if kind == "kernel_info_request":
+            return "kernel_info_reply", waiting_info(self.kernel, self.progress.text), []
+        reply = empty_reply(kind, content, self.front.connection)
+        return None if reply is None else (kind.replace("_request", "_reply"), reply, [])
 
-    def greet_subscribers(self) -> None:
-        """Tell each new subscriber that it is one (JEP 65)."""
-        while self.iopub.poll(0):
-            event = self.iopub.recv()
-            if event[:1] == b"\x01":
-                self.has_subscriber = True
-                content = {"subscription": event[1:].decode("utf-8", "replace")}
-                self.session.send(self.iopub, "iopub_welcome", content, ident=event[1:])
+    def keep(self, client: Client, message: Message) -> bool:
+        """Keep a message for the kernel; return whether there is room."""
+        if self.size + message.size > KEPT_LIMIT // 2:
+            self.front.respond(
+                client, message, *refusal(message, "MemoryError", "Too much waits for the kernel.")
+            )
+            return False
+        self.kept.append((client, message))
+        self.size += message.size
+        return True
 
-    def await_subscriber(self) -> None:
-        """Wait for the first subscriber, once, for two seconds.
+    def take_out(self, client: Client) -> list[Message]:
+        """Return what is kept of one client, and forget it."""
+        own = [message for sender, message in self.kept if sender is client]
+        self.kept = [item for item in self.kept if item[0] is not client]
+        self.size -= sum(message.size for message in own)
+        return own
 
-        A client connects its channels in any order, and what is published before is lost to it.
-        """
-        for _ in range(20):
-            if self.has_subscriber:
-                break
-            self.iopub.poll(100)
-            self.greet_subscribers()
+    def empty(self) -> list[tuple[Client, Message]]:
+        """Return all that is kept, in order, and forget it; the cells that waited are as they were before."""
+        self.progress.clear()
+        kept, self.kept, self.size = self.kept, [], 0
+        return kept
+
+    def open(self) -> None:
+        """Answer, or keep for the kernel alone, what has waited for a subscriber or for the failure."""
         self.has_subscriber = True
+        for client, message in self.empty():
+            self.take(client, message)
+
+    def fail(self, failure: Failure) -> None:
+        """Answer with a failure what is kept and all that will come."""
+        self.failure = failure
+        if self.has_subscriber:
+            self.open()
+
+    def cancel(self) -> None:
+        """End the executions that wait as an interrupted kernel would."""
+        for client, message in self.empty():
+            if message.kind == "execute_request":
+                reply = refusal(message, "KeyboardInterrupt", "The kernel had not started.")
+                self.front.respond(client, message, *reply)
+            else:
+                self.keep(client, message)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.empty()
+        if self.timer:
+            self.timer.cancel()
+
+    def subscribed(self, client: Client, topic: bytes) -> None:
+        """Welcome a subscriber (JEP 65); cells that wait show it their state."""
+        welcome = {"subscription": topic.decode("utf-8", "replace")}
+        client.write(zmtp_message(self.front.session.encode("iopub_welcome", welcome, {}, [topic])))
+        for header in self.progress.cells:
+            self.front.publish("display_data", self.progress.content(header), header, [client])
+        if not self.has_subscriber:
+            self.open()
+
+
+class Handover:
+    """Passes the clients that have waited on to the kernel.
+
+    The kernel gets each client's handshake and subscriptions and a kernel_info_request of the front's own.
+    A subscription is never acknowledged, so this probe is repeated until the end of the last one has arrived
+    on each client's iopub; then what was kept is delivered, and nothing that the kernel says of it is lost.
+    """
+
+    def __init__(self, front: Front, connect: Callable[[int], Any]) -> None:
+        import asyncio
+
+        self.front = front
+        self.connect = connect
+        self.probes: list[str] = []
+        self.behind: set[Client] = set()
+        self.replied = asyncio.Event()
+        self.is_lost = False
+        self.own = Upstream(self.on_reply, self.on_loss)
+
+    async def run(self) -> None:
+        """Pass all on.  Raises OSError where the kernel goes away before; the clients wait as before then."""
+        import asyncio
+
+        try:
+            await attach(self.own, await self.connect(SHELL))
+            self.own.write(GREETING + ready_command(b"DEALER"))
+            for attempt in range(100):
+                late = [client for client in self.front.clients if client.hello and not client.upstream]
+                await asyncio.gather(*map(self.bridge, late))
+                if attempt and not late and (attempt > 20 or not self.behind):
+                    break
+                await self.probe()
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Close what was opened to the kernel."""
+        for client in self.front.clients:
+            client.drop_upstream()
+        if self.own.transport:
+            self.own.transport.abort()
+
+    async def bridge(self, client: Client) -> None:
+        """Open a connection to the kernel for a client, and repeat its handshake and subscriptions there."""
+        upstream = Upstream(lambda parts: self.from_kernel(client, parts))
+        await attach(upstream, await self.connect(client.stream))
+        if client.transport.is_closing():
+            upstream.transport.abort()
+            return
+        client.upstream = upstream
+        topics = b"".join(zmtp_frame(b"\1" + topic) for topic in client.topics)
+        upstream.write(GREETING + zmtp_frame(client.hello, COMMAND) + topics)
+
+    async def probe(self) -> None:
+        """Send the kernel a request; return when its reply has come, and a moment for iopub has passed."""
+        import asyncio
+
+        parts = self.front.session.encode("kernel_info_request", {}, {})
+        self.probes.append(self.front.session.decode(parts).header["msg_id"])
+        self.behind = {client for client in self.front.clients if client.upstream and client.stream == IOPUB}
+        self.replied.clear()
+        self.own.write(zmtp_message(parts))
+        if not self.is_lost:
+            await self.replied.wait()
+        if self.is_lost:
+            raise ConnectionError("the kernel has closed its connection")
+        if self.behind:
+            deadline = self.front.loop.time() + 0.2
+            while self.behind and self.front.loop.time() < deadline:
+                await asyncio.sleep(0.002)
+
+    def on_reply(self, parts: list[bytes]) -> None:
+        """Take a reply to a probe; other messages are for clients that have left."""
+        message = self.front.session.decode(parts)
+        if message.kind == "kernel_info_reply" and message.content.get("status", "ok") == "ok":
+            if not self.replied.is_set():
+                save_info(self.front.kernel.cache, message.content)
+            self.replied.set()
+
+    def on_loss(self) -> None:
+        self.is_lost = True
+        self.replied.set()
+
+    def from_kernel(self, client: Client, parts: list[bytes]) -> None:
+        """Hand a message on to Jupyter unless a probe has caused it, or the front has sent it before."""
+        if client.stream != IOPUB or not self.is_own(client, parts):
+            client.write(zmtp_message(parts))
+
+    def is_own(self, client: Client, parts: list[bytes]) -> bool:
+        """Return whether a message of the kernel's iopub is not for Jupyter."""
+        import json
+
+        try:
+            at = parts.index(DELIMITER)
+            header, parent = json.loads(parts[at + 2]), json.loads(parts[at + 3])
+            request, kind = parent.get("msg_id"), header["msg_type"]
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError):
+            return False
+        if request in self.probes:
+            if request == self.probes[-1] and kind == "status" and b'"idle"' in parts[at + 5]:
+                self.behind.discard(client)
+            return True
+        return bool(kind == "iopub_welcome")
+
+
+class Ports:
+    """Listens at the five addresses where Jupyter expects the kernel."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self.servers: list[Any] = []
+        self.paths: list[str] = []
+
+    async def open(self, connection: Mapping[str, Any]) -> None:
+        """Open all five.  Raises UserError where another program keeps one."""
+        import asyncio
+        from functools import partial
+
+        loop = asyncio.get_running_loop()
+        for stream, name in enumerate(STREAMS):
+            for attempt in range(51):  # a kernel that has just ended may still hold them
+                try:
+                    sock = self._listener(connection, connection[name + "_port"])
+                    break
+                except OSError as error:
+                    if attempt == 50:
+                        self.close()
+                        raise UserError(
+                            f"The ports that Jupyter gave the kernel can't be opened: {error.strerror}.",
+                            "Start the kernel again; if it stays, look who listens on them: ss -ltnp.",
+                        ) from None
+                    await asyncio.sleep(0.1)
+            client: Any = partial(Client, self.front, stream)
+            self.servers.append(await loop.create_server(client, sock=sock))
+
+    def _listener(self, connection: Mapping[str, Any], port: Any) -> Any:
+        import socket
+
+        ip = str(connection["ip"])
+        if connection.get("transport") != "ipc":
+            family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+            return socket.create_server((ip, int(port)), family=family, backlog=64)
+        path = f"{ip}-{port}"
+        remove_tree(path)
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(path)
+        self.paths.append(path)
+        return sock
+
+    def close(self) -> None:
+        """Listen no longer, so that others can have the addresses."""
+        for server in self.servers:
+            server.close()
+        for path in self.paths:
+            remove_tree(path)
+        self.servers, self.paths = [], []
+
+
+def encrypted_relay(connection: Mapping[str, Any]) -> dict[str, Any]:
+    """Let pyzmq listen for an encrypted connection; return the plain one that it is joined with.
+
+    Raises ImportError without pyzmq.
+    """
+    import tempfile
+    import threading
+
+    import_from_here()
+    import zmq
+
+    directory = tempfile.mkdtemp(prefix="envkernel-")
+    context: Any = zmq.Context()
+    for stream, name in enumerate(STREAMS):
+        outer = context.socket(zmq.XPUB if stream == IOPUB else zmq.ROUTER)
+        outer.curve_secretkey = connection["curve_secretkey"].encode()
+        outer.curve_publickey = connection["curve_publickey"].encode()
+        outer.curve_server = True
+        colon = "-" if connection.get("transport") == "ipc" else ":"
+        outer.bind(
+            "{}://{}{}{}".format(connection["transport"], connection["ip"], colon, connection[name + "_port"])
+        )
+        inner = context.socket(zmq.XSUB if stream == IOPUB else zmq.DEALER)
+        inner.connect(f"ipc://{directory}/s-{stream}")
+        threading.Thread(target=zmq.proxy, args=(outer, inner), daemon=True).start()
+    ports = {name + "_port": stream for stream, name in enumerate(STREAMS)}
+    return {**connection, "transport": "ipc", "ip": directory + "/s", **ports}
+
+
+class Front:
+    """Jupyter's five ports, in front of a kernel that is not there yet, is there, or will never be.
+
+    state: *holding* (clients are accepted, nothing is answered), *waiting* (the front answers itself, keeps
+    what only a kernel can answer and shows the launch's state in the cells), *live* (clients and kernel are
+    joined byte by byte), *failed* (every execution shows why there is no kernel).
+    notice: why the kernel before this one ended, for the first cell; to be set before `listen`.
+    shutdown: set when the front itself has answered a shutdown_request; restart: whether a start follows.
+    To be created and used in a running loop.
+    """
+
+    def __init__(self, connection: Mapping[str, Any], kernel: FrontKernel) -> None:
+        import asyncio
+
+        self.connection = connection
+        self.kernel = kernel
+        self.state = "holding"
+        self.notice = ""
+        self.shutdown = asyncio.Event()
+        self.restart = False
+        self.is_encrypted = bool(connection.get("curve_secretkey"))
+        self.loop = asyncio.get_running_loop()
+        self.session = Session(connection)
+        self.clients: set[Client] = set()
+        self.mailbox = Mailbox(self, kernel)
+        self.handover: Handover | None = None
+        self.connect: Callable[[int], Any] | None = None
+        self.most_heard = 0
+        self.ports = Ports(self)
+        self.tasks: set[Any] = set()
+
+    # What the keeper calls:
+
+    async def listen(self) -> None:
+        """Open Jupyter's addresses.  Raises UserError where another program keeps them."""
+        await self.ports.open(self.connection)
+        if self.notice:
+            self.wait("")
+
+    def wait(self, text: str) -> None:
+        """Answer clients from now on, and show the text in the cells that wait."""
+        self.mailbox.progress.change(text or "The kernel is starting.")
+        if self.state == "holding" and not self.is_encrypted:
+            self.state = "waiting"
+            self.settle()
+
+    async def go_live(self, connect: Callable[[int], Any]) -> None:
+        """Join the clients with the kernel.  Raises OSError where it goes away before it has answered once.
+
+        connect: called with a stream's number, returns (async) a connected socket.
+        """
+        if self.state == "waiting":
+            handover = Handover(self, connect)
+            await handover.run()
+            self.handover = handover
+        self.state, self.connect = "live", connect
+        for client, message in self.mailbox.empty():
+            self.forward(client, message)
+        self.settle()
+
+    def fail(self, failure: Failure) -> None:
+        """Be a kernel whose every answer is the failure.  Raises ImportError where encryption needs pyzmq."""
+        if self.is_encrypted and self.state != "failed":
+            self.ports.close()
+            plain = encrypted_relay(self.connection)
+            self.is_encrypted = False
+            self.spawn(self.ports.open(plain))
+        self.state = "failed"
+        for client in list(self.clients):
+            client.drop_upstream()
+        self.settle()
+        self.mailbox.fail(failure)
+
+    def interrupt(self) -> bool:
+        """Do what an interrupt asks for; False where that is the kernel's business."""
+        if self.state == "waiting":
+            self.mailbox.cancel()
+        return self.state in ("waiting", "failed")
+
+    @property
+    def heard(self) -> int:
+        """How many bytes came from the kernel on the connection that brought most."""
+        return max([self.most_heard, *(client.upstream.heard for client in self.clients if client.upstream)])
+
+    @property
+    def answered(self) -> bool:
+        """Whether the kernel has ever answered."""
+        return self.handover is not None or self.heard >= ANSWER
+
+    async def drain(self, seconds: float) -> None:
+        """Listen no longer, let clients have what was said to them for at most some seconds, and close."""
+        import asyncio
+
+        self.ports.close()
+        for client in self.clients:
+            if not client.is_joined:
+                client.transport.close()
+        deadline = self.loop.time() + seconds
+        while self.clients and self.loop.time() < deadline:
+            await asyncio.sleep(0.005)
+        self.close()
+
+    def close(self) -> None:
+        """Close everything at once."""
+        self.ports.close()
+        self.mailbox.close()
+        for task in self.tasks:
+            task.cancel()
+        for end in [*self.clients, *([self.handover.own] if self.handover else [])]:
+            end.transport.abort()
+
+    # What clients call:
+
+    def admitted(self, client: Client) -> None:
+        """Take in a new client."""
+        self.clients.add(client)
+        self.settle([client])
+
+    def forget(self, client: Client) -> None:
+        """Forget a client that has gone."""
+        self.most_heard = self.heard
+        self.clients.discard(client)
+        if client.upstream and not client.is_joined:
+            client.upstream.transport.abort()
+
+    def on_message(self, client: Client, message: Message) -> None:
+        """Take a message of a client whose bytes are still read."""
+        if self.state != "live":
+            self.mailbox.take(client, message)
+        elif client.upstream:
+            self.forward(client, message)
+            if not self.notice:
+                self.settle()
+        else:
+            self.mailbox.keep(client, message)
+
+    def room(self) -> int:
+        """Return how many bytes may still be kept."""
+        return KEPT_LIMIT - self.mailbox.size - sum(client.reader.size for client in self.clients)
+
+    # What the front itself calls:
+
+    def settle(self, clients: Sequence[Client] | None = None) -> None:
+        """Do with all clients, or with some, what the state calls for."""
+        for client in list(self.clients) if clients is None else clients:
+            if client.is_held and (
+                self.state in ("waiting", "failed") or (self.state == "live" and self.notice)
+            ):
+                client.greet()
+            elif self.state != "live" or client.is_joined:
+                continue
+            elif client.upstream and not (self.notice and client.stream in (SHELL, IOPUB)):
+                client.join()
+            elif client.upstream:  # still read, but each end holds up the other
+                client.pair_with(client.upstream)
+            elif (client.is_held or client.hello) and not client.is_connecting:
+                client.is_connecting = True
+                self.spawn(self.connect_late(client))
+
+    def spawn(self, work: Any) -> None:
+        """Run a coroutine alongside."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def connect_late(self, client: Client) -> None:
+        """Join a client that is there when the kernel is there already."""
+        assert self.connect
+        try:
+            if client.is_held:
+                upstream = Upstream(_ignore)
+                upstream.receive = upstream.reader.buffer.extend
+                await attach(upstream, await self.connect(client.stream))
+                client.upstream = upstream
+            elif self.handover:
+                await self.handover.bridge(client)
+        except OSError:
+            client.transport.abort()  # ZeroMQ tries again
+        if client.upstream:
+            for message in self.mailbox.take_out(client):
+                self.forward(client, message)
+            self.settle()
+
+    def forward(self, client: Client, message: Message) -> None:
+        """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
+        if self.notice and message.is_visible:
+            self.publish("display_data", notice_content(self.notice), message.header)
+            self.notice = ""
+        target = client.upstream or (self.handover and self.handover.own)
+        if target:
+            target.write(zmtp_message(message.parts))
+
+    def respond(
+        self,
+        client: Client,
+        message: Message,
+        reply: str,
+        content: Mapping[str, Any],
+        published: Sequence[tuple[str, Mapping[str, Any]]],
+    ) -> None:
+        """Answer a message as a kernel does."""
+        self.publish("status", {"execution_state": "busy"}, message.header)
+        for kind, data in published:
+            self.publish(kind, data, message.header)
+        if reply:
+            client.write(zmtp_message(self.session.encode(reply, content, message.header, message.idents)))
+        self.publish("status", {"execution_state": "idle"}, message.header)
+
+    def publish(
+        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], clients: Any = None
+    ) -> None:
+        """Send a message to all subscribers, or to some."""
+        topic = f"kernel.{self.session.name}.{kind}".encode()
+        data = zmtp_message(self.session.encode(kind, content, parent, [topic]))
+        for client in self.clients if clients is None else clients:
+            if any(topic.startswith(wanted) for wanted in client.topics):
+                client.write(data)
+
+
+async def serve_failure(connection: Mapping[str, Any], failure: Failure) -> None:
+    """Answer Jupyter with a failure until it shuts this kernel down or is gone."""
+    import asyncio
+
+    parent = os.getppid()
+    front = Front(connection, FrontKernel(failure.kernel))
+    await front.listen()
+    front.fail(failure)
+    while os.getppid() == parent and not front.shutdown.is_set():
+        try:
+            await asyncio.wait_for(front.shutdown.wait(), 1)
+        except asyncio.TimeoutError:
+            continue
+    await front.drain(1)
 
 
 def import_from_here() -> None:
@@ -9259,21 +10282,12 @@ def salvage_launch(tokens: Sequence[str]) -> Launch:
     return Launch([], [], options)
 
 
-def kernel_language(name: str, command: Sequence[str]) -> str:
-    """Return the language of an installed kernel; by its command where Jupyter does not find it."""
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
-    try:
-        return str(KernelSpecManager().get_kernel_spec(name).language)
-    except NoSuchKernel:
-        return "python" if any("ipykernel" in token for token in command) else ""
-
-
 def become_error_kernel(error: UserError, launch: Launch) -> int:
     """Say on stderr and in the notebook why the kernel did not start; return the exit status.
 
-    Serves Jupyter's connection file until Jupyter shuts this kernel down or is gone.  Where the
-    launching Python has no jupyter_client, or with ``--no-error-kernel``, only stderr gets to know.
+    Serves Jupyter's connection file until Jupyter shuts this kernel down or is gone.  With
+    ``--no-error-kernel``, or where the connection is encrypted and the launching Python has no pyzmq, only
+    stderr and the log say it.
     """
     tell_error(error)
     log = launch.options.get("log", "")
@@ -9284,26 +10298,24 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     grading = os.environ.get("NBGRADER_EXECUTION") == "autograde"
     if launch.options.get("no-error-kernel") or grading or not path:
         return status
+    import asyncio
+    import json
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        import_from_here()
-        import json
-
         with open(path, encoding="utf-8") as file:
             connection = json.load(file)
         name = launch.options.get("name", "")
         message, hint, detail = (
             printable(text, connection.get("key", "")) for text in (error.message, error.hint, error.detail)
         )
-        failure = Failure(name, message, hint, detail, log, kernel_language(name, launch.command))
-        kernel = ErrorKernel(connection, failure)
-    except (ImportError, OSError, ValueError, KeyError) as problem:
+        kernel = front_kernel(name, launch.command, os.environ)
+        failure = Failure(name, message, hint, detail, log, kernel.language)
+        asyncio.run(serve_failure(connection, failure))
+    except (ImportError, OSError, ValueError, KeyError, UserError) as problem:
         sys.stderr.write(f"envkernel: The notebook can't show this: {problem!r}.\n")
-        return status
-    kernel.serve()
     return status
 
 

@@ -173,8 +173,9 @@ class Console:
         return self
 
     def __exit__(self, *failure):
-        self.child.sendeof()
-        self.child.expect(pexpect.EOF)
+        if self.child.isalive():
+            self.child.sendeof()
+            self.child.expect(pexpect.EOF)
         self.child.close()
 
     def ask(self, code, answer):
@@ -203,6 +204,10 @@ def test_the_console_tells_the_reason_before_anything_is_typed(desk):
         console.child.expect_exact(desk.reason)
         console.child.expect(r"In \[1\]: ")
         console.ask("1 + 1", "KernelDidNotStart")
+    with Console(desk, "broken") as console:
+        console.child.expect(r"In \[1\]: ")
+        console.child.sendline("exit")
+        console.child.expect(pexpect.EOF)
     assert not marked_processes(desk.jupyter.mark)
 
 

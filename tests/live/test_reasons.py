@@ -42,7 +42,9 @@ def gone(jupyter, kernel_venv, tmp_path):
 def test_a_missing_environment(jupyter, gone):
     reply, published = reason(jupyter, "gone")
     assert reply["evalue"].startswith(f"There is no virtualenv at {gone}.")
-    assert published["error"]["traceback"] == reply["traceback"]
+    shown = published["display_data"]["data"]["text/plain"].splitlines()
+    assert shown[1:] == [reply["traceback"][0].partition(": ")[2], *reply["traceback"][1:]]
+    assert str(gone) not in "".join(published["error"]["traceback"]), "the same text twice in one cell"
     assert str(gone) in published["display_data"]["data"]["text/html"]
     log = jupyter.envkernel("log", "gone").stdout
     assert f"not started: There is no virtualenv at {gone}." in log
@@ -397,14 +399,30 @@ def test_it_can_be_turned_off(jupyter, kernel_venv, tmp_path):
     assert said.stderr.startswith(f"envkernel: There is no virtualenv at {path}.\n")
 
 
-def test_without_jupyter_client_stderr_has_to_do(jupyter, gone, tmp_path):
+def test_without_jupyter_client_and_pyzmq_the_notebook_shows_it_at_once(jupyter, gone, tmp_path):
+    """The launching Python has nothing but its standard library."""
     bare = tmp_path / "bare"
     done(sys.executable, "-m", "venv", "--without-pip", bare)
-    said = start_for(jupyter, "gone", str(bare / "bin" / "python"))
-    assert said.returncode == 1
-    assert said.stderr.startswith(f"envkernel: There is no virtualenv at {gone}.\n")
-    assert "The notebook can't show this" in said.stderr
-    assert "Traceback" not in said.stderr
+    path = jupyter.kernels / "gone" / "kernel.json"
+    spec = json.loads(path.read_text())
+    spec["argv"][0] = str(bare / "bin" / "python")
+    path.write_text(json.dumps(spec))
+    manager = manager_of(jupyter, "gone")
+    start = time.monotonic()
+    manager.start_kernel(env=jupyter.environ)
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        reply = client.execute_interactive("1", timeout=20, output_hook=lambda message: None)["content"]
+        assert time.monotonic() - start < 1
+        assert reply["evalue"].startswith(f"There is no virtualenv at {gone}.")
+        client.kernel_info()
+        info = client.get_shell_msg(timeout=10)["content"]
+        assert info["language_info"]["name"] == "python"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel()
+        manager.cleanup_resources()
 
 
 def test_a_port_that_is_taken_is_no_traceback(jupyter, gone):

@@ -1,4 +1,4 @@
-"""The error kernel: what it answers, as data."""
+"""Jupyter's five ports in front of a kernel: what is answered there, as data."""
 
 import pytest
 from jupyter_kernel_test.msgspec_v5 import validate_message
@@ -55,7 +55,7 @@ def test_an_execution_shows_the_failure_in_text_and_html():
     assert reply == "execute_reply"
     assert [kind for kind, _ in published] == ["execute_input", "display_data", "error"]
     assert published[0][1] == {"code": "1+1", "execution_count": 3}
-    error = published[2][1]
+    error = {name: content[name] for name in ("ename", "evalue", "traceback")}
     assert error == {
         "ename": "KernelDidNotStart",
         "evalue": "There is no conda environment at /opt/<x>. "
@@ -71,13 +71,31 @@ def test_an_execution_shows_the_failure_in_text_and_html():
             "Log of this launch: /home/me/launch.log",
         ],
     }
-    assert {name: content[name] for name in error} == error
+    assert published[2][1] == {**error, "traceback": ["\x1b[0;31mKernelDidNotStart\x1b[0m"]}
     assert (content["status"], content["execution_count"]) == ("error", 3)
+    text = published[1][1]["data"]["text/plain"]
+    assert text.splitlines() == [
+        "The kernel science did not start.",
+        FAILURE.message,
+        *error["traceback"][1:],
+    ]
     html = published[1][1]["data"]["text/html"]
     assert "The kernel science did not start." in html
     assert "<code>conda create -p /opt/&lt;x&gt; ipykernel</code>" in html
     assert "line &lt;two&gt;" in html
     assert "<two>" not in html
+
+
+@pytest.mark.parametrize("code", ["exit", " quit() ", "q()"])
+def test_there_is_a_way_out_of_jupyter_console(code):
+    reply, content, published = ask("execute_request", code=code)
+    assert (reply, content["status"], published) == ("execute_reply", "ok", [])
+    assert content["payload"] == [{"source": "ask_exit", "keepkernel": False}]
+
+
+def test_backticks_become_code_in_the_message_too():
+    html = envkernel.failure_html(FAILURE.but(message="`module load <x>` failed."))
+    assert "<code>module load &lt;x&gt;</code> failed." in html
 
 
 def test_a_silent_execution_publishes_nothing():
