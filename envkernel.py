@@ -48,88 +48,13 @@ CONNECTION_FILE = "{connection_file}"
 RESOURCE_DIR = "{resource_dir}"
 """Jupyter's placeholder for the folder of the kernelspec."""
 
-BOOT = """\
-import sys, marshal
-from _frozen_importlib_external import SourceFileLoader, cache_from_source
-path = sys.argv[1]
-loader = SourceFileLoader('envkernel', path)
-module = type(sys)('envkernel')
-module.__file__ = path
-sys.modules['envkernel'] = module
-try:
-    store = open(cache_from_source(path, optimization='launch'), 'rb', 0)
-    stamp, parts = marshal.loads(store.read(int(store.read(8))))
-    if stamp != sorted(loader.path_stats(path).items()):
-        raise ValueError
-    module.STORE = store, store.tell(), parts
-    code = marshal.loads(store.read(parts['launch'][1]))
-except Exception:
-    try:
-        code = loader.get_code('envkernel')
-    except EOFError:
-        code = compile(loader.get_data(path), path, 'exec', dont_inherit=True)
-exec(code, module.__dict__)
-sys.exit(module.main(sys.argv[2:]))
-"""
-"""What the kernelspec gives to ``python -c``: load this file through cached bytecode.
-
-A script is compiled anew at each start (10 ms for 1,600 lines), an imported file is not.  Where setup
-could write it, there is a cache of our own, a file in `PARTS`: the first is loaded here, the others by
-`load` where they are needed, for what a process that stays beside a kernel has loaded is memory taken
-from the kernel's host.  Else Python's own cache serves; the loader is named outright because ``import``
-wants a name that ends in ``.py`` and a search path."""
-
-LAUNCH_SECTIONS = frozenset(
-    (
-        "constants",
-        "errors",
-        "records",
-        "kernelspec tokens",
-        "options",
-        "environment modes",
-        "effects",
-        "launch log",
-        "main",
-    )
+LOADER = (
+    "import sys,importlib.machinery as i;m=type(sys)('envkernel');m.__file__=f=sys.argv.pop(1);"
+    "i.SourceFileLoader(m.__name__,f).exec_module(m);sys.exit(m.command())"
 )
-"""The sections of this file that start a kernel in an environment: all that such a launch loads."""
-
-PARTS = {
-    "launch": LAUNCH_SECTIONS,
-    "beside": frozenset(("relay", "supervising")),
-    "containers": frozenset(("container modes",)),
-    "streams": frozenset(("node agent and keeper",)),
-    "agent": frozenset(("the agent's side",)),
-    "submit": frozenset(("cluster modes", "the submit host's side")),
-    "rest": frozenset(),
-}
-"""What is loaded together, in this order, and its sections; the rest are those that no other part has."""
-
-OTHER_MODES = {
-    **dict.fromkeys(("docker", "podman", "singularity", "apptainer"), ("beside", "containers")),
-    **dict.fromkeys(("slurm", "yarn"), ("beside", "streams", "submit")),
-}
-"""The modes that need more than `LAUNCH_SECTIONS`, and the parts that they need."""
-
-
-STORE: Any = globals().get("STORE")
-"""The open cache, where its parts begin, and beginning and length of each; None without that cache."""
-
-LOADED = {"launch"}
-"""The parts that were taken from it."""
-
-
-def split_sections(source: str) -> dict[str, str]:
-    """Return the source of each of `PARTS`; lines keep their numbers."""
-    lines: dict[str, list[str]] = {part: [] for part in PARTS}
-    current = "launch"
-    for line in source.split("\n"):
-        if line.startswith("# ---- "):
-            title = line.strip("# -")
-            current = next((part for part, titles in PARTS.items() if title in titles), "rest")
-        for part, own in lines.items():
-            own.append(line if part == current else "")
-    return {part: "\n".join(own) for part, own in lines.items()}
+"""What the kernelspec gives to ``python -c``: import the file that the next argument names, whatever its
+name, and run its `command`.  Python keeps the bytecode of what it imports, but of no script.
+"""
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -476,7 +401,6 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
             own, rest = own[:cut], own[cut + 1 :]
         step = _read_step(mode, own, common)
         if not mode.targets[0] <= len(step.targets) <= mode.targets[1] or "" in step.targets:
-            load_rest()
             check_targets(mode, step)
         steps.append(step)
     known = [
@@ -3540,7 +3464,7 @@ def setup_yarn(step: Step, facts: Facts, environ: Mapping[str, str], common: Map
 
 def yarn_client() -> list[str]:
     """Return how the helper is started that speaks with YARN."""
-    return [sys.executable, "-I", "-S", "-c", BOOT, os.path.abspath(__file__), "yarn", "client"]
+    return [*launcher(sys.executable, os.path.abspath(__file__)), "yarn", "client"]
 
 
 def client_error(said: Output) -> UserError:
@@ -3896,17 +3820,17 @@ def _typed_options(options: Sequence[Option], values: Mapping[str, Any]) -> list
     return words
 
 
-def kernelspec_argv(launch: Launch, script: str, python: str) -> list[str]:
-    """Return a kernelspec's argv: the Python that runs this file, then the launch.
+def launcher(python: str, script: str) -> list[str]:
+    """Return the start of a command line that runs this file, without the arguments for envkernel.
 
-    ``-I`` ignores the user's PYTHON* variables and the current folder, ``-S`` saves the time of
+    ``-I`` ignores the user's PYTHON* variables and the current directory, ``-S`` saves the time of
     ``site``: the run phase needs the standard library only.
     """
-    return [python, "-I", "-S", "-c", BOOT, script, *launch_to_argv(launch)]
+    return [python, "-I", "-S", "-c", LOADER, script]
 
 
 def is_booted(argv: Sequence[str]) -> bool:
-    """Tell whether an argv is that of `kernelspec_argv`, whatever version's `BOOT` stands in it."""
+    """Return whether an argv begins as `launcher` begins it, in this version or an earlier one."""
     return list(argv[1:4]) == ["-I", "-S", "-c"] and "envkernel" in "".join(argv[4:5]) and len(argv) > 5
 
 
@@ -4068,7 +3992,7 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
         files["envkernel.py"] = facts.read(script) or b""
         script = os.path.join(destination, "envkernel.py")
     python = plain_path(lasting_python(facts) if common.get("self-contained") else sys.executable, facts)
-    spec = kernelspec_json(request, launch, kernel, kernelspec_argv(launch, script, python))
+    spec = kernelspec_json(request, launch, kernel, [*launcher(python, script), *launch_to_argv(launch)])
     if common.get("dry-run"):
         import json
 
@@ -4076,7 +4000,7 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
         return
     replace = "replace" in common or "update" in common
     install_kernelspec(destination, spec, files, "user" not in common, kernel.folder, replace)
-    compile_script(script)
+    write_bytecode(python, script, facts)
     say_installed(common["name"], destination, offer="check" not in common)
 
 
@@ -4196,63 +4120,34 @@ def image_kernel(request: Request, plan: Plan) -> Kernel:
     return Kernel(request.command or [], request.common.get("language", "python"))
 
 
-def compile_script(script: str) -> None:
-    """Write the bytecode of envkernel.py where it can be written, so that no start compiles it."""
-    import contextlib
-    import importlib.util
-    import py_compile
-    import tempfile
-    from importlib.machinery import SourceFileLoader
-
-    prefix, sys.pycache_prefix = sys.pycache_prefix, None  # as in the run phase, which ignores PYTHON*
-    loader = SourceFileLoader("envkernel", script)
-    plain = importlib.util.cache_from_source(script)
-    is_new = not os.path.exists(os.path.dirname(plain))
-    try:
-        py_compile.compile(script, plain, doraise=True)
-        stamp = sorted(loader.path_stats(script).items())
-        source = importlib.util.decode_source(loader.get_data(script))
-        parts = split_sections(source).items()
-        content = cache_text(stamp, {name: compile_part(part, script) for name, part in parts})
-        cache = importlib.util.cache_from_source(script, optimization="launch")
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(cache), delete=False) as file:
-            file.write(content)
-        os.replace(file.name, cache)
-        readable = os.stat(script).st_mode & 0o666  # whoever may read the script may read its caches
-        for file_name in (plain, cache):
-            os.chmod(file_name, readable)
-        if is_new:
-            os.chmod(os.path.dirname(plain), 0o700 | readable | (readable & 0o044) >> 2)
-    except OSError:
-        with contextlib.suppress(OSError, NameError):
-            os.unlink(file.name)
-    finally:
-        sys.pycache_prefix = prefix
+WOULD_COMPILE = 3
+ASK_BYTECODE = (
+    "import sys,importlib.machinery as i;"
+    f"i.SourceFileLoader.source_to_code=lambda *a,**k:sys.exit({WOULD_COMPILE});"
+    "i.SourceFileLoader('envkernel',sys.argv[1]).get_code('envkernel')"
+)
+"""What a Python is asked with ``-c``: whether it has to compile the file that the next argument names."""
 
 
-def compile_part(source: str, script: str) -> bytes:
-    """Return the bytecode of a part of envkernel.py.
+def write_bytecode(python: str, script: str, facts: Facts) -> str:
+    """Let a Python write its bytecode of envkernel.py, so that no start compiles it; return what fails.
 
-    Without docstrings, which nothing reads at run time, and without the import of ``__future__``, a flag.
+    Whoever may read the script may read the bytecode, whatever the umask is.
     """
-    import __future__
-
-    import marshal
-
-    flags = __future__.annotations.compiler_flag
-    source = source.replace("\nfrom __future__ import annotations\n", "\n\n", 1)
-    return marshal.dumps(compile(source, script, "exec", flags, dont_inherit=True, optimize=2))
-
-
-def cache_text(stamp: Sequence[Any], codes: Mapping[str, bytes]) -> bytes:
-    """Return the cache that `BOOT` and `load` read: where each part begins and its length, then the parts."""
-    import marshal
-
-    places: dict[str, tuple[int, int]] = {}
-    for name, code in codes.items():
-        places[name] = (sum(size for _, size in places.values()), len(code))
-    head = marshal.dumps((list(stamp), places))
-    return b"%8d" % len(head) + head + b"".join(codes.values())
+    cache = os.path.join(os.path.dirname(script), "__pycache__")
+    known = {cache} if os.path.isdir(cache) else set()
+    known.update(os.path.join(cache, name) for name in facts.listdir(cache))
+    facts.output([*launcher(python, script), "--version"], {})
+    readable = os.stat(script).st_mode & 0o666
+    for path in {cache, *(os.path.join(cache, name) for name in facts.listdir(cache))} - known:
+        if os.path.isdir(path):
+            os.chmod(path, 0o700 | readable | (readable & 0o044) >> 2)
+        elif os.path.exists(path):
+            os.chmod(path, readable)
+    asked = facts.output([python, "-I", "-S", "-c", ASK_BYTECODE, script], {})
+    if asked.status != WOULD_COMPILE:
+        return ""
+    return f"Python can't keep the bytecode of {script} in {cache}: each start compiles it, which takes 0.3 s"
 
 
 def kernelspec_folder(common: Mapping[str, Any]) -> str:
@@ -5242,6 +5137,10 @@ def check_command(options: Mapping[str, Any], facts: Facts) -> int:
     with tempfile.TemporaryFile() as log:
         try:
             check = Check(kernel, plan_of(kernel, facts), facts)
+            argv = kernel.spec["argv"]
+            slow = write_bytecode(argv[0], argv[5], facts) if is_booted(argv) else ""
+            if slow:
+                facts.tell(f"envkernel: {slow}.\n".encode(errors="surrogateescape"))
             steps = check.steps
             check.run(log)
         except UserError as broken:
@@ -8068,7 +7967,7 @@ class Keeper:
 
     def feed(self) -> bytes:
         """Return what the program gets on stdin."""
-        return self.job.feed(self.orders, lambda: own_code(self.job.launch, self.facts))
+        return self.job.feed(self.orders, lambda: own_code(self.facts))
 
     def start_child(self, argv: Sequence[str], feed: Callable[[], bytes], directory: str = "/") -> None:
         """Start the program that holds the job and give it `feed` on stdin, which stays open."""
@@ -8343,27 +8242,21 @@ def tunnel_error(said: str) -> UserError:
     )
 
 
-def own_code(launch: Launch, facts: Facts) -> tuple[str, bytes, bytes]:
-    """Return this file for a node: magic number (hex), bytecode in parts, and source for another Python.
-
-    launch: the rest of the chain; what that does not need is left out.
+def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
+    """Return this file for a node: magic number (hex) of the bytecode, bytecode, source for another Python.
 
     Raises UserError where it can't be read.
     """
     import marshal
-    from _frozen_importlib_external import MAGIC_NUMBER
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import MAGIC_NUMBER
 
     source = facts.read(__file__)
     if source is None:
         hint = "Install envkernel again, or set the kernel up again."
         raise UserError(f"The file {__file__} can't be read.", hint)
-    needed = {"launch", "beside", "streams", "agent"}
-    needed.update(*(OTHER_MODES.get(step.mode, ()) for step in launch.steps))
-    codes = [part_code(name) for name in PARTS if name in needed]
-    if not all(codes):  # the whole file was loaded
-        parts = split_sections(source.decode())
-        codes = [compile_part(parts[name], __file__) for name in PARTS if name in needed]
-    return MAGIC_NUMBER.hex(), marshal.dumps(codes), source
+    code = SourceFileLoader("envkernel", __file__).get_code("envkernel")
+    return MAGIC_NUMBER.hex(), marshal.dumps([marshal.dumps(code)]), source
 
 
 def job_folder(launch: Launch, facts: Facts) -> str:
@@ -8934,7 +8827,7 @@ def become_small_agent(orders: Mapping[str, Any], place: int) -> NoReturn:
 
     place: descriptor on which the agent is to say where it listens.
     """
-    magic, code, _ = own_code(launch_from_data(orders["launch"]), Facts())
+    magic, code, _ = own_code(Facts())
     file = os.memfd_create("agent")
     write_all(file, b"%s %d 0\n" % (magic.encode(), len(code)) + code)
     write_all(file, to_json({**orders, "place": place}) + b"\n")
@@ -10398,7 +10291,6 @@ def run(tokens: Sequence[str]) -> int:
         log_launch(launch, tokens, plan, before)
         return execute(plan, launch, facts)
     except UserError as error:
-        load_rest()
         launch = launch or salvage_launch(tokens)
         error.name_kernel(launch.options.get("name", "NAME"))
         if "log" not in launch.options:
@@ -10427,7 +10319,6 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
     if plan.job:
         return RemoteKernel(plan, plan.job, launch, facts).serve()
     if not plan.care and launch.options.get("earlier"):
-        load("beside")
         plan = watched(plan, launch, facts)
     if not plan.care:
         become(plan)
@@ -10436,7 +10327,7 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
 
 def become(plan: Plan) -> NoReturn:
     """Execute the plan's program in place of this process.  Raises UserError where it can't start."""
-    import _signal  # signal itself would load enum
+    import _signal  # the one private module: signal costs each start 70 % of what the bare interpreter needs
 
     for number in IGNORED_BY_PYTHON:
         _signal.signal(number, _signal.SIG_DFL)
@@ -10473,46 +10364,8 @@ def setup_or_manage(argv: Sequence[str]) -> int:
         raise lost_output(error) from None
 
 
-def load(*names: str) -> None:
-    """Load more of `PARTS`; nothing is to be done for what is here, and where the whole file was loaded.
-
-    From the open cache: the file at its path may be another one by now.
-    """
-    import marshal
-
-    for name in names:
-        code = part_code(name) if name not in LOADED else b""
-        LOADED.add(name)
-        if code:
-            exec(marshal.loads(code), globals())
-
-
-def part_code(name: str) -> bytes:
-    """Return the bytecode of a part as it is in the open cache; nothing where the whole file was loaded."""
-    if STORE is None:
-        return b""
-    store, base, places = STORE
-    start, size = places[name]
-    return os.pread(store.fileno(), size, base + start)
-
-
-def load_rest() -> None:
-    """Load all that is not loaded."""
-    load(*PARTS)
-
-
-def needed_parts(argv: Sequence[str]) -> list[str]:
-    """Return the parts that a command line needs: all but for a canonical launch."""
-    if argv[1:3] != ["run", "--format=" + FORMAT]:
-        return list(PARTS)
-    words = [*argv[:1], *(after for before, after in zip(argv, argv[1:]) if before == "--")]
-    wanted = {part for word in words for part in OTHER_MODES.get(word, ())}
-    return [part for part in PARTS if part in wanted]
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command line `argv` (without the program's name); return the exit status."""
-    load(*needed_parts(argv))
     try:
         if sys.version_info < (3, 8):  # noqa: UP036 (a login node may have any)
             raise UserError(

@@ -163,7 +163,7 @@ def test_the_recorded_command_is_read_back():
 @pytest.mark.parametrize(
     ("argv", "tokens"),
     [
-        (["/p", "-I", "-S", "-c", envkernel.BOOT, "/s", "conda", "run"], ["conda", "run"]),
+        (["/p", "-I", "-S", "-c", envkernel.LOADER, "/s", "conda", "run"], ["conda", "run"]),
         (["/opt/bin/envkernel", "conda", "run", "/e", "--", "x"], ["conda", "run", "/e", "--", "x"]),
         (["/py", "/opt/envkernel.py", "lmod", "run", "m"], ["lmod", "run", "m"]),
         (["python", "-m", "ipykernel_launcher"], []),

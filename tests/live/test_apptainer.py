@@ -147,7 +147,7 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
                 "42",
             )
         both = until(lambda: [memory.family(kernel.pid)] * (len(memory.family(kernel.pid)) == 2))
-        assert memory.megabytes(both[0]) <= 10
+        assert memory.megabytes(both[0]) <= 30
         assert kernel.shutdown() < 5
         assert until(lambda: not private_folders(place))
     assert not {port for _, port in listeners()} & ports
