@@ -234,8 +234,8 @@ class Mode(Record):
     result.  common: the common options by name.
     plan: ``(step, plan, facts, rest) -> Plan``: one fold of the launch; `rest` is the `Launch` of
     what comes after this step.  remote: it takes the rest of the chain along, so the fold ends here.
-    engine: ``(step, facts) -> {option: takes a value}``: the options of the engine, None where
-    there is no engine.
+    engine: ``(name, tokens, environ, facts) -> [[program, subcommand], ...]``: the commands of the engine
+    whose options may be given; None where there is no engine.
     """
 
     name: str
@@ -249,7 +249,7 @@ class Mode(Record):
     minus: bool = False
     remote: bool = False
     container: bool = False
-    engine: Callable[..., Mapping[str, bool]] | None = None
+    engine: Callable[..., list[list[str]]] | None = None
     example: str = ""
 
 
@@ -567,18 +567,25 @@ class Request(Record):
     command: list[str] | None = None
 
 
-def parse_setup(tokens: Sequence[str], facts: Facts) -> Request:
+def parse_setup(tokens: Sequence[str], facts: Facts, environ: Mapping[str, str] | None = None) -> Request:
     """Read ``MODE [options] TARGET [-- MODE ... ] [-- KERNEL COMMAND]`` as a user types it.
 
+    Each mode is read in the environment that the modes before it make: its engine may exist only there.
     Raises UserError (status 2) for what neither envkernel nor the engine knows.
     """
+    start = launch_environ(facts) if environ is None else environ
+
+    def before() -> Mapping[str, str]:
+        near = [step for step in steps if not (MODES[step.mode].remote or MODES[step.mode].container)]
+        return setup_steps(Request(common, near), facts, start)[1]
+
     common: dict[str, Any] = {}
     steps: list[Step] = []
     rest: Sequence[str] | None = tokens
     while rest and (not steps or rest[0] in MODES):
         mode = find_mode(rest[0])
         typed = rest[1:]
-        step, rest = parse_step(mode, typed, facts, common, first=not steps)
+        step, rest = parse_step(mode, typed, facts, before, common, first=not steps)
         if len(step.targets) < mode.targets[0]:
             check_env_words(mode, typed[: typed.index("--")] if "--" in typed else typed)
         check_targets(mode, step)
@@ -621,15 +628,26 @@ def check_targets(mode: Mode, step: Step) -> None:
 
 
 def parse_step(
-    mode: Mode, tokens: Sequence[str], facts: Facts, common: dict[str, Any], first: bool = True
+    mode: Mode,
+    tokens: Sequence[str],
+    facts: Facts,
+    environ: Callable[[], Mapping[str, str]],
+    common: dict[str, Any],
+    first: bool = True,
 ) -> tuple[Step, list[str] | None]:
     """Read one mode's part of a command line, up to ``--``.
 
+    environ: returns the environment in which its engine is found; called when the engine has to be asked.
     common: where options of the kernel go.  first: the first mode of a chain; after another one only
     ``--env`` of these has a place, because an engine's own would show the value in its argv.
     Returns the step and what follows the ``--`` (None where there was none).
     """
-    engine = mode.engine(tokens, facts) if mode.engine else {}
+
+    def find_engine() -> tuple[list[list[str]], Mapping[str, str]]:
+        around = environ() if mode.engine else {}
+        return (mode.engine(mode.name, tokens, around, facts) if mode.engine else []), around
+
+    engine = EngineOptions(facts, find_engine)
     shared = [option for option in COMMON_OPTIONS if first or option.kind == "env"]
     flags = {flag: option for option in [*shared, *mode.options] for flag in option.flags}
     own = {option.name for option in mode.options}
@@ -646,12 +664,8 @@ def parse_step(
         elif option and not _is_for_engine(option, flag, equals, engine):
             values = step.options if option.name in own else common
             store_value(values, option, read_value(option, token, queue))
-        elif engine_takes(token, engine) is not None:
-            step.engine.append(token)
-            if engine_takes(token, engine):
-                if not queue or queue[0] == "--":
-                    raise usage_error(f"{token} needs a value.", f"See the help of {mode.name} itself.")
-                step.engine.append(queue.pop(0))
+        elif mode.engine and engine.read(token, queue, step.engine):
+            continue
         elif mode.minus and not token.startswith("--") and "-" + token not in flags:
             step.targets.append(token)
         else:
@@ -659,33 +673,104 @@ def parse_step(
     return step, None
 
 
-def _is_for_engine(option: Option, flag: str, equals: str, engine: Mapping[str, bool]) -> bool:
-    """Tell whether an option that envkernel knows means the engine's of the same name here.
+def _is_for_engine(option: Option, flag: str, equals: str, engine: EngineOptions) -> bool:
+    """Return whether an option that envkernel knows means the engine's of the same name here.
 
     ``--user`` is envkernel's and ``--user=X`` docker's; the engine's short options come first.
     """
-    if flag not in engine:
+    if flag.startswith("--") and not (equals and not option.metavar):
         return False
-    return not flag.startswith("--") or bool(equals and not option.metavar)
+    return engine.find(flag) is not None
 
 
-def engine_takes(token: str, engine: Mapping[str, bool]) -> bool | None:
-    """Tell whether an engine option takes the next token as its value; None: the engine has no such.
+class EngineOptions:
+    """The options of a mode's engine (docker run, apptainer exec, srun): asks the installed program for them.
 
-    token: ``--long``, ``--long=value``, ``-x``, ``-xvalue`` or a cluster such as ``-it``.
+    First its ``--help``; an option that this does not list is tried, together with ``--help``.
     """
-    if token.startswith("--"):
-        flag, equals, _ = token.partition("=")
-        return (engine[flag] and not equals) if flag in engine else None
-    if token.split("=")[0] in engine:
-        return engine[token.split("=")[0]] and "=" not in token
-    for index, letter in enumerate(token[1:], 1):
-        takes = engine.get("-" + letter)
-        if takes is None:
-            return None
-        if takes:
-            return index == len(token) - 1
-    return False
+
+    UNKNOWN = ("unknown flag", "unknown shorthand", "unrecognized option", "invalid option", "is ambiguous")
+    """How engines refuse an option that they don't know."""
+
+    def __init__(self, facts: Facts, find: Callable[[], tuple[Sequence[Sequence[str]], Mapping[str, str]]]):
+        """find: returns the engine's commands and their environment; called when first needed."""
+        self.facts = facts
+        self.find_commands = find
+        self.environ: Mapping[str, str] = {}
+        self.commands: Sequence[Sequence[str]] = []
+        self.known: dict[str, tuple[str, str]] = {}
+
+    def listed(self) -> dict[str, tuple[str, str]]:
+        """Return what the engine's help lists (`read_engine_help`).  Raises UserError without an answer."""
+        if not self.commands:
+            self.commands, environ = self.find_commands()
+            self.environ = {**environ, "LC_ALL": "C"}
+            for command in self.commands:
+                said = self.facts.output([*command, "--help"], self.environ)
+                found = read_engine_help(os.fsdecode(said.out))
+                if not found:
+                    raise UserError(
+                        f"{' '.join(command)} does not say which options it has.",
+                        f"See: {' '.join(command)} --help",
+                        detail=os.fsdecode(said.err).strip(),
+                    )
+                self.known = {**found, **self.known}
+        return self.known
+
+    def find(self, flag: str) -> tuple[str, str] | None:
+        """Return an option's long name and how it takes a value, None where the engine does not know it."""
+        if flag not in self.listed():
+            for command in self.commands:
+                said = self.facts.output([*command, flag, "--help"], self.environ)
+                if not any(sign in os.fsdecode(said.err) for sign in self.UNKNOWN):
+                    self.known[flag] = (flag, "=" if said.status else "")
+                    break
+        return self.known.get(flag)
+
+    def read(self, token: str, queue: list[str], found: list[str]) -> bool:
+        """Append an option to `found` as ``--flag`` or ``--flag=value``; return whether the engine knows it.
+
+        token: ``--long``, ``--long=value``, ``-x``, ``-xvalue`` or several such as ``-it``.
+        """
+        short = not token.startswith("--")
+        flag, equals, value = (token[:2], token[2:3], token[2:]) if short else token.partition("=")
+        known = self.find(flag)
+        if known is None:
+            return False
+        long, takes = known
+        if short and equals not in ("", "=") and not takes:
+            found.append(long)
+            return self.read("-" + value, queue, found)
+        if takes == "=" and not equals:
+            if not queue or queue[0] == "--":
+                raise usage_error(f"{token} needs a value.", f"See: {' '.join(self.commands[0])} --help")
+            value = queue.pop(0)
+        elif short and equals == "=":
+            value = value[1:]
+        found.append(f"{long}={value}" if equals or takes == "=" else long)
+        return True
+
+
+def read_engine_help(text: str) -> dict[str, tuple[str, str]]:
+    """Return the options that a program's ``--help`` lists: each flag's long name and how it takes a value.
+
+    Empty: it takes none; ``=``: in the same argument or the next one; ``[``: only in the same.
+    ``  -v, --volume list   Bind``, ``  -p, --partition=name partition``, ``  --exclusive[=user]   alone``.
+    """
+    import re
+
+    line = r"^ {2,6}(?:(-\w),? +)?(--[\w-]+)(\[=\S*|=\S*| \S+(?: \S+)*(?= {2}|$))?(?= |$)"
+    found: dict[str, tuple[str, str]] = {}
+    for short, long, value in re.findall(line, text, re.M):
+        takes = "[" if value[:1] == "[" else "=" * bool(value)
+        found.update({flag: (long, takes) for flag in (short, long) if flag})
+    return found
+
+
+def typed_value(tokens: Sequence[str], flag: str) -> str:
+    """Return the value of an option where a command line gives it, before that is read; or empty."""
+    pairs = [*(token.partition("=")[::2] for token in tokens), *zip(tokens, tokens[1:])]
+    return next((value for name, value in pairs if name == flag and value), "")
 
 
 def read_value(option: Option, token: str, queue: list[str]) -> Any:
@@ -724,11 +809,11 @@ def store_value(values: dict[str, Any], option: Option, value: Any) -> None:
 
 
 def unknown_option(
-    mode: Mode, flag: str, flags: Mapping[str, Option], engine: Mapping[str, bool], head: bool
+    mode: Mode, flag: str, flags: Mapping[str, Option], engine: EngineOptions, head: bool
 ) -> UserError:
     """Return the error for an option that neither envkernel nor the engine knows."""
     known = [name for name, option in flags.items() if option.setup and name.startswith("--")]
-    known += [name for name in engine if name.startswith("--")]
+    known += [name for name in engine.listed() if name.startswith("--")]
     if not head and any(flag in option.flags for option in COMMON_OPTIONS):
         return usage_error(
             f"{flag} belongs to the kernel and not to {mode.name}.", "Put it before the first --."
@@ -751,7 +836,8 @@ def legacy_launch(tokens: Sequence[str], facts: Facts | None = None) -> Launch:
     """
     mode = find_mode(tokens[0])
     common: dict[str, Any] = {}
-    step, command = parse_step(mode, tokens[2:], facts or Facts(), common)
+    facts = facts or Facts()
+    step, command = parse_step(mode, tokens[2:], facts, lambda: launch_environ(facts), common)
     check_targets(mode, step)
     if not command:
         raise usage_error(
@@ -1604,52 +1690,6 @@ def setup_binds(texts: Sequence[str], facts: Facts, commas: bool = False) -> lis
     return binds
 
 
-def parse_engine_help(text: str) -> dict[str, bool]:
-    """Return the options that a program's ``--help`` lists, and whether each takes a value.
-
-    For the help of docker, podman and apptainer: ``  -v, --volume list   Bind mount a volume``.
-    """
-    import re
-
-    table: dict[str, bool] = {}
-    for short, long, value in re.findall(r"^ {2,}(?:(-\w), +)?(--[\w-]+)(?: (\S+))?(?: {2,}|$)", text, re.M):
-        table.update({flag: bool(value) for flag in (short, long) if flag})
-    return table
-
-
-def option_table(text: str) -> dict[str, bool]:
-    """Read a table of options as it stands in this file: ``cleanenv``, ``bind=`` (a value), ``B,bind=``.
-
-    An exclamation mark before it means that no help mentions the option.
-    """
-    table: dict[str, bool] = {}
-    for word in text.split():
-        names = word.strip("!=").split(",")
-        table.update({"-" * min(2, len(name)) + name: word.endswith("=") for name in names})
-    return table
-
-
-def engine_options(
-    names: Sequence[str], words: Sequence[str], builtin: str, tokens: Sequence[str], facts: Facts
-) -> dict[str, bool]:
-    """Return the options of an engine: those of the installed one, or else of the table in this file.
-
-    names: programs to look for.  words: the subcommand.  tokens: the command line, for ``--engine``.
-    """
-    table = option_table(builtin)
-    legacy = "--connection-file" in tokens  # a kernelspec of 1.x is starting: no time to ask
-    environ = launch_environ(facts)
-    given = [token[9:] for token in tokens if token.startswith("--engine=")]
-    given += [after for token, after in zip(tokens, tokens[1:]) if token == "--engine"]
-    program = "" if legacy else find_program([*given, *([] if given else names)], environ, facts)
-    if not program:
-        return table
-    said = facts.output([program, *words, "--help"], environ)
-    hidden = " ".join(word for word in builtin.split() if word.startswith("!"))
-    found = parse_engine_help(os.fsdecode(said.out))
-    return {**found, **option_table(hidden)} if found else table
-
-
 def find_program(names: Sequence[str], environ: Mapping[str, str], facts: Facts) -> str:
     """Return the path of the first program that is there, empty where none is.
 
@@ -1665,30 +1705,6 @@ def find_program(names: Sequence[str], environ: Mapping[str, str], facts: Facts)
     return ""
 
 
-def canonical_engine(tokens: Sequence[str], builtin: str, takes: Mapping[str, bool]) -> list[str]:
-    """Return engine options as ``--flag`` and ``--flag=value``, the short ones that `builtin` knows long."""
-    pairs = [word.strip("!=").split(",") for word in builtin.split() if "," in word]
-    long = {"-" + short: "--" + name for short, name in pairs}
-    words: list[str] = []
-    queue = list(tokens)
-    while queue:
-        token = queue.pop(0)
-        if not token.startswith("--") and len(token) > 2 and "-" + token[1] in takes:
-            flag, rest = token[:2], token[2:]
-            if takes[flag]:
-                words.append(f"{long.get(flag, flag)}={rest[rest.startswith('=') :]}")
-            else:
-                words.append(long.get(flag, flag))
-                queue.insert(0, "-" + rest)
-            continue
-        flag, equals, value = token.partition("=")
-        flag = long.get(flag, flag)
-        if not equals and takes.get(flag) and queue:
-            equals, value = "=", queue.pop(0)
-        words.append(flag + equals + value)
-    return words
-
-
 def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
     """Return the values that options have among canonical tokens, ``true`` for a flag."""
     pairs = [token.partition("=") for token in tokens]
@@ -1697,48 +1713,7 @@ def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
     ]
 
 
-ENGINE_FLAGS = (
-    "add-host= annotation= arch= a,attach= authfile= blkio-weight= blkio-weight-device= cap-add= "
-    "cap-drop= cert-dir= cgroup-conf= cgroup-parent= cgroupns= cgroups= chrootdirs= cidfile= "
-    "conmon-pidfile= cpu-count= cpu-percent= cpu-period= cpu-quota= cpu-rt-period= cpu-rt-runtime= "
-    "c,cpu-shares= cpus= cpuset-cpus= cpuset-mems= creds= decryption-key= d,detach detach-keys= "
-    "device= device-cgroup-rule= device-read-bps= device-read-iops= device-write-bps= "
-    "device-write-iops= disable-content-trust dns= !dns-opt= dns-option= dns-search= domainname= "
-    "entrypoint= e,env= env-file= env-host env-merge= expose= gidmap= gpus= group-add= group-entry= "
-    "health-cmd= health-interval= health-on-failure= health-retries= health-start-interval= "
-    "health-start-period= health-timeout= h,hostname= hosts-file= hostuser= http-proxy image-volume= "
-    "init init-path= i,interactive io-maxbandwidth= io-maxiops= ip= ip6= ipc= isolation= "
-    "kernel-memory= l,label= label-file= link= link-local-ip= log-driver= log-opt= mac-address= "
-    "m,memory= memory-reservation= memory-swap= memory-swappiness= mount= name= !net= !net-alias= "
-    "network= network-alias= no-healthcheck no-hostname no-hosts oom-kill-disable oom-score-adj= os= "
-    "passwd passwd-entry= personality= pid= pidfile= pids-limit= platform= pod= pod-id-file= "
-    "preserve-fds= privileged p,publish= P,publish-all pull= q,quiet rdt-class= read-only "
-    "read-only-tmpfs replace requires= restart= retry= retry-delay= rm rmi rootfs runtime= sdnotify= "
-    "seccomp-policy= secret= security-opt= shm-size= shm-size-systemd= sig-proxy stop-signal= "
-    "stop-timeout= storage-opt= subgidname= subuidname= sysctl= systemd= timeout= tls-verify tmpfs= "
-    "t,tty tz= uidmap= ulimit= umask= unsetenv= unsetenv-all use-api-socket u,user= userns= uts= "
-    "variant= v,volume= volume-driver= volumes-from= w,workdir="
-)
-"""Options of ``docker run`` (28) and ``podman run`` (4, 5)."""
-
-BUILD_FLAGS = (
-    "all-platforms build-arg= build-context= cache-from= cache-to= cache-ttl= compress cpp-flag= "
-    "D,disable-compression f,file= force-rm format= from= hooks-dir= identity-label ignorefile= jobs= layers "
-    "logfile= logsplit manifest= no-cache omit-history os-feature= os-version= o,output= progress= "
-    "runtime-flag= sign-by= skip-unused-stages squash squash-all ssh= stdin tag= target= timestamp= "
-    "userns-gid-map= userns-gid-map-group= userns-uid-map= userns-uid-map-user="
-)
-"""Options of their builds that are not options of their runs as well."""
-
-PULL_FLAGS = frozenset(
-    option_table(
-        "arch= authfile= cert-dir= creds= decryption-key= disable-content-trust os= platform= quiet "
-        "tls-verify variant="
-    )
-)
-"""Options of their runs that are about how an image is fetched."""
-
-ENGINE_OPTIONS = [
+DOCKER_OPTIONS = [
     Option(
         "--transport",
         "How Jupyter reaches a kernel that is not on the host's network: ipc (unix sockets, default) or tcp.",
@@ -1948,9 +1923,7 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     if not program:
         raise engine_missing(step)
     if rest.legacy:
-        table = option_table(ENGINE_FLAGS)
-        engine = canonical_engine(step.engine, ENGINE_FLAGS, table)
-        step = step.but(engine=engine, options={"identity": "user", **step.options})
+        step = step.but(options={"identity": "user", **step.options})
     network = engine_word(step, "--network", "--net")
     shares = shares_host(step)
     shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
@@ -2186,11 +2159,7 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
     program = find_program([step.options.get("engine", step.mode)], environ, facts)
     if not program:
         raise engine_missing(step)
-    takes = {
-        flag: one for flags in engine_tables(step.mode, step.options, facts) for flag, one in flags.items()
-    }
-    step = step.but(engine=canonical_engine(step.engine, ENGINE_FLAGS + " " + BUILD_FLAGS, takes))
-    step = split_build(step, option_table(ENGINE_FLAGS))
+    step = split_build(step, EngineOptions(facts, lambda: ([[program, "run"]], environ)))
     refuse_shared(step)
     options = dict(step.options, program=program)
     if "engine" in options:
@@ -2219,7 +2188,7 @@ def absolute_volume(token: str, facts: Facts) -> str:
     return f"{flag}={facts.absolute(source)}{colon}{rest}"
 
 
-def split_build(step: Step, run: Mapping[str, bool]) -> Step:
+def split_build(step: Step, run: EngineOptions) -> Step:
     """Move the engine tokens that its run does not know to the build's; drop none.
 
     Raises UserError (status 2) where there is neither an image nor a build.
@@ -2228,7 +2197,7 @@ def split_build(step: Step, run: Mapping[str, bool]) -> Step:
         if not step.targets:
             raise usage_error(f"{step.mode} needs IMAGE.", "Give an image, or --build DIR.")
         return step
-    for_run = [token for token in step.engine if token.partition("=")[0] in run]
+    for_run = [token for token in step.engine if run.find(token.partition("=")[0])]
     moved = [*step.options.get("build-option", []), *(token for token in step.engine if token not in for_run)]
     if step.targets and not step.targets[0].startswith("sha256:"):
         moved.append("--tag=" + step.targets[0])
@@ -2267,21 +2236,15 @@ def refuse_shared(step: Step) -> None:
         )
 
 
-def engine_tables(
-    mode: str, options: Mapping[str, Any], facts: Facts
-) -> tuple[dict[str, bool], dict[str, bool]]:
-    """Return the options of an engine's build, where there is one, and of its run."""
-    tokens = ["--engine=" + options["engine"]] if "engine" in options else []
-    build = engine_options([mode], ["build"], BUILD_FLAGS, tokens, facts) if "build" in options else {}
-    return build, engine_options([mode], ["run"], ENGINE_FLAGS, tokens, facts)
-
-
-def typed_engine_options(mode: str, tokens: Sequence[str], facts: Facts) -> dict[str, bool]:
-    """Return which options of docker or podman may stand on a command line: of run, with --build of both."""
-    table = engine_options([mode], ["run"], ENGINE_FLAGS, tokens, facts)
-    if any(token.partition("=")[0] == "--build" for token in tokens):
-        table = {**engine_options([mode], ["build"], BUILD_FLAGS, tokens, facts), **table}
-    return table
+def engine_commands(
+    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
+) -> list[list[str]]:
+    """Return the commands of docker or podman whose options may be given: run, with --build also build."""
+    given = typed_value(tokens, "--engine")
+    program = find_program([given or mode], environ, facts)
+    if not program:
+        raise engine_missing(Step(mode, {"engine": given or mode}))
+    return [[program, "run"], *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
 def engine_nature(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -2334,7 +2297,6 @@ def need_image(
     if is_here and (when != "always" or common.get("dry-run")):
         return image
     engine = os.path.basename(program)
-    for_pull = [token for token in step.engine if token.partition("=")[0] in PULL_FLAGS]
     missing = UserError(f"There is no image {image} here.", f"Fetch it: {engine} pull {image}")
     if when == "never" or common.get("dry-run"):
         raise missing
@@ -2342,6 +2304,8 @@ def need_image(
         print(f"There is no image {image} here yet.", flush=True)
     if not when and not facts.agrees(f"Fetch it now ({engine} pull {image})?"):
         raise missing
+    pull = EngineOptions(facts, lambda: ([[program, "pull"]], environ)).listed() if step.engine else {}
+    for_pull = [token for token in step.engine if token.partition("=")[0] in pull]
     if facts.show([program, "pull", *for_pull, image], environ):
         raise UserError(
             f"The image {image} can't be fetched: {engine} pull failed.",
@@ -2464,32 +2428,8 @@ def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan,
 APPTAINER_PROGRAMS = {"apptainer": ("apptainer", "singularity"), "singularity": ("singularity", "apptainer")}
 """Which programs run a mode's containers: its own, or else the other one of the same family."""
 
-APPTAINER_FLAGS = (
-    "add-caps= allow-setuid app= apply-cgroups= authfile= B,bind= blkio-weight= blkio-weight-device= "
-    "cdi-dirs= e,cleanenv compat compat32 c,contain C,containall cpu-shares= cpus= cpuset-cpus= "
-    "cpuset-mems= cwd= device= disable-cache dns= docker-host= docker-login drop-caps= env= env-file= "
-    "f,fakeroot fusemount= h,help H,home= hostname= i,ipc keep-privs memory= memory-reservation= "
-    "memory-swap= mount= n,net netns-path= network= network-args= no-compat no-eval no-home no-https "
-    "no-init no-mount= no-oci no-pid no-privs no-tmp-sandbox no-umask !nohttps nv nvccli oci "
-    "oom-kill-disable o,overlay= passphrase pem-path= p,pid pids-limit= !pwd= rocm S,scratch= security= "
-    "sharens sif-fuse tmp-sandbox unsquash u,userns uts !vm !vm-cpu= !vm-err !vm-ip= !vm-ram= W,workdir= "
-    "w,writable writable-tmpfs"
-)
-"""Options of ``exec`` of Apptainer 1 and of SingularityCE 3 and 4."""
-
-APPTAINER_BUILD_FLAGS = (
-    "arch= arch-variant= authfile= B,bind= build-arg= build-arg-file= !builder= !detached disable-cache "
-    "docker-host= docker-login e,encrypt f,fakeroot fix-perms F,force h,help json library= "
-    "mksquashfs-args= mount= no-cleanup no-https T,notest nv nvccli passphrase pem-path= !r,remote rocm "
-    "s,sandbox section= u,update userns warn-unused-build-args writable-tmpfs"
-)
-"""Options of their ``build``."""
-
 _APPTAINER_PATHS = ("overlay", "env-file", "workdir", "apply-cgroups", "pem-path", "authfile", "home")
 """Options of ``exec`` whose value is a path on the host, up to a colon."""
-
-_APPTAINER_FETCH = ("--authfile", "--disable-cache", "--docker-host", "--docker-login", "--no-https")
-"""Options of ``exec`` that tell how an image is fetched: here that is done at setup."""
 
 APPTAINER_OPTIONS = [
     Option(
@@ -2509,24 +2449,23 @@ _LEAKS = (
 """How variables begin that would change a kernel in an image, or tell it what is Jupyter's own."""
 
 
-def apptainer_options(mode: str, tokens: Sequence[str], facts: Facts) -> dict[str, bool]:
-    """Return which options of the engine may stand on a command line: of exec, with --build of both."""
-    names = APPTAINER_PROGRAMS[mode]
-    table = engine_options(names, ["exec"], APPTAINER_FLAGS, tokens, facts)
-    if any(token.partition("=")[0] == "--build" for token in tokens):
-        table = {**engine_options(names, ["build"], APPTAINER_BUILD_FLAGS, tokens, facts), **table}
-    return table
+def apptainer_commands(
+    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
+) -> list[list[str]]:
+    """Return the commands of the engine whose options may be given: exec, with --build also build."""
+    given = typed_value(tokens, "--engine")
+    program = apptainer_program(Step(mode, {"engine": given} if given else {}), environ, facts)
+    return [[program, "exec"], *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
 def apptainer_step(step: Step, legacy: bool = False) -> Step:
-    """Return a step with what a user typed in one form: binds apart, engine options long and joined.
+    """Return a step with the binds of the engine's own options among envkernel's.
 
     legacy: the step is of envkernel 1.x, which handed all but --pwd to the engine: --workdir is where
     the engine keeps a contained /tmp and home.  Now that is -W, as in all container modes --workdir is
     the folder to work in.
     """
-    takes = {**option_table(APPTAINER_BUILD_FLAGS), **option_table(APPTAINER_FLAGS)}
-    engine = canonical_engine(step.engine, APPTAINER_FLAGS, takes)
+    engine = list(step.engine)
     options = dict(step.options)
     if legacy and "workdir" in options:
         engine.append("--workdir=" + options.pop("workdir"))
@@ -2708,10 +2647,7 @@ def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common
     step = apptainer_step(step)
     program = apptainer_program(step, environ, facts)
     options = dict(step.options, program=program)
-    table = option_table(APPTAINER_FLAGS)
-    if "build" in options or "uri" in options or any(map(is_uri, step.targets)):
-        table = {flag: value for flag, value in table.items() if flag not in _APPTAINER_FETCH}
-    for_build = [token for token in step.engine if token.partition("=")[0] not in table]
+    for_build = fetch_options(step, program, facts, environ)
     if "engine" in options:
         options["engine"] = program
     if common.get("kernel") == OWN_COMMAND:
@@ -2730,6 +2666,17 @@ def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common
     return probe_apptainer(need_sif(step, facts, environ, common), facts, environ)
 
 
+def fetch_options(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> list[str]:
+    """Return the options of the engine that are for building or fetching the image, which setup does."""
+    fetches = "build" in step.options or "uri" in step.options or any(map(is_uri, step.targets))
+    if not fetches or not step.engine:
+        return []
+    start = EngineOptions(facts, lambda: ([[program, "exec"]], environ))
+    pull = EngineOptions(facts, lambda: ([[program, "pull"]], environ)).listed()
+    flags = {token: token.partition("=")[0] for token in step.engine}
+    return [token for token, flag in flags.items() if flag in pull or not start.find(flag)]
+
+
 def absolute_value(token: str, facts: Facts) -> str:
     """Return an engine's option with the path in it absolute."""
     flag, equals, value = token.partition("=")
@@ -2744,7 +2691,7 @@ def check_values(
 ) -> None:
     """Raise UserError for a value that an engine too old for --no-eval would let a shell evaluate."""
     odd = [entry for entry in common.get("env", []) if any(c in entry for c in '$`\\"')]
-    if odd and "--no-eval" not in parse_engine_help(os.fsdecode(facts.output(question, environ).out)):
+    if odd and "--no-eval" not in read_engine_help(os.fsdecode(facts.output(question, environ).out)):
         raise UserError(
             "This {} is too old to set {} as it is.".format(question[0], odd[0].partition("=")[0]),
             "Take $, `, \\ and quotes out of the value, or use a newer engine.",
@@ -2847,13 +2794,13 @@ register(
         Mode(
             name,
             f"Run the kernel in a container of {title}; options of `{name} run` may be given as they are.",
-            [*CONTAINER_OPTIONS, *ENGINE_OPTIONS],
+            [*CONTAINER_OPTIONS, *DOCKER_OPTIONS],
             setup_engine,
             plan_engine,
             target="IMAGE",
             targets=(0, 1),
             container=True,
-            engine=lambda tokens, facts, name=name: typed_engine_options(name, tokens, facts),
+            engine=engine_commands,
             example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro python-image",
         )
         for name, title in (("docker", "Docker"), ("podman", "Podman"))
@@ -2868,7 +2815,7 @@ register(
             target="IMAGE",
             targets=(0, 1),
             container=True,
-            engine=lambda tokens, facts, name=name: apptainer_options(name, tokens, facts),
+            engine=apptainer_commands,
             example=f"envkernel {name} --user --name=course --contain --bind /data:/coursedata:ro image.sif",
         )
         for name, title in (("singularity", "Singularity"), ("apptainer", "Apptainer"))
@@ -2929,40 +2876,7 @@ NODE_OPTIONS = [
 ]
 """Options that both cluster modes have."""
 
-SRUN_FLAGS = (
-    "--compress --contiguous --disable-status --exact --exclusive --hold --immediate --kill-on-bad-exit "
-    "--label --multi-prog --nice --no-allocate --no-kill --overcommit --overlap --oversubscribe "
-    "--preserve-env --propagate --pty --quiet --quit-on-interrupt --reboot --resv-ports --send-libs "
-    "--spread-job --unbuffered --use-min-nodes --verbose -E -H -I -K -O -Q -X -Z -k -l -s -u -v"
-)
-SRUN_VALUES = (
-    "--account --acctg-freq --bb --bbf --bcast --bcast-exclude --begin --chdir --cluster-constraint "
-    "--clusters --comment --constraint --container --core-spec --cores-per-socket --cpu-bind --cpu-freq "
-    "--cpus-per-gpu --cpus-per-task --deadline --delay-boot --dependency --distribution --epilog --error "
-    "--exclude --export --extra-node-info --gpu-bind --gpu-freq --gpus --gpus-per-node --gpus-per-socket "
-    "--gpus-per-task --gres --gres-flags --het-group --hint --input --job-name --jobid --licenses "
-    "--mail-type --mail-user --mcs-label --mem --mem-bind --mem-per-cpu --mem-per-gpu --mincpus --mpi "
-    "--network --nodefile --nodelist --nodes --ntasks --ntasks-per-core --ntasks-per-gpu "
-    "--ntasks-per-node --ntasks-per-socket --open-mode --output --partition --power --prefer --priority "
-    "--profile --prolog --qos --relative --reservation --signal --slurmd-debug --sockets-per-node "
-    "--switches --task-epilog --task-prolog --thread-spec --threads --threads-per-core --time --time-min "
-    "--tmp --tres-bind --tres-per-task --wait --wckey -A -B -C -D -F -G -J -L -M -N -S -T -W -b -c -d -e "
-    "-i -m -n -o -p -q -r -t -w -x"
-)
-SRUN_OWN = (
-    "--multi-prog",
-    "--ntasks",
-    "-n",
-    "--nodes",
-    "-N",
-    "--pty",
-    "--input",
-    "-i",
-    "--output",
-    "-o",
-    "--label",
-    "-l",
-)
+SRUN_REFUSED = ("--multi-prog", "--ntasks", "--nodes", "--pty", "--input", "--output", "--label")
 """What would break the one task and its stdin and stdout, on which the agent depends."""
 
 
@@ -3269,41 +3183,33 @@ def refused_by_slurm(reason: str, said: str) -> UserError:
     return UserError(f"Slurm refuses the job: {reason.strip().rstrip('.')}.", hint, detail=said.strip())
 
 
-def srun_options(tokens: Sequence[str], facts: Facts) -> dict[str, bool]:
-    """Return srun's options and whether each takes a value: those known here and those its help shows."""
-    options = dict.fromkeys(SRUN_FLAGS.split(), False)
-    options.update(dict.fromkeys(SRUN_VALUES.split(), True))
-    srun = search_program("srun", path_entries(os.environ), facts)
-    if srun:
-        said = facts.output([srun, "--help"], os.environ)
-        options = {**options_in_help(os.fsdecode(said.out)), **options}
-    return {name: takes for name, takes in options.items() if name not in SRUN_OWN}
-
-
-def options_in_help(text: str) -> dict[str, bool]:
-    """Return the options that a GNU help text shows, and whether each needs a value."""
-    options: dict[str, bool] = {}
-    for line in text.splitlines():
-        words = line.split()
-        if len(line) - len(line.lstrip()) > 6 or not words or not words[0].startswith("-"):
-            continue
-        flags = [word for word in words[:2] if word.startswith("-")]
-        takes = "=" in flags[-1] and "[=" not in flags[-1]
-        for flag in flags:
-            name = flag.rstrip(",").partition("=")[0].partition("[")[0]
-            options[name] = takes
-    return options
-
-
-def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Check that Slurm would take such a job.  Raises UserError where it would not, or is not there."""
-    check_node_options(step.options)
+def srun_commands(
+    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
+) -> list[list[str]]:
+    """Return the command whose options may be given.  Raises UserError without srun."""
     srun = search_program("srun", path_entries(environ), facts)
     if not srun:
         raise UserError(
             "There is no srun on this machine.",
             "Set the kernel up where jobs can be submitted, or load the module that brings Slurm first.",
         )
+    return [[srun]]
+
+
+def refuse_srun_options(tokens: Sequence[str]) -> None:
+    """Raise UserError (status 2) for an option that a kernel's job can't have."""
+    for flag in (token.partition("=")[0] for token in tokens):
+        if any(refused.startswith(flag) for refused in SRUN_REFUSED):
+            raise usage_error(
+                f"{flag} can't be used: a kernel is one task with its own pipes.", "Leave it out."
+            )
+
+
+def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Check that Slurm would take such a job.  Raises UserError where it would not, or is not there."""
+    check_node_options(step.options)
+    srun = srun_commands(step.mode, [], environ, facts)[0][0]
+    refuse_srun_options(step.engine)
     test = facts.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
     if test.status:
         said = os.fsdecode(test.err).strip()
@@ -3527,7 +3433,7 @@ register(
         plan_slurm,
         targets=(0, 0),
         remote=True,
-        engine=srun_options,
+        engine=srun_commands,
         example="envkernel slurm --user --name=gpu --partition=gpu --gres=gpu:1 -- conda science",
     ),
     Mode(
@@ -3980,7 +3886,7 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
     Raises UserError for what is missing.
     """
     common = request.common
-    steps = setup_steps(request, facts, environ)
+    steps, _ = setup_steps(request, facts, environ)
     kernel, launch = prepare_kernel(request, steps, facts, environ)
     script = os.path.abspath(__file__)
     if not os.path.isfile(script):
@@ -4004,10 +3910,13 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
     say_installed(common["name"], destination, offer="check" not in common)
 
 
-def setup_steps(request: Request, facts: Facts, environ: Mapping[str, str]) -> list[Step]:
+def setup_steps(
+    request: Request, facts: Facts, environ: Mapping[str, str]
+) -> tuple[list[Step], Mapping[str, str]]:
     """Let each mode check and normalise its step, in the environment that the modes before it make.
 
-    So the program of a container engine can be one that a module brings.  Raises UserError.
+    Returns the steps and the environment after the last of them.  So the program of a container engine
+    can be one that a module brings.  Raises UserError.
     """
     steps: list[Step] = []
     for step in request.steps:
@@ -4021,7 +3930,7 @@ def setup_steps(request: Request, facts: Facts, environ: Mapping[str, str]) -> l
         if mode.remote or mode.container:
             continue
         environ = mode.plan(steps[-1], Plan([], dict(environ)), facts, Launch([], [])).environ
-    return steps
+    return steps, environ
 
 
 def logo_files(kernel: Kernel, mode: str, own: str, facts: Facts) -> dict[str, bytes]:
@@ -4469,16 +4378,21 @@ def candidates(typed: Sequence[str], facts: Facts) -> dict[str, str]:
 
 def known_options(name: str, chained: bool, facts: Facts) -> list[Option]:
     """Return the options that a user may give to a mode or command, those of the mode's engine last."""
+    import contextlib
+
     if name not in MODES:
         return [] if chained or name not in COMMANDS else COMMANDS[name].options
     mode = MODES[name]
     shared = [option for option in COMMON_OPTIONS if not chained or option.kind == "env"]
     own = [option for option in [*mode.options, *shared] if option.setup]
     flags = {flag for option in own for flag in option.flags}
-    engine = mode.engine([], facts) if mode.engine else {}
+    environ, engine = launch_environ(facts), {}
+    with contextlib.suppress(UserError):  # without an engine there are no options of it
+        commands = mode.engine(name, [], environ, facts) if mode.engine else []
+        engine = EngineOptions(facts, lambda: (commands, environ)).listed()
     return own + [
-        Option(flag, f"Option of {mode.name}.", metavar="VALUE" if takes else "")
-        for flag, takes in sorted(engine.items())
+        Option(flag, f"Option of {mode.name}.", metavar="VALUE" if takes == "=" else "")
+        for flag, (_, takes) in sorted(engine.items())
         if flag.startswith("--") and flag not in flags
     ]
 

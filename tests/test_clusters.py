@@ -139,21 +139,11 @@ def test_setup_finds_ssh_for_the_tunnel() -> None:
         envkernel.find_tunnel(options, facts(), {"PATH": "/bin"})
 
 
-def test_srun_options_come_from_its_help_too() -> None:
-    text = (
-        "  -A, --account=name          charge job\n      --new-thing=x   does it\n"
-        "      --exclusive[=user]      for all\n                              --mem >= --mem-per-cpu\n"
-        "  -B  --extra-node-info=S[:C[:T]]  combine\n      --usage                 display\n"
-    )
-    assert envkernel.options_in_help(text) == {
-        "-A": True,
-        "--account": True,
-        "--new-thing": True,
-        "--exclusive": False,
-        "-B": True,
-        "--extra-node-info": True,
-        "--usage": False,
-    }
+@pytest.mark.parametrize("option", ["--pty", "--nodes=2", "--input=none", "--multi"])
+def test_options_of_srun_that_a_kernel_cannot_have(option: str) -> None:
+    with pytest.raises(envkernel.UserError, match="can't be used") as caught:
+        setup(0, b"", [option])
+    assert caught.value.status == 2
 
 
 def test_srun_state() -> None:

@@ -4,14 +4,22 @@ import pytest
 
 import envkernel
 from envkernel import Launch, Mode, Option, Request, Step, UserError, parse_setup
+from support import facts
 from support.facts import FakeFacts
 
-ENGINE = {"--bind": True, "-B": True, "-v": True, "--user": True, "--rm": False, "-i": False, "-t": False}
+ENGINE = b"""
+  -B, --bind string     a bind
+  -v, --volume string   a volume
+      --user string     who
+      --rm              remove
+  -i, --interactive     stdin
+  -t, --tty             a terminal
+"""
 
 
 @pytest.fixture
 def engine_mode(monkeypatch):
-    """A mode with an engine whose options are known."""
+    """A mode with an engine."""
     mode = Mode(
         "box",
         "",
@@ -19,10 +27,11 @@ def engine_mode(monkeypatch):
         setup=lambda step, *_: step,
         plan=lambda step, plan, *_: plan,
         target="IMAGE",
-        engine=lambda tokens, facts: ENGINE,
+        engine=lambda *_: [["/bin/box", "start"]],
         container=True,
     )
     monkeypatch.setitem(envkernel.MODES, "box", mode)
+    monkeypatch.setitem(facts.HELP, "start", ENGINE)
 
 
 def parse(*tokens):
@@ -71,7 +80,7 @@ def test_env_is_taken_as_one_word_and_as_two():
 
 @pytest.mark.usefixtures("engine_mode")
 def test_env_is_envkernels_after_any_mode_of_a_chain(monkeypatch):
-    monkeypatch.setitem(ENGINE, "--env", True)
+    monkeypatch.setitem(facts.HELP, "start", ENGINE + b"      --env string   a variable\n")
     request = parse(
         "lmod", "--name=x", "--env=A=1", "m", "--", "box", "--env", "B=2", "img", "--env", "C", "3"
     )
@@ -82,14 +91,14 @@ def test_env_is_envkernels_after_any_mode_of_a_chain(monkeypatch):
 @pytest.mark.parametrize(
     ("typed", "engine", "targets"),
     [
-        (["--bind", "/a:/b", "img"], ["--bind", "/a:/b"], ["img"]),
+        (["--bind", "/a:/b", "img"], ["--bind=/a:/b"], ["img"]),
         (["--bind=/a:/b", "img"], ["--bind=/a:/b"], ["img"]),
-        (["img", "--bind", "/a:/b"], ["--bind", "/a:/b"], ["img"]),
-        (["-B/a:/b", "img"], ["-B/a:/b"], ["img"]),
-        (["-it", "img"], ["-it"], ["img"]),
-        (["-itB", "/a:/b", "img"], ["-itB", "/a:/b"], ["img"]),
+        (["img", "--bind", "/a:/b"], ["--bind=/a:/b"], ["img"]),
+        (["-B/a:/b", "img"], ["--bind=/a:/b"], ["img"]),
+        (["-it", "img"], ["--interactive", "--tty"], ["img"]),
+        (["-itB", "/a:/b", "img"], ["--interactive", "--tty", "--bind=/a:/b"], ["img"]),
         (["--rm", "img"], ["--rm"], ["img"]),
-        (["-v", "/a:/b", "img"], ["-v", "/a:/b"], ["img"]),
+        (["-v", "/a:/b", "img"], ["--volume=/a:/b"], ["img"]),
         (["--user=7", "img"], ["--user=7"], ["img"]),
         (["--bind", "--", "img"], None, None),
     ],

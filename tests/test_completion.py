@@ -112,7 +112,8 @@ def test_choices_are_values_of_their_option(lmod_with, capsys):
 
 
 def test_the_engines_options_are_completed_too(lmod_with, capsys):
-    lmod_with(engine=lambda tokens, facts: {"--gpus": True, "-e": True, "--rm": False})
+    help = "  -e, --gpus gpu-request   GPUs\\n      --rm   remove\\n"
+    lmod_with(engine=lambda *_: [["/bin/sh", "-c", f"printf '{help}'"]])
     assert answers(capsys, "bash", "lmod", "--gp") == ["--gpus="]
     assert answers(capsys, "fish", "lmod", "--rm") == ["--rm\tOption of lmod."]
 

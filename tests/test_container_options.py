@@ -61,47 +61,66 @@ Options:
       --gpus gpu-request               GPU devices
       --blkio-weight-device strings   Device specific block IO relative weight
   -e, --env list                       Set environment variables
+  -f, --file pathname or URL           Pathname or URL
       --help
 """
 
 
+SRUN_HELP = """
+  -A, --account=name          charge job
+      --new-thing=x   does it
+      --near=list specify a list
+      --exclusive[=user]      for all
+                              --mem >= --mem-per-cpu
+  -B  --extra-node-info=S[:C[:T]]  combine
+      --usage                 display
+"""
+
+
 def test_help_of_an_engine() -> None:
-    assert envkernel.parse_engine_help(HELP) == {
-        "--add-host": True,
-        "-d": False,
-        "--detach": False,
-        "--gpus": True,
-        "--blkio-weight-device": True,
-        "-e": True,
-        "--env": True,
-        "--help": False,
+    assert envkernel.read_engine_help(HELP) == {
+        "--add-host": ("--add-host", "="),
+        "-d": ("--detach", ""),
+        "--detach": ("--detach", ""),
+        "--gpus": ("--gpus", "="),
+        "--blkio-weight-device": ("--blkio-weight-device", "="),
+        "-e": ("--env", "="),
+        "--env": ("--env", "="),
+        "-f": ("--file", "="),
+        "--file": ("--file", "="),
+        "--help": ("--help", ""),
+    }
+    assert envkernel.read_engine_help(SRUN_HELP) == {
+        "-A": ("--account", "="),
+        "--account": ("--account", "="),
+        "--new-thing": ("--new-thing", "="),
+        "--near": ("--near", "="),
+        "--exclusive": ("--exclusive", "["),
+        "-B": ("--extra-node-info", "="),
+        "--extra-node-info": ("--extra-node-info", "="),
+        "--usage": ("--usage", ""),
     }
 
 
-TABLE = "B,bind= c,contain n,net network= !pwd="
+class Engine(FakeFacts):
+    """A world with an engine whose help does not list all that it knows."""
+
+    HIDDEN = {"--net": Output(1, b"", b"requires at least 1 argument"), "--quiet": Output(0, b"help")}
+    LISTED = (
+        b"  -B, --bind strings     a bind\n  -c, --contain          less\n  -n, --network string   which\n"
+        b"  -I, --immediate[=s]    now\n      --pwd string       where\n"
+    )
+
+    def output(self, argv: list[str], environ: dict[str, str]) -> Output:
+        self.asked.append(list(argv))
+        assert environ["LC_ALL"] == "C"
+        if argv[2:] == ["--help"]:
+            return Output(0, self.LISTED)
+        return self.HIDDEN.get(argv[2], Output(125, b"", f"unknown flag: {argv[2]}".encode()))
 
 
-@pytest.fixture
-def facts(monkeypatch: pytest.MonkeyPatch) -> FakeFacts:
-    monkeypatch.setenv("PATH", "/nothing:/opt/bin")
-    answers = {("/opt/bin/engine", "exec", "--help"): Output(0, b"  -x, --extra string   new\n")}
-    return FakeFacts(programs=["/opt/bin/engine", "/else/engine"], answers=answers)
-
-
-def test_options_are_those_of_the_installed_engine_and_the_hidden_ones(facts: FakeFacts) -> None:
-    found = envkernel.engine_options(["other", "engine"], ["exec"], TABLE, [], facts)
-    assert found == {"-x": True, "--extra": True, "--pwd": True}
-
-
-@pytest.mark.parametrize(
-    "tokens", [["--engine=/not/there"], ["--engine", "gone"], ["--connection-file", "x"]]
-)
-def test_options_out_of_the_table(facts: FakeFacts, tokens: list[str]) -> None:
-    found = envkernel.engine_options(["engine"], ["exec"], TABLE, tokens, facts)
-    assert found == envkernel.option_table(TABLE)
-    assert found["-B"]
-    assert not found["--contain"]
-    assert facts.asked == []
+def ask(facts: FakeFacts) -> envkernel.EngineOptions:
+    return envkernel.EngineOptions(facts, lambda: ([["/opt/bin/engine", "exec"]], {}))
 
 
 @pytest.mark.parametrize(
@@ -110,13 +129,54 @@ def test_options_out_of_the_table(facts: FakeFacts, tokens: list[str]) -> None:
         (["-B", "/a:/b"], ["--bind=/a:/b"]),
         (["-B/a:/b"], ["--bind=/a:/b"]),
         (["-B=/a"], ["--bind=/a"]),
-        (["-cnB", "/a"], ["--contain", "--net", "--bind=/a"]),
+        (["--bind=/a=b"], ["--bind=/a=b"]),
+        (["--bind==b"], ["--bind==b"]),
+        (["-cnB", "/a"], ["--contain", "--network=B", None]),
+        (["-cB", "/a"], ["--contain", "--bind=/a"]),
         (["--network", "none", "--contain"], ["--network=none", "--contain"]),
         (["--network=a b"], ["--network=a b"]),
+        (["-c=true"], ["--contain=true"]),
+        (["-I60", "--immediate", "-c"], ["--immediate=60", "--immediate", "--contain"]),
+        (["--net", "none"], ["--net=none"]),
+        (["--quiet", "--contain"], ["--quiet", "--contain"]),
+        (["--bnid=/a"], [None]),
+        (["-cx"], ["--contain", None]),
     ],
 )
-def test_canonical_engine_options(tokens: list[str], canonical: list[str]) -> None:
-    assert envkernel.canonical_engine(tokens, TABLE, envkernel.option_table(TABLE)) == canonical
+def test_engine_options_are_read_as_the_engine_itself_does(
+    tokens: list[str], canonical: list[str | None]
+) -> None:
+    engine, queue = ask(Engine()), list(tokens)
+    found: list[str | None] = []
+    while queue:
+        token = queue.pop(0)
+        if not token.startswith("-") or not engine.read(token, queue, found):  # type: ignore[arg-type]
+            found.append(None)
+    assert found == canonical
+
+
+def test_an_engine_is_asked_once_for_what_its_help_lists() -> None:
+    facts = Engine()
+    engine = ask(facts)
+    assert facts.asked == []
+    assert [engine.find(flag) for flag in ("--bind", "-B", "-c")] == [
+        *[("--bind", "=")] * 2,
+        ("--contain", ""),
+    ]
+    assert len(facts.asked) == 1
+
+
+def test_an_engine_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = FakeFacts(answers={("/bin/srun", "--help"): Output(1, b"", b"srun: no configuration")})
+    with pytest.raises(UserError, match="/bin/srun does not say which options it has") as caught:
+        envkernel.EngineOptions(facts, lambda: ([["/bin/srun"]], {})).find("--mem")
+    assert caught.value.detail == "srun: no configuration"
+
+
+def test_the_value_of_an_option_before_the_others_are_read() -> None:
+    assert envkernel.typed_value(["--engine=/e", "x"], "--engine") == "/e"
+    assert envkernel.typed_value(["x", "--engine", "/e"], "--engine") == "/e"
+    assert envkernel.typed_value(["--engines=/e", "--engine"], "--engine") == ""
 
 
 def test_values_of_engine_options() -> None:
@@ -126,7 +186,8 @@ def test_values_of_engine_options() -> None:
     assert envkernel.engine_values(tokens, "--contain") == []
 
 
-def test_find_program(facts: FakeFacts) -> None:
+def test_find_program() -> None:
+    facts = FakeFacts(programs=["/opt/bin/engine", "/else/engine"])
     environ = {"PATH": "/opt/bin:/else"}
     assert envkernel.find_program(["no", "engine"], environ, facts) == "/opt/bin/engine"
     assert envkernel.find_program(["/else/engine"], environ, facts) == "/else/engine"

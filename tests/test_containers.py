@@ -344,6 +344,11 @@ def test_when_no_image_is_fetched(when: str | None, common: dict[str, Any]) -> N
     assert facts.asked == ([INSPECT] if when or common else [INSPECT, QUESTION])
 
 
+def typed(*tokens: str) -> envkernel.Request:
+    facts = FakeFacts(programs=["/usr/bin/docker"])
+    return envkernel.parse_setup(["docker", "--name=x", *tokens], facts, {"PATH": "/usr/bin"})
+
+
 @pytest.mark.parametrize(
     "tokens",
     [
@@ -353,31 +358,35 @@ def test_when_no_image_is_fetched(when: str | None, common: dict[str, Any]) -> N
     ],
 )
 def test_engine_options_need_no_separator(tokens: list[str]) -> None:
-    request = envkernel.parse_setup(["docker", "--name=x", *tokens], FakeFacts())
-    step = request.steps[0]
+    step = typed(*tokens).steps[0]
     assert step.options == {"bind": ["/a:/b"]}
-    table = envkernel.option_table(envkernel.ENGINE_FLAGS)
-    assert envkernel.canonical_engine(step.engine, envkernel.ENGINE_FLAGS, table) == ["--cpus=2"]
+    assert step.engine == ["--cpus=2"]
     assert step.targets == ["IMAGE"]
 
 
 def test_whose_option_it_is() -> None:
-    tokens = ["docker", "--name=x", "--user", "--user=1:1", "-v", "/a:/b", "-itd", "IMAGE"]
-    request = envkernel.parse_setup(tokens, FakeFacts())
+    request = typed("--user", "--user=1:1", "-v", "/a:/b", "-itd", "IMAGE")
     assert request.common == {"name": "x", "user": True}
-    assert request.steps[0].engine == ["--user=1:1", "-v", "/a:/b", "-itd"]
+    assert request.steps[0].engine == [
+        *("--user=1:1", "--volume=/a:/b", "--interactive", "--tty", "--detach")
+    ]
 
 
 def test_an_option_that_nobody_knows() -> None:
     with pytest.raises(UserError) as caught:
-        envkernel.parse_setup(["docker", "--name=x", "--memroy=1g", "IMAGE"], FakeFacts())
+        typed("--memroy=1g", "IMAGE")
     assert caught.value.status == 2
     assert "--memory" in caught.value.hint
 
 
+def test_an_engine_that_is_missing_is_named_before_its_options_are_read() -> None:
+    with pytest.raises(UserError, match="There is no program docker on this machine"):
+        envkernel.parse_setup(["docker", "--name=x", "--cpus=1", "IMAGE"], FakeFacts(), {"PATH": "/bin"})
+
+
 def test_options_of_build_and_run_find_their_places() -> None:
     step = Step("podman", {"build": "/dir"}, [], ["--build-arg=A=B", "--volume=/a:/b", "--no-cache"])
-    split = envkernel.split_build(step, envkernel.option_table(envkernel.ENGINE_FLAGS))
+    split = envkernel.split_build(step, envkernel.EngineOptions(FakeFacts(), lambda: ([["/d", "run"]], {})))
     assert split.engine == ["--volume=/a:/b"]
     assert split.options["build-option"] == ["--build-arg=A=B", "--no-cache"]
 

@@ -6,6 +6,48 @@ import os
 
 import envkernel
 
+RUN = b"""
+      --cpus decimal           Number of CPUs
+  -d, --detach                 Run container in background
+      --device list            Add a host device to the container
+  -e, --env list               Set environment variables
+      --gpus gpu-request       GPU devices to add to the container
+  -h, --hostname string        Container host name
+  -i, --interactive            Keep STDIN open even if not attached
+  -m, --memory bytes           Memory limit
+      --mount mount            Attach a filesystem mount to the container
+      --network network        Connect a container to a network
+      --platform string        Set platform
+      --rm                     Automatically remove the container when it exits
+  -t, --tty                    Allocate a pseudo-TTY
+  -u, --user string            Username or UID
+  -v, --volume list            Bind mount a volume
+  -w, --workdir string         Working directory inside the container
+"""
+EXEC = b"""
+      --authfile string        path of the authentication file
+  -B, --bind strings           a user-bind path specification
+  -e, --cleanenv               clean environment before running container
+  -c, --contain                use minimal /dev and empty other directories
+  -n, --net                    run container in a new network namespace
+      --no-eval                do not shell evaluate env vars
+      --no-https               use http instead of https
+      --nv                     enable Nvidia support
+  -W, --workdir string         working directory to be used for /tmp
+"""
+HELP = {
+    "run": RUN,
+    "build": b"      --build-arg list   Set variables\n  -f, --file string   Name\n      --no-cache   None\n",
+    "pull": b"      --authfile string\n      --no-https\n      --platform string   Set platform\n",
+    "exec": EXEC,
+}
+"""What the commands of the engines answer to ``--help``, in part."""
+
+
+def unknown_flag(flag):
+    """Return what an engine says of an option that it does not know."""
+    return envkernel.Output(125, b"", f"unknown flag: {flag}".encode())
+
 
 class FakeFacts(envkernel.Facts):
     """A world of given files, programs and answers; whatever is not given is not there.
@@ -53,6 +95,8 @@ class FakeFacts(envkernel.Facts):
         )
 
     def output(self, argv, environ):
+        if argv[-1] == "--help" and argv[1] in HELP:
+            return envkernel.Output(0, HELP[argv[1]]) if len(argv) == 3 else unknown_flag(argv[2])
         self.asked.append(list(argv))
         return self.answers[tuple(argv)]
 
