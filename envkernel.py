@@ -900,11 +900,6 @@ def path_entries(environ: Mapping[str, str]) -> list[str]:
     return [os.path.normpath(entry) for entry in environ.get("PATH", "/usr/bin").split(":")]
 
 
-def is_variable_name(name: str) -> bool:
-    """Tell whether bash can export a variable of that name."""
-    return name.isascii() and name.isidentifier()
-
-
 def conda_root(prefix: str, facts: Facts, environ: Mapping[str, str]) -> str:
     """Return the root prefix that belongs to a conda environment, empty where it can't be told.
 
@@ -957,7 +952,7 @@ def conda_state(prefix: str, facts: Facts) -> dict[str, str]:
     return {
         name: value
         for name, value in variables.items()
-        if value != "***unset***" and name.upper() != "PATH" and is_variable_name(name)
+        if value != "***unset***" and name.upper() != "PATH" and name.isascii() and name.isidentifier()
     }
 
 
@@ -1015,7 +1010,7 @@ def conda_level(environ: Mapping[str, str]) -> int:
 
 def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     """Plan what ``conda activate PREFIX`` does.  Raises UserError where there is no environment."""
-    prefix = step.targets[0]
+    prefix = os.path.normpath(step.targets[0])  # envkernel 1.x wrote it as it was typed
     if not facts.isdir(prefix + "/conda-meta"):
         raise missing_place(
             "conda environment",
@@ -1173,18 +1168,10 @@ def holds_code(script: bytes, path: bytes) -> bool:
     return (in_double or in_single) and path in script
 
 
-_LMOD_PLACES = (
-    "/usr/share/lmod/lmod/libexec/lmod",
-    "/opt/apps/lmod/lmod/libexec/lmod",
-    "/usr/local/lmod/lmod/libexec/lmod",
-    "/opt/lmod/lmod/libexec/lmod",
-)
+_LMOD_PLACES = ("/usr/share/lmod/lmod", "/opt/apps/lmod/lmod", "/usr/local/lmod/lmod", "/opt/lmod/lmod")
 _MODULECMD_PLACES = (
-    "/usr/share/Modules/libexec/modulecmd.tcl",
-    "/usr/share/modules/libexec/modulecmd.tcl",
-    "/usr/lib/x86_64-linux-gnu/modulecmd.tcl",
-    "/usr/local/Modules/libexec/modulecmd.tcl",
-    "/opt/modules/libexec/modulecmd.tcl",
+    *("/usr/share/Modules/libexec", "/usr/share/modules/libexec", "/usr/lib/x86_64-linux-gnu"),
+    *("/usr/local/Modules/libexec", "/opt/modules/libexec"),
 )
 
 
@@ -1203,14 +1190,14 @@ def module_command(environ: Mapping[str, str], facts: Facts) -> list[str]:
     By ``LMOD_CMD``, ``MODULES_CMD``, ``LMOD_PKG``, ``MODULESHOME``, then well-known places.
     """
     home = environ.get("MODULESHOME", "")
-    places = [environ.get("LMOD_CMD", "")]
-    modulecmd = environ.get("MODULES_CMD", "")
-    if not modulecmd or facts.is_executable(places[0]):
-        places += [environ.get("LMOD_PKG", "") + "/libexec/lmod", home + "/libexec/lmod", *_LMOD_PLACES]
-        for place in places:
+    lmod, modulecmd = environ.get("LMOD_CMD", ""), environ.get("MODULES_CMD", "")
+    if not modulecmd or facts.is_executable(lmod):
+        homes = (environ.get("LMOD_PKG", ""), home, *_LMOD_PLACES)
+        for place in (lmod, *(directory + "/libexec/lmod" for directory in homes)):
             if facts.is_executable(place):
                 return [place]
-    for place in (modulecmd, home + "/libexec/modulecmd.tcl", *_MODULECMD_PLACES):
+    directories = (home + "/libexec", *_MODULECMD_PLACES)
+    for place in (modulecmd, *(directory + "/modulecmd.tcl" for directory in directories)):
         if facts.is_executable(place):
             return [place]
         if facts.exists(place):
@@ -1251,51 +1238,46 @@ def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
 def _read_quoted(text: bytes, start: int) -> tuple[bytes, int]:
     """Read a quoted string; return its value and the place after it (0: there is none)."""
     quote = text[start : start + 1]
-    if quote == b"'":
-        return _read_tcl_quoted(text, start + 1)
-    if quote != b'"':
-        return b"", 0
-    value = bytearray()
-    at = start + 1
-    while at < len(text):
-        byte = text[at : at + 1]
-        if byte == b'"':
-            return bytes(value), at + 1
-        if byte != b"\\":
-            value += byte
-            at += 1
-            continue
-        digits = at + 1
-        while digits < at + 4 and text[digits : digits + 1].isdigit():
-            digits += 1
-        if digits > at + 1:
-            value.append(int(text[at + 1 : digits]) & 255)
-            at = digits
-        else:
-            value += {b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(text[at + 1 : at + 2], text[at + 1 : at + 2])
-            at += 2
-    return b"", 0
+    read = {b"'": _read_tcl_quoted, b'"': _read_lua_quoted}.get(quote)
+    return read(text, start + 1) if read else (b"", 0)
 
 
+def _read_lua_quoted(text: bytes, at: int) -> tuple[bytes, int]:
+    """Read what Lmod quoted: after a backslash a number of up to three digits or a character."""
+    value = b""
+    while True:
+        end = text.find(b'"', at)
+        if end < 0:
+            return b"", 0
+        escape = text.find(b"\\", at, end)
+        if escape < 0:
+            return value + text[at:end], end + 1
+        value += text[at:escape]
+        code = text[escape + 1 : escape + 4]
+        digits = code[: len(code) - len(code.lstrip(b"0123456789"))]
+        letter = code[:1]
+        value += bytes([int(digits) & 255]) if digits else _LUA_ESCAPES.get(letter, letter)
+        at = escape + 1 + (len(digits) or 1)
+
+
+_LUA_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 _STATEMENTS = (b"os.environ[", b"del os.environ[", b"_mlstatus", b"import ", b"pass", b"\n")
 
 
 def _read_tcl_quoted(text: bytes, start: int) -> tuple[bytes, int]:
-    r"""Read what Environment Modules quoted: ``\'`` is a quote, all else stands as it is.
+    r"""Read what Environment Modules quoted: ``\'`` is a quote, all else is as it is.
 
     A value may end in a backslash, so a quote ends the string where the line and a statement end.
     """
-    at = start
-    while True:
-        at = text.find(b"'", at)
-        if at < 0:
-            return b"", 0
+    at = text.find(b"'", start)
+    while at >= 0:
         rest = text[at + 1 :]
         closes = rest[:1] in (b"", b"\n", b"]", b";")
         escaped = text[at - 1 : at] == b"\\" and at > start
         if closes and (not escaped or (rest[:1] == b"\n" and rest[1:].startswith(_STATEMENTS))):
             return text[start:at].replace(b"\\'", b"'"), at + 1
-        at += 1
+        at = text.find(b"'", at + 1)
+    return b"", 0
 
 
 def run_modules(
@@ -1319,7 +1301,20 @@ def run_modules(
         )
     facts.tell(said.err)
     result = {**environ, **{name: value for name, value in changes.items() if value is not None}}
-    return {name: value for name, value in result.items() if changes.get(name, "") is not None}
+    result = {name: value for name, value in result.items() if changes.get(name, "") is not None}
+    if is_tcl or facts.quiet or not executes_commands(environ, result, facts):
+        return result
+    said = facts.output([*command, "bash", *words], environ)
+    return facts.source([("eval", os.fsdecode(said.out), "")], environ)
+
+
+def executes_commands(before: Mapping[str, str], after: Mapping[str, str], facts: Facts) -> bool:
+    """Return whether a module that was loaded or unloaded may give commands to the shell.
+
+    Lmod's ``execute`` prints them for a shell only; bash runs them, as it does after ``module load``.
+    """
+    files = [set(environ.get("_LMFILES_", "").split(":")) for environ in (before, after)]
+    return any(b"execute" in (facts.read(path) or b"") for path in files[0] ^ files[1])
 
 
 def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
@@ -2945,7 +2940,9 @@ class Job(Record):
 
     def digest(self) -> str:
         """Return what two launches have in common that may use the same job after each other."""
-        return sha256(repr((self.argv, vars(self.launch))).encode(errors="surrogatepass")).hex()
+        import hashlib
+
+        return hashlib.sha256(repr((self.argv, vars(self.launch))).encode(errors="surrogatepass")).hexdigest()
 
 
 def read_seconds(options: Mapping[str, Any], name: str, default: float) -> float:
@@ -5314,7 +5311,7 @@ class Facts:
     def source(self, actions: Sequence[tuple[str, str, str]], environ: Mapping[str, str]) -> dict[str, str]:
         """Let bash source scripts and set variables, in order; return the environment that results.
 
-        actions: ``("source", script, "")`` or ``("export", name, value)``.
+        actions: ``("source", script, "")``, ``("export", name, value)`` or ``("eval", commands, "")``.
         Only the difference is applied to `environ`, for bash rewrites some variables of its own.
         Raises UserError where a script ended the shell.
         """
@@ -5492,12 +5489,14 @@ for ((__envkernel_at = 0; __envkernel_at < ${#__envkernel[@]}; __envkernel_at +=
     case ${__envkernel[__envkernel_at]} in
         source) . "${__envkernel[__envkernel_at + 1]}" ;;
         export) export "${__envkernel[__envkernel_at + 1]}=${__envkernel[__envkernel_at + 2]}" ;;
+        eval) eval "${__envkernel[__envkernel_at + 1]}" ;;
     esac
     set +eu
 done
 exec /usr/bin/env -0 >&237
 """
-"""The one shell program here: it is given scripts, names and values as words, never as code."""
+"""The one shell program: it gets names and values as arguments, never as code; ``eval`` runs what a module
+system printed for a shell."""
 
 
 def _scratch_file() -> int:
@@ -5517,59 +5516,18 @@ def _read_all(file: int) -> bytes:
     return b"".join(iter(lambda: os.read(file, 1 << 16), b""))
 
 
-def sha256(data: bytes) -> bytes:
-    """Return the SHA-256 digest of some bytes; ``hashlib`` would load OpenSSL."""
-    try:
-        from _sha2 import sha256 as digest  # type: ignore[import-not-found]
-    except ImportError:
-        try:
-            from _sha256 import sha256 as digest  # type: ignore[import-not-found]  # before Python 3.12
-        except ImportError:
-            from hashlib import sha256 as digest
-    return bytes(digest(data).digest())
-
-
-class _JsonRules:
-    """What the scanner of ``_json`` has to know: what it makes of numbers and objects."""
-
-    strict = True
-    object_hook = object_pairs_hook = None
-    parse_float = parse_constant = float
-    parse_int = int
-
-
 def from_json(text: bytes | str) -> Any:
-    """Return what a JSON text says.  Raises ValueError where it is none.
+    """Return the value of a JSON text.  Raises ValueError where it is none."""
+    import json
 
-    The C half of ``json`` alone: in a process that stays, the rest of it (re, enum) is memory for nothing.
-    """
-    text = (text if isinstance(text, str) else text.decode()).strip()
-    try:
-        from _json import make_scanner
-    except ImportError:
-        import json
-
-        return json.loads(text)
-    try:
-        value, end = make_scanner(_JsonRules)(text, 0)  # type: ignore[arg-type]
-    except StopIteration:
-        raise ValueError("This is no JSON.") from None
-    if end < len(text):
-        raise ValueError("There is more than one JSON value.")
-    return value
+    return json.loads(text)
 
 
 def to_json(value: Any) -> bytes:
     """Return a value of dicts, lists, strings, numbers, bools and None as JSON, in ASCII."""
-    try:
-        from _json import encode_basestring_ascii, make_encoder
-    except ImportError:
-        import json
+    import json
 
-        return json.dumps(value).encode()
-    rules = (None, ": ", ", ", False, False, True)  # no indent, the separators, keys unsorted, ...
-    encode = make_encoder(None, repr, encode_basestring_ascii, *rules)
-    return "".join(encode(value, 0)).encode()
+    return json.dumps(value).encode()
 
 
 def exit_status(status: int) -> int:
@@ -6938,20 +6896,17 @@ TAIL = 4000
 
 
 def mac(secret: bytes, *parts: bytes) -> bytes:
-    """Return the HMAC-SHA256 (RFC 2104) of some parts of known length; the secret has at most 64 bytes.
+    """Return the HMAC-SHA256 of some parts of known length."""
+    import hmac
 
-    ``hmac`` would load OpenSSL, 1.5 MB.
-    """
-    key = secret.ljust(64, b"\0")
-    inner = sha256(bytes(byte ^ 0x36 for byte in key) + b"".join(parts))
-    return sha256(bytes(byte ^ 0x5C for byte in key) + inner)
+    return hmac.new(secret, b"".join(parts), "sha256").digest()
 
 
 def is_same(one: bytes, other: bytes) -> bool:
-    """Compare two proofs in a time that tells nothing of them."""
-    from _operator import _compare_digest  # what hmac and secrets hand on
+    """Compare two proofs in a time that reveals nothing of them."""
+    import hmac
 
-    return bool(_compare_digest(one, other))
+    return hmac.compare_digest(one, other)
 
 
 class Handshake:

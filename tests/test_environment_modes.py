@@ -125,6 +125,12 @@ def test_conda_scripts_run_around_the_variables():
     assert made.environ["FROM"] == "script"
 
 
+def test_a_conda_prefix_of_envkernel_1x_is_normalised_as_conda_does():
+    made = plan(Step("conda", {}, ["/opt/c/envs//e/"]), FakeFacts(HERE))
+    assert made.environ["CONDA_PREFIX"] == "/opt/c/envs/e"
+    assert made.environ["PATH"].startswith("/opt/c/envs/e/bin:")
+
+
 def test_conda_that_is_gone():
     with pytest.raises(UserError, match="no conda environment at /gone") as caught:
         plan(Step("conda", {}, ["/gone"]), FakeFacts())
@@ -238,6 +244,18 @@ def test_lmod_loads_modules():
     assert made.search == ["/tools/bin"]
     assert made.where == "the modules tools cuda/12"
     assert envkernel.resolve_program(made, facts).argv[0] == "/tools/bin/python"
+
+
+def test_what_a_module_executes_in_the_shell_is_evaluated_by_bash():
+    said = b'os.environ["_LMFILES_"] = "/m/old:/m/new";\n_mlstatus = True\n'
+    facts = lmod({("load", "new"): Output(0, said)}, sourced={"X": "1"})
+    facts.answers[(LMOD, "bash", "load", "new")] = Output(0, b"export X=1;\n")
+    facts.files.update({"/m/old": b"execute{}", "/m/new": b"setenv()"})
+    environ = {**MODULES, "_LMFILES_": "/m/old"}
+    assert "X" not in plan(Step("lmod", {}, ["new"]), facts, environ).environ
+    facts.files["/m/new"] = b'execute{cmd="export X=1"}'
+    assert plan(Step("lmod", {}, ["new"]), facts, environ).environ["X"] == "1"
+    assert facts.asked[-1] == [("eval", "export X=1;\n", "")]
 
 
 def test_lmod_purges_uses_restores_unloads_then_loads():

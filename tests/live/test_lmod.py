@@ -37,6 +37,9 @@ LMOD_ONLY = {
     "depends": [["load", "dependent/1"]],
     "function": [["load", "function/1"]],
     "unload": [["unload", "gcc"], ["load", "paths/1"]],
+    "shell commands": [["load", "execute/1", "gcc/12"]],
+    "a sourced script": [["load", "paths/1", "sources/1"]],
+    "other modes' commands": [["load", "executed/1"]],
 }
 STARTS: dict[str, dict[str, str]] = {
     "clean": {},
@@ -103,6 +106,15 @@ def test_from_loaded_modules(jupyter: Jupyter, modules: Modules) -> None:
         spec = jupyter.dry_run("lmod", *arguments(calls), *PRINT_ENVIRON, environ=loaded)
         ours = jupyter.run_environ(spec, loaded, replace=True)
         assert difference(ours, modules.bash(loaded, *calls)) == {}, calls
+
+
+def test_shell_commands_of_an_unload(jupyter: Jupyter, lmod: Modules) -> None:
+    loaded = lmod.bash({**jupyter.environ, **lmod.environ}, ["load", "executed/1"])
+    calls = [["unload", "executed"], ["load", "gcc/12"]]
+    spec = jupyter.dry_run("lmod", *arguments(calls), *PRINT_ENVIRON, environ=loaded)
+    ours = jupyter.run_environ(spec, loaded, replace=True)
+    assert ours["UNLOADED"] == "yes"
+    assert difference(ours, lmod.bash(loaded, *calls)) == {}
 
 
 def test_a_sticky_module_survives_a_purge(jupyter: Jupyter, lmod: Modules) -> None:

@@ -105,6 +105,9 @@ LUA = {
     "core/function/1": 'set_shell_function("greet", "echo hi", "echo hi")\nsetenv("FUNCTION", "1")',
     "folder with space/spaced/1": 'setenv("SPACED", "1")',
     "core/execute/1": 'execute{cmd="export EXECUTED=1", modeA={"load"}}\nsetenv("AFTER", "1")',
+    "core/executed/1": 'execute{cmd="export UNLOADED=yes", modeA={"unload"}}\nsetenv("AFTER", "1")',
+    "core/sources/1": 'local here = pathJoin(myFileName():match("(.*)/"), "profile")\n'
+    """execute{cmd=". '" .. here .. "'", modeA={"load"}}\nprepend_path("PATH", "/from/module")""",
 }
 
 
@@ -145,6 +148,9 @@ def write_tree(root: Path, venv: Path, lua: bool) -> None:
         path = root / (name + ".lua")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
+    if lua:
+        profile = 'export FROM_PROFILE="it\'s $AFTER" PATH=/profile:$PATH\nunset GONE\nNOT_EXPORTED=1\n'
+        (root / "core" / "sources" / "profile").write_text(profile)
 
 
 @pytest.fixture(scope="session")
