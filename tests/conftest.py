@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from support.modes import GROUPS, MAKERS
-
 pytest_plugins = [
     "support.jupyter",
     "support.venvs",
@@ -36,12 +34,16 @@ In the order in which they start: what takes longest comes first."""
 
 def group_of(path, parameter=""):
     """Return what a file of tests runs together with; a test of all modes, by the daemon of its mode."""
+    from support.modes import GROUPS  # not earlier: its assertions would not be explained
+
     own = path if not parameter else f"{path}[{parameter}]"
     return GROUPS.get(parameter.partition("-")[0]) or TOGETHER.get(Path(path).stem.partition("_")[2], own)
 
 
 def mode_of(nodeid):
     """Return the mode that a test of all modes is about."""
+    from support.modes import MAKERS
+
     parameter = nodeid.partition("[")[2].rstrip("]")
     return parameter if parameter in MAKERS else ""
 
