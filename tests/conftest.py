@@ -24,7 +24,7 @@ pytest_plugins = [
 
 TOGETHER = {
     **dict.fromkeys(("slurm", "jobs", "yarn"), "cluster"),
-    **dict.fromkeys(("docker", "clients", "lab", "languages", "reasons", "check"), "docker"),
+    **dict.fromkeys(("docker", "clients", "lab", "languages", "reasons", "check", "hard_cases"), "docker"),
     "podman": "podman",
 }
 """Files of live tests that share daemons, and so run in one worker; any other file runs for itself.
