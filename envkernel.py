@@ -80,6 +80,86 @@ class UserError(Exception):
         self.hint = self.hint.replace("envkernel update NAME", "envkernel update " + name)
 
 
+KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
+    "engine": (
+        (
+            ("Cannot connect to the Docker daemon", "error during connect"),
+            "The Docker daemon does not answer.",
+            "Start it (systemctl start docker), or correct DOCKER_HOST.",
+        ),
+        (
+            ("permission denied while trying to connect",),
+            "You may not talk to the Docker daemon.",
+            "Have an administrator add you to the group docker, or use podman.",
+        ),
+        (
+            ("No such image", "image not known"),
+            "There is no image {image} here.",
+            "Fetch it: {engine} pull {image}",
+        ),
+        (
+            ("error waiting for container", "unexpected EOF"),
+            "The container engine went away, and the kernel with it.",
+            "Restart the kernel when the engine is back.",
+        ),
+        (
+            ("unresolvable CDI devices", "could not select device driver"),
+            "{engine} can't give the container the GPUs of this machine.",
+            "Install the NVIDIA Container Toolkit (for podman also: nvidia-ctk cdi generate), or drop --gpu.",
+        ),
+        (
+            ("gathering device information", "stat /dev/"),
+            "{engine} can't give the container a device: it does not exist on this machine.",
+            "Correct --device, or leave it out.",
+        ),
+    ),
+    "apptainer": (
+        (
+            ("executable file not found",),
+            "The image {image} has no such program.",
+            "Add it in %post of the image's definition file, for example: pip install ipykernel",
+        ),
+        (
+            ("mount source",),
+            "A directory to bind does not exist.",
+            "Create it, or set the kernel up without it.",
+        ),
+        (
+            ("failed to set working directory",),
+            "The directory to work in is not in the container.",
+            "Bind it (--bind, --pwd), or name another one with --workdir.",
+        ),
+        (
+            ("image format not recognized",),
+            "{image} is no image.",
+            "Build or fetch it again: envkernel update NAME.",
+        ),
+        (
+            ("equesting capability set",),
+            "The engine may not take the rights that it starts containers with here.",
+            "Let it use a user namespace: --userns.",
+        ),
+        (
+            ("namespace",),
+            "The engine may not create the namespaces of a container here.",
+            "Have an administrator allow user namespaces, or install the engine with setuid.",
+        ),
+    ),
+}
+"""What programs say when they fail: patterns (one is enough), message and hint; the first row counts."""
+
+
+def explain(program: str, said: str, **names: str) -> UserError | None:
+    """Return the error for what a program of `KNOWN_ERRORS` said, None where that is not known.
+
+    names: what message and hint mention, as in ``str.format``.
+    """
+    for patterns, message, hint in KNOWN_ERRORS[program]:
+        if any(pattern in said for pattern in patterns):
+            return UserError(message.format(**names), hint.format(**names), 1, said.strip())
+    return None
+
+
 def missing_place(what: str, path: str, hint: str, closed: str) -> UserError:
     """Return the error for an environment that is not there, or (closed) behind what may not be read."""
     if closed:
@@ -1604,6 +1684,13 @@ CONTAINER_OPTIONS = [
         "--shared", "Run all kernels of this kernelspec in one container, which ends with the last.", run=True
     ),
     Option("--keep", "With --shared: leave the container running after the last kernel.", run=True),
+    Option(
+        "--transport",
+        "How the kernel is reached: ipc (unix sockets; default where setup sees that it works) or tcp.",
+        metavar="HOW",
+        choices=("ipc", "tcp"),
+        run=True,
+    ),
     Option("--build-option", "One more token for the engine's build.", metavar="TOKEN", many=True),
     Option(
         "--mount",
@@ -1618,31 +1705,8 @@ CONTAINER_OPTIONS = [
 """Options of all container modes."""
 
 
-def split_escaped(text: str, separator: str) -> list[str]:
-    """Split at a character that no backslash stands before.  The backslashes stay."""
-    parts = [""]
-    escaped = False
-    for character in text:
-        if character == separator and not escaped:
-            parts.append("")
-            continue
-        parts[-1] += character
-        escaped = character == "\\" and not escaped
-    return parts
-
-
-def unescaped(text: str) -> str:
-    """Return `text` without the backslashes that stand before a backslash, colon or comma."""
-    result = ""
-    rest = iter(text)
-    for character in rest:
-        after = next(rest, "") if character == "\\" else ""
-        result += after if after and after in "\\:," else character + after
-    return result
-
-
 class Bind(Record):
-    """A folder or file of the host, where it appears in a container, and the options (``ro``, empty)."""
+    """A directory or file of the host, where it appears in a container, and the options (``ro``, empty)."""
 
     def __init__(self, source: str, target: str = "", options: str = "") -> None:
         self.source = source
@@ -1650,31 +1714,36 @@ class Bind(Record):
         self.options = options
 
     def __str__(self) -> str:
-        paths = [self.source, self.target] + ([self.options] if self.options else [])
+        paths = [self.source, self.target]
         for character in "\\:,":
-            paths[:2] = [path.replace(character, "\\" + character) for path in paths[:2]]
-        return ":".join(paths)
+            paths = [path.replace(character, "\\" + character) for path in paths]
+        return ":".join([*paths, *([self.options] if self.options else [])])
 
 
 def read_binds(texts: Sequence[str], commas: bool = False) -> list[Bind]:
-    """Read ``SRC[:DST[:OPTIONS]]``; a backslash takes a colon, comma or backslash literally.
+    """Read ``SRC[:DST[:OPTIONS]]``; a backslash makes a colon, comma or backslash literal.
 
-    commas: several may stand in one text, as Apptainer has it.  Raises UserError (status 2).
+    commas: one text may hold several binds, as in Apptainer.  Raises UserError (status 2).
     """
     binds = []
-    for text in [part for given in texts for part in (split_escaped(given, ",") if commas else [given])]:
-        parts = [unescaped(part) for part in split_escaped(text, ":")]
-        if not parts[0] or len(parts) > 3 or not (parts[1:2] or ["/"])[0].startswith("/"):
-            raise usage_error(
-                f"--bind can't be {text!r}.",
-                "Write SRC, SRC:DST or SRC:DST:ro with an absolute DST, and \\: for a colon in a name.",
-            )
-        binds.append(Bind(*parts))
+    hidden = {0xD800 + number: character for number, character in enumerate("\\:,")}  # in no file name
+    for text in texts:
+        marked = text
+        for mark, character in hidden.items():
+            marked = marked.replace("\\" + character, chr(mark))
+        for part in marked.split(",") if commas else [marked]:
+            fields = [field.translate(hidden) for field in part.split(":")]
+            if not fields[0] or len(fields) > 3 or not (fields[1:2] or ["/"])[0].startswith("/"):
+                raise usage_error(
+                    f"--bind can't be {text!r}.",
+                    "Write SRC, SRC:DST or SRC:DST:ro with an absolute DST, and \\: for a colon in a name.",
+                )
+            binds.append(Bind(*fields))
     return binds
 
 
 def setup_binds(texts: Sequence[str], facts: Facts, commas: bool = False) -> list[str]:
-    """Return binds with absolute sources.  Raises UserError for a source that is not there."""
+    """Return binds with absolute sources.  Raises UserError for a source that does not exist."""
     binds = []
     for bind in read_binds(texts, commas):
         source = facts.absolute(bind.source)
@@ -1709,13 +1778,6 @@ def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
 
 
 DOCKER_OPTIONS = [
-    Option(
-        "--transport",
-        "How Jupyter reaches a kernel that is not on the host's network: ipc (unix sockets, default) or tcp.",
-        metavar="HOW",
-        choices=("ipc", "tcp"),
-        run=True,
-    ),
     Option("--identity", "Who the kernel is inside.", metavar="WHO", run=True, setup=False),
     Option(
         "--guest",
@@ -1733,130 +1795,127 @@ DOCKER_OPTIONS = [
 """Options of docker and podman beside `CONTAINER_OPTIONS`."""
 
 
-class Box(Record):
-    """What all container engines have to be told for one kernel, in no engine's words.
+class ContainerSpec(Record):
+    """What each engine has to know about one kernel, independent of how the engine expresses it.
 
-    folder: the kernel's private folder on the host.  inside: where it appears in the container.
-    binds: what is bound besides.  workdir: where to work, empty for the image's own choice.
-    environ: variables to set inside; secret: variables of the user's, which no argv may show.
-    command: the kernel command.  publish: ports to publish.  care: what has to stand beside it.
-    owner: what names its copies: the kernel's key, or the container's where that is shared.
+    directory: the kernel's private directory on the host.  inside: where it appears in the container.
+    shared: name of the container that all kernels of the kernelspec share, empty for one of its own.
+    binds: what is bound, the private directory first.  workdir: where to work, empty for the image's own.
+    environ: variables to set inside; secret: the user's variables, which no argv may show.
+    command: the kernel command.  publish: ports to publish.  care: how it is supervised.
     """
 
-    folder: str
+    directory: str
     care: Care
     inside: str = INSIDE
+    shared: str = ""
     binds: list[Bind] = []
     workdir: str = ""
     environ: dict[str, str] = {}
     secret: dict[str, str] = {}
     command: list[str] = []
-    publish: list[int] = []
-    owner: str = ""
+    publish: list[str] = []
 
     def path(self, name: str) -> str:
-        """Return where a file of the private folder is on the host."""
-        return f"{self.folder}/{name}"
+        """Return where a file of the private directory is on the host."""
+        return f"{self.directory}/{name}"
 
 
-def connection_inside(box: Box, shares_network: bool, transport: str) -> bytes | None:
-    """Decide how Jupyter reaches the kernel; return the kernel's connection file (None: Jupyter's own).
+def container_spec(
+    step: Step, plan: Plan, facts: Facts, rest: Launch, *, host_network: bool, inside: str = INSIDE
+) -> ContainerSpec:
+    """Return what the engine has to know: the private directory, binds, working directory, variables.
 
-    On the host's network the ports are Jupyter's.  Elsewhere the kernel listens on unix sockets in its
-    private folder and a relay carries the ports there, or (``tcp``) the engine publishes them.
+    inside: where the private directory appears, empty for its path on the host.
+    Raises UserError where the kernel can't have what it was set up with.
     """
-    told = box.care.connection
-    is_tcp = told.get("transport", "tcp") == "tcp"
-    if not told or (shares_network and is_tcp):
-        return None
-    own = dict(told)
-    if transport == "tcp" and is_tcp:
-        own["ip"] = "0.0.0.0"
-        box.publish = [int(told[name + "_port"]) for name in STREAMS]
-    else:
-        numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
-        own.update(numbers, transport="ipc", ip=f"{box.inside}/s")
-        box.care.relay = box.path("s")
-    return to_json(own)
-
-
-def container_box(
-    step: Step,
-    plan: Plan,
-    facts: Facts,
-    rest: Launch,
-    *,
-    shares_network: bool = True,
-    inside: str = INSIDE,
-    shared: str = "",
-) -> Box:
-    """Return what every engine has to be told: the private folder, binds, working directory, variables.
-
-    inside: where the private folder appears, empty for its path on the host.  shared: name of the folder
-    that holds the private folders of all kernels of one container, empty for a container of its own.
-    Raises UserError where that can't be had.
-    """
-    path, text, connection = read_connection(rest, facts)
+    path, _, connection = read_connection(rest, facts)
     base = private_base(plan.environ, step.options.get("place", ""), facts)
     key = kernel_key(path if connection else facts.random())
-    folder = "/".join([base, *([shared] if shared else []), key])
-    box = Box(folder, Care(folder, connection=connection))
-    box.inside = (f"{inside}/{key}" if shared else inside) or folder
-    own = connection_inside(box, shares_network, step.options.get("transport", "ipc"))
+    shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
+    directory = "/".join([base, *([shared] if shared else []), key])
+    inside = (f"{inside}/{key}" if shared else inside) or directory
+    spec = ContainerSpec(directory, Care(directory, connection=connection), inside, shared)
     if connection:
-        box.care.files.append((box.path("connection.json"), own or text))
+        own = kernel_connection(spec, host_network, step.options.get("transport", ""), facts)
+        spec.care.files.append((spec.path("connection.json"), to_json(own)))
         if connection.get("transport") == "ipc":
-            box.care.remove += [f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS]
-    inner = f"{box.inside}/connection.json"
-    box.command = [token.replace(CONNECTION_FILE, inner) for token in plan.argv]
-    box.environ["ENVKERNEL_CONNECTION_FILE"] = inner
-    box.secret = dict(plan.given)
-    box.binds += read_binds(step.options.get("bind", []))
-    box.workdir = step.options.get("workdir", "")
-    box.owner = shared or key
-    if shared and step.options.get("pwd"):
-        box.workdir = box.workdir or shared_workdir(step, box, facts.absolute("."))
-    elif step.options.get("pwd") or step.options.get("copy-workdir"):
-        bind_workdir(box, facts.absolute("."), bool(step.options.get("copy-workdir")), plan, facts)
-    return box
+            spec.care.remove += [f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS]
+    file = f"{inside}/connection.json"
+    spec.command = [token.replace(CONNECTION_FILE, file) for token in plan.argv]
+    spec.environ["ENVKERNEL_CONNECTION_FILE"] = file
+    spec.secret = dict(plan.given)
+    spec.binds = [Bind(os.path.dirname(directory), INSIDE) if shared else Bind(directory, inside)]
+    spec.binds += read_binds(step.options.get("bind", []))
+    spec.workdir = step.options.get("workdir", "")
+    if step.options.get("pwd") or step.options.get("copy-workdir"):
+        use_workdir(spec, step, plan, facts)
+    return spec
 
 
-def shared_workdir(step: Step, box: Box, folder: str) -> str:
-    """Return where a folder of this machine is in a container that others may have started.
+def kernel_connection(
+    spec: ContainerSpec, host_network: bool, transport: str, facts: Facts
+) -> dict[str, Any]:
+    """Decide where the kernel listens; return what its connection file says, and record how it is reached.
 
-    Raises UserError where nothing shows it there.
+    Jupyter's own addresses are opened outside of the container, and joined with the kernel's.  Those are
+    unix sockets in its private directory, or (``tcp``) Jupyter's port numbers on a loopback address of the
+    kernel's own, on the host's network or published there.  Without a record of what setup has seen
+    (kernelspecs of envkernel 1.x) it is TCP where that can be had.
     """
-    volumes = [value.split(":") for value in engine_values(step.engine, "--volume")]
-    shown = [*box.binds, *(Bind(*parts[:2]) for parts in volumes)]
-    for bind in sorted(shown, key=lambda bind: len(bind.source), reverse=True):
-        if f"{folder}/".startswith(bind.source.rstrip("/") + "/"):
-            return os.path.normpath(f"{bind.target}/{os.path.relpath(folder, bind.source)}")
-    if box.care.connection:
-        raise UserError(
-            f"The notebook's folder {folder} can't be seen in the shared container.",
-            "Open a notebook in a folder that --bind shows there, or bind this one as well.",
-        )
-    return ""
+    jupyters = spec.care.connection
+    if transport == "ipc" or not (transport or host_network):
+        numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
+        spec.care.relay = {**numbers, "transport": "ipc", "ip": spec.path("s")}
+        return {**jupyters, **numbers, "transport": "ipc", "ip": f"{spec.inside}/s"}
+    random = bytes.fromhex(facts.random())
+    address = "127.{}.{}.{}".format(*(byte % 254 + 1 for byte in random[:3]))
+    ports = {name + "_port": int(jupyters[name + "_port"]) for name in STREAMS}
+    if jupyters.get("transport") == "ipc" or jupyters["ip"] in ("0.0.0.0", "::", "*", ""):
+        first = 61000 + 8 * random[3]  # Jupyter has none, or listens on them at all addresses
+        ports = {name: first + number for number, name in enumerate(ports)}
+    spec.care.relay = {**ports, "transport": "tcp", "ip": address}
+    if not host_network:
+        spec.publish = [f"{address}:{port}:{port}" for port in ports.values()]
+    return {**jupyters, **spec.care.relay, "ip": address if host_network else "0.0.0.0"}
 
 
-def bind_workdir(box: Box, folder: str, copy: bool, plan: Plan, facts: Facts) -> None:
-    """Bind the current folder (or a copy of it) at its own path, and work in it."""
-    if folder == "/" and box.care.connection:
+def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, facts: Facts) -> None:
+    """Let the kernel work in the notebook's directory: bind it, or a copy of it, at its own path.
+
+    A shared container has its binds already; one of them has to show the directory.  Raises UserError.
+    """
+    directory = facts.absolute(".")
+    if spec.shared:
+        volumes = [value.split(":") for value in engine_values(step.engine, "--volume")]
+        shown = [*spec.binds, *(Bind(*parts[:2]) for parts in volumes)]
+        for bind in sorted(shown, key=lambda bind: len(bind.source), reverse=True):
+            if f"{directory}/".startswith(bind.source.rstrip("/") + "/"):
+                inner = os.path.normpath(f"{bind.target}/{os.path.relpath(directory, bind.source)}")
+                spec.workdir = spec.workdir or inner
+                return
+        if spec.care.connection and not spec.workdir:
+            raise UserError(
+                f"The notebook's directory {directory} can't be seen in the shared container.",
+                "Open a notebook in a directory that --bind shows there, or bind this one as well.",
+            )
+    elif directory != "/":
+        source = add_copy(spec, directory, plan, facts) if step.options.get("copy-workdir") else directory
+        spec.binds.append(Bind(source, directory))
+        spec.workdir = spec.workdir or directory
+    elif spec.care.connection:
         raise UserError(
             "The kernel was started in /, which can't be bound into a container.",
-            "Open the notebook from a folder of yours, or leave --pwd out.",
+            "Open the notebook from a directory of yours, or leave --pwd out.",
         )
-    if folder != "/":
-        source = add_copy(box, folder, plan, facts) if copy else folder
-        box.binds.append(Bind(source, folder))
-        box.workdir = box.workdir or folder
 
 
-def add_copy(box: Box, folder: str, plan: Plan, facts: Facts) -> str:
-    """Have a folder copied before the start; return where the copy will be (on a disk, not in memory)."""
+def add_copy(spec: ContainerSpec, directory: str, plan: Plan, facts: Facts) -> str:
+    """Have a directory copied before the start; return where the copy will be (on disk, not in memory)."""
     disk = private_base({**plan.environ, "XDG_RUNTIME_DIR": ""}, "", facts)
-    copy = f"{disk}/{box.owner}.{len(box.care.copies)}"
-    box.care.copies.append((folder, copy))
+    owner = spec.shared or os.path.basename(spec.directory)
+    copy = f"{disk}/{owner}.{len(spec.care.copies)}"
+    spec.care.copies.append((directory, copy))
     return copy
 
 
@@ -1864,7 +1923,7 @@ def mount_token(binding: Bind) -> str:
     """Return the value of --mount for a binding: fields as in CSV, so that a path can hold anything."""
     fields = ["type=bind", "src=" + binding.source, "dst=" + binding.target]
     fields += ["readonly"] if "ro" in binding.options.split(",") else []
-    return ",".join(csv_field(field) for field in fields)
+    return ",".join(map(csv_field, fields))
 
 
 def csv_field(text: str) -> str:
@@ -1876,95 +1935,24 @@ def csv_field(text: str) -> str:
 
 def split_csv(text: str) -> list[str]:
     """Return the fields of a CSV line."""
-    from _csv import reader  # what csv hands on; csv itself loads re, which stays in memory
+    import csv
 
-    return next(reader([text]), [])
+    return next(csv.reader([text]), [])
 
 
-def mount_options(step: Step, box: Box, plan: Plan, facts: Facts) -> list[str]:
-    """Return the mounts that a user asked the engine for; folders marked ``copy`` are copied first."""
+def mount_options(step: Step, spec: ContainerSpec, plan: Plan, facts: Facts) -> list[str]:
+    """Return the mounts that a user wants from the engine; directories marked ``copy`` are copied first."""
     tokens = []
-    for spec in step.options.get("mount", []):
-        fields = split_csv(spec)
+    for mount in step.options.get("mount", []):
+        fields = split_csv(mount)
         if "copy" in fields:
             fields.remove("copy")
             for index, field in enumerate(fields):
                 key, _, value = field.partition("=")
                 if key in ("src", "source"):
-                    fields[index] = f"{key}={add_copy(box, facts.absolute(value), plan, facts)}"
-        tokens.append("--mount=" + ",".join(csv_field(field) for field in fields))
+                    fields[index] = f"{key}={add_copy(spec, facts.absolute(value), plan, facts)}"
+        tokens.append("--mount=" + ",".join(map(csv_field, fields)))
     return tokens
-
-
-def engine_word(step: Step, *flags: str) -> str:
-    """Return the last value that an option of the engine's has in a step, empty for none."""
-    return (engine_values(step.engine, *flags) or [""])[-1]
-
-
-def is_podman(step: Step) -> bool:
-    """Tell whether the engine is podman, which may have been called docker (Debian's podman-docker)."""
-    return step.mode == "podman" or bool(step.options.get("is-podman"))
-
-
-def shares_host(step: Step) -> bool:
-    """Tell whether a container of docker or podman is on the host's network."""
-    usual = engine_word(step, "--network", "--net") in ("", "host")
-    return usual and not step.options.get("no-host-network") and step.options.get("transport") is None
-
-
-def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
-    """Plan a kernel in a container of docker or podman.  Raises UserError for what can't be done."""
-    program = step.options.get("program") or find_program([step.mode], plan.environ, facts)
-    if not program:
-        raise engine_missing(step)
-    if rest.legacy:
-        step = step.but(options={"identity": "user", **step.options})
-    network = engine_word(step, "--network", "--net")
-    shares = shares_host(step)
-    shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
-    box = container_box(step, plan, facts, rest, shares_network=shares, shared=shared)
-    name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), shared or facts.random())
-    user = identity_tokens(step, box, facts)
-    image = step.targets[0]
-    head = [program, "run", "--rm", "--pull=never"]
-    head += ["--init"] if step.options.get("init") else []
-    binds = ["--mount=" + mount_token(one) for one in read_binds(step.options.get("bind", []))]
-    offline = [] if network else ["--network=none"]
-    look = [*head, *offline, *user, *gpu_tokens(step), *binds, *step.engine, image]
-    head += [f"--name={name}", *label_tokens(rest, plan, facts)]
-    head += ["--network=host"] if shares and not network else []
-    head += [f"--publish=127.0.0.1:{port}:{port}" for port in box.publish]
-    bound = Bind(os.path.dirname(box.folder), INSIDE) if shared else Bind(box.folder, INSIDE)
-    head += [*user, *gpu_tokens(step), "--mount=" + mount_token(bound)]
-    head += ["--mount=" + mount_token(binding) for binding in box.binds]
-    head += mount_options(step, box, plan, facts)
-    workdir = ["--workdir=" + box.workdir] if box.workdir else []
-    environ, variables = variable_tokens(box, plan.environ, bool(step.options.get("init")) and not shared)
-    remove = [program, "rm", "-f", "-v", *(["-t", "0"] if is_podman(step) else []), name]
-    box.care.owner = int(step.options.get("guest", "-1"))
-    box.care.litter = is_podman(step)  # conmon marks an OOM kill by a file in its current folder
-    box.care.explain = ContainerEnd(program, image, name, box.path("oom"))
-    if shared:
-        idle = [*head, *step.engine, "--detach", "--entrypoint=sleep", image, "2147483647"]
-        alive = [program, "container", "inspect", "--format={{.State.Running}}", name]
-        box.care.shared = Shared(alive, idle, remove, bool(step.options.get("keep")), box.care.copies)
-        box.care.copies = []
-        argv = [*exec_argv(box, program, name, [*workdir, *variables]), *box.command]
-    else:
-        box.care.signal = [program, "kill", "--signal={signal}", name]
-        if is_podman(step) and step.options.get("init"):
-            box.care.init = [program, "inspect", "--format={{.State.Pid}}", name]
-        box.care.cleanup.append(remove)
-        argv = [*head, *workdir, *variables, *step.engine, image, *box.command]
-    return plan.but(
-        argv=argv,
-        environ=environ,
-        search=None,
-        where=f"the image {image}",
-        install="RUN pip install %s (a line for its Dockerfile)",
-        care=box.care,
-        inside=look,
-    )
 
 
 def shared_name(step: Step, launch: Launch, facts: Facts) -> str:
@@ -1974,35 +1962,150 @@ def shared_name(step: Step, launch: Launch, facts: Facts) -> str:
     return "shared-" + kernel_key("\0".join([str(facts.ids()[0]), *parts]))
 
 
-def exec_argv(box: Box, program: str, name: str, options: Sequence[str]) -> list[str]:
-    """Return how a kernel is run in a container that is there, and tell `box` how it is signalled.
+def last_value(step: Step, *flags: str) -> str:
+    """Return the last value that an engine option has in a step, empty for none."""
+    return (engine_values(step.engine, *flags) or [""])[-1]
 
-    The engines' exec passes no signals on.  A shell inside writes down the kernel's process group.
+
+def absolute_value(token: str, facts: Facts, names: Sequence[str] = ("volume",)) -> str:
+    """Return an engine option whose value begins with a path of the host with that path absolute.
+
+    A volume of docker's is a path only where it looks like one.
     """
-    pid = box.inside + "/pid"
-    shell = [program, "exec", name, "sh", "-c"]
-    box.care.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
-    gone = 'test ! -e "$0" || kill -s KILL -- "-$(cat "$0")" || true'
-    box.care.cleanup.append(["/bin/sh", "-c", '"$@" || true', "sh", *shell, gone, pid])
-    return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
+    flag, _, value = token.partition("=")
+    path, colon, rest = value.partition(":")
+    if not path or flag[2:] not in names or (flag == "--volume" and not path.startswith((".", "~"))):
+        return token
+    return f"{flag}={facts.absolute(path)}{colon}{rest}"
 
 
-def engine_missing(step: Step) -> UserError:
-    """Return the error for an engine that is not installed."""
-    name = step.options.get("engine", step.mode)
-    return UserError(
-        f"There is no program {name} on this machine.",
-        f"Install {step.mode}, or say where it is: --engine=/path/to/{os.path.basename(name)}.",
-        127,
+def refuse_options(step: Step) -> None:
+    """Raise UserError (status 2) for options that a kernel can't live with, or that exclude each other."""
+    options = step.options
+    shared = bool(options.get("shared"))
+    unshared = ("pwd", "copy-workdir", "mount") if step.mode in APPTAINER_PROGRAMS else ("copy-workdir",)
+    own = next((name for name in unshared if shared and options.get(name)), "")
+    shows = options.get("bind") or engine_values(step.engine, "--volume")
+    copied = any("copy" in split_csv(mount) for mount in options.get("mount", []))
+    for wrong, message, hint in (
+        (
+            engine_values(step.engine, "--detach"),
+            "--detach can't be used: the kernel stays in the foreground.",
+            "Leave it out.",
+        ),
+        (
+            own,
+            f"--{own} and --shared exclude each other: all kernels of a container see the same directories.",
+            "Use --bind, with --workdir where you like.",
+        ),
+        (
+            shared and options.get("pwd") and not shows,
+            "--pwd with --shared needs the directories of the notebooks: the container exists before them.",
+            "Show them with --bind, for example: --bind ~/notebooks.",
+        ),
+        (
+            shared and options.get("keep") and copied,
+            "--mount ...,copy and --keep exclude each other: nobody would remove the copy.",
+            "Leave one out.",
+        ),
+    ):
+        if wrong:
+            raise usage_error(message, hint)
+
+
+# -- docker and podman --
+
+
+def is_podman(step: Step) -> bool:
+    """Return whether the engine is podman, which may be called docker (Debian's podman-docker)."""
+    return step.mode == "podman" or bool(step.options.get("is-podman"))
+
+
+def shares_host(step: Step) -> bool:
+    """Return whether a container of docker or podman is on the host's network."""
+    return last_value(step, "--network", "--net") in ("", "host") and not step.options.get("no-host-network")
+
+
+def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+    """Plan a kernel in a container of docker or podman.  Raises UserError for what can't be done."""
+    program = find_engine(step, [step.mode], plan.environ, facts)
+    if rest.legacy:
+        step = step.but(options={"identity": "user", **step.options})
+    on_host, network = shares_host(step), last_value(step, "--network", "--net")
+    spec = container_spec(step, plan, facts, rest, host_network=on_host)
+    care = spec.care
+    name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), spec.shared or facts.random())
+    image, podman, init = step.targets[0], is_podman(step), bool(step.options.get("init"))
+    head = [program, "run", "--rm", "--pull=never", *(["--init"] if init else [])]
+    user = [*identity_tokens(step, spec, facts), *gpu_tokens(step)]
+    binds = ["--mount=" + mount_token(one) for one in read_binds(step.options.get("bind", []))]
+    look = [*head, *([] if network else ["--network=none"]), *user, *binds, *step.engine, image]
+    head += [f"--name={name}", *label_tokens(rest, plan, facts)]
+    head += ["--network=host"] if on_host and not network else []
+    head += [*("--publish=" + port for port in spec.publish), *user]
+    head += ["--mount=" + mount_token(binding) for binding in spec.binds]
+    head += mount_options(step, spec, plan, facts)
+    environ, variables = variable_tokens(spec, plan.environ, init)
+    options = [*(["--workdir=" + spec.workdir] if spec.workdir else []), *variables]
+    remove = [program, "rm", "-f", "-v", *(["-t", "0"] if podman else []), name]
+    care.owner = int(step.options.get("guest", "-1"))
+    care.litter = podman  # conmon marks an OOM kill by a file in its current directory
+    care.explain = ContainerEnd(program, image, name, spec.path("oom"))
+    if spec.shared:
+        idle = [*head, *step.engine, "--detach", "--entrypoint=sleep", image, "2147483647"]
+        alive = [program, "container", "inspect", "--format={{.State.Running}}", name]
+        care.shared = Shared(alive, idle, remove, bool(step.options.get("keep")), care.copies)
+        care.copies = []
+        argv = [*exec_argv(spec, program, name, options), *spec.command]
+    else:
+        care.signal = [program, "kill", "--signal={signal}", name]
+        care.init = [program, "inspect", "--format={{.State.Pid}}", name] if podman and init else []
+        care.cleanup.append(remove)
+        argv = [*head, *options, *step.engine, image, *spec.command]
+    return plan.but(
+        argv=argv,
+        environ=environ,
+        search=None,
+        where=f"the image {image}",
+        install="RUN pip install %s (a line for its Dockerfile)",
+        care=care,
+        inside=look,
     )
 
 
-def identity_tokens(step: Step, box: Box, facts: Facts) -> list[str]:
-    """Return the options that let files in bound folders belong to the user, and HOME be writable.
+def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[str]) -> list[str]:
+    """Return how a kernel is run in a running container, and record in `spec` how it is signalled.
+
+    The engines' exec passes no signals on.  A shell inside writes down the kernel's process group.
+    """
+    pid = spec.inside + "/pid"
+    shell = [program, "exec", name, "sh", "-c"]
+    spec.care.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
+    gone = 'test ! -e "$0" || kill -s KILL -- "-$(cat "$0")" || true'
+    spec.care.cleanup.append(["/bin/sh", "-c", '"$@" || true', "sh", *shell, gone, pid])
+    return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
+
+
+def find_engine(step: Step, names: Sequence[str], environ: Mapping[str, str], facts: Facts) -> str:
+    """Return the path of a step's engine.  Raises UserError (status 127)."""
+    wanted = [step.options["engine"]] if "engine" in step.options else names
+    program = step.options.get("program") or find_program(wanted, environ, facts)
+    if not program:
+        raise UserError(
+            "There is no {} on this machine.".format(" and no ".join(wanted)),
+            f"Install {step.mode}, load its module first (envkernel lmod ... -- {step.mode} ...), "
+            "or name the program: --engine=PATH.",
+            127,
+        )
+    return program
+
+
+def identity_tokens(step: Step, spec: ContainerSpec, facts: Facts) -> list[str]:
+    """Return the options that let files in bound directories belong to the user, and HOME be writable.
 
     identity: ``user`` (rootful: the user's own ids), ``keep-id`` (rootless podman), ``root`` (rootless
     docker, where the container's root is the user), ``given`` (the user chose with --user=X),
-    ``keep-id:uid=X,gid=Y`` (so in rootless podman: X inside is the user here).
+    ``keep-id:uid=X,gid=Y`` (so in rootless podman: X inside is the user outside).
     """
     who = step.options.get("identity", "given")
     uid, gid, groups = facts.ids()
@@ -2015,9 +2118,8 @@ def identity_tokens(step: Step, box: Box, facts: Facts) -> list[str]:
         tokens.append(f"--user={uid}:{gid}")
         tokens += [f"--group-add={group}" for group in groups if group != gid]
     if who == "keep-id" or (who == "user" and uid):
-        home = f"{box.inside}/home"
-        box.environ["HOME"] = home
-        box.care.files.append((box.path("home/.envkernel"), b""))
+        spec.environ["HOME"] = f"{spec.inside}/home"
+        spec.care.files.append((spec.path("home/.envkernel"), b""))
     return tokens
 
 
@@ -2032,53 +2134,55 @@ def gpu_tokens(step: Step) -> list[str]:
 
 
 def label_tokens(launch: Launch, plan: Plan, facts: Facts) -> list[str]:
-    """Return the labels that let ``docker ps`` explain a container."""
-    user = plan.environ.get("LOGNAME") or plan.environ.get("USER") or str(facts.ids()[0])
-    labels = {"envkernel": launch.options.get("name", "kernel"), "envkernel.user": user}
+    """Return the labels that explain a container in ``docker ps``, and by which it is found again."""
+    uid = str(facts.ids()[0])
+    user = plan.environ.get("LOGNAME") or plan.environ.get("USER") or uid
+    labels = {"envkernel": launch.options.get("name", "kernel"), "envkernel.user": user, "envkernel.uid": uid}
     return [f"--label={name}={value}" for name, value in labels.items()]
 
 
-def variable_tokens(box: Box, environ: Mapping[str, str], init: bool) -> tuple[dict[str, str], list[str]]:
+def variable_tokens(
+    spec: ContainerSpec, environ: Mapping[str, str], init: bool
+) -> tuple[dict[str, str], list[str]]:
     """Return the environment of the engine's client and the options that set variables inside.
 
-    The user's values go by a private file, so that they are in no argv and can't change the client
-    (PATH, LD_LIBRARY_PATH); what such a file can't hold goes by the client's own environment.
+    The user's values are in a private file, so that they are in no argv and can't change the client
+    (PATH, LD_LIBRARY_PATH); what such a file can't hold is in the client's own environment.
     """
     environ = {name: value for name, value in environ.items() if name != "JPY_PARENT_PID"}
-    tokens = [f"--env={name}={value}" for name, value in box.environ.items()]
+    tokens = [f"--env={name}={value}" for name, value in spec.environ.items()]
     # docker-init (tini) then interrupts what the kernel runs too, as the terminal's process group is
-    tokens += ["--env=TINI_KILL_PROCESS_GROUP=1"] if init else []
+    tokens += ["--env=TINI_KILL_PROCESS_GROUP=1"] if init and not spec.shared else []
     lines = []
-    for name, value in box.secret.items():
+    for name, value in spec.secret.items():
         if value and value == value.strip() and not any(c in value for c in "\r\n\"'\\$#`"):
             lines.append(f"{name}={value}\n")
         else:
             environ[name] = value
             tokens.append("--env=" + name)
     if lines:
-        box.care.files.append((box.path("env"), "".join(lines).encode(errors="surrogateescape")))
-        tokens.append("--env-file=" + box.path("env"))
+        spec.care.files.append((spec.path("env"), "".join(lines).encode(errors="surrogateescape")))
+        tokens.append("--env-file=" + spec.path("env"))
     return environ, tokens
 
 
 class ContainerEnd(Record):
-    """Says why a container ended: called with exit status, stderr's end and facts."""
+    """Explains the end of a container of docker or podman: called with exit status, end of stderr, facts."""
 
     program: str
     image: str
     name: str
-    mark: str = ""
+    mark: str = ""  # a file that exists after an OOM kill
 
     def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
         """Return the reason, None where the exit status says all."""
-        return engine_error(self.program, self.image, status, said) or self.killed(status, facts)
+        error = engine_error(self.program, self.image, status, said)
+        return self.killed(status, facts) if status in (137, 143) and not error else error
 
     def killed(self, status: int, facts: Facts) -> UserError | None:
         """Return who ended the container, by what the engine remembers of it."""
         import time
 
-        if status not in (137, 143):
-            return None
         argv = [self.program, "events", "--since=1h", f"--until={time.time():.9f}"]
         argv += [f"--filter=container={self.name}", "--format={{json .}}"]
         said = facts.output(argv, os.environ)
@@ -2087,63 +2191,50 @@ class ContainerEnd(Record):
         events = os.fsdecode(said.out).lower()
         events += '"action":"oom"' if facts.exists(self.mark) else ""
         engine = os.path.basename(self.program)
+        memory = "give it more (--memory), or use less."
         reasons = [
-            ("oom", "ran out of memory and was killed", "Give it more (--memory), or use less."),
+            ("oom", "ran out of memory and was killed", "G" + memory[1:]),
             ("stop", f"was stopped ({engine} stop)", "Restart the kernel."),
             ("kill", f"was killed ({engine} kill)", "Restart the kernel."),
+            ("", "was stopped (SIGTERM)", "Restart the kernel.")
+            if status == 143
+            else ("", "was killed (SIGKILL)", "If it ran out of memory, " + memory),
         ]
-        for word, what, hint in reasons:
-            if any(f'"{key}":"{word}"' in events for key in ("action", "status")):
+        for event, what, hint in reasons:
+            if not event or any(f'"{key}":"{event}"' in events for key in ("action", "status")):
                 return UserError(f"The kernel's container {self.name} {what}.", hint, status)
-        if status == 143:
-            return UserError(
-                f"The kernel's container {self.name} was stopped (SIGTERM).", "Restart it.", status
-            )
-        return UserError(
-            f"The kernel's container {self.name} was killed (SIGKILL).",
-            "If it ran out of memory, give it more (--memory), or use less.",
-            status,
-        )
+        return None
+
+
+def engine_refuses(status: int, said: str) -> bool:
+    """Return whether docker or podman itself failed, not the program that it should have run.
+
+    Its client exits with 126 and 127 also where a device or the GPU is missing.
+    """
+    own = any(line.startswith(("Error: ", "docker: ")) or "from daemon" in line for line in said.splitlines())
+    program = ('exec: "', "exec /", "executable", "that was not found")
+    return status == 125 or (status in (126, 127) and own and not any(sign in said for sign in program))
 
 
 def engine_error(program: str, image: str, status: int, said: str) -> UserError | None:
     """Return the error for what an engine's client says it could not do, None for anything else."""
     engine = os.path.basename(program)
-    known = {
-        "Cannot connect to the Docker daemon": (
-            "The Docker daemon does not answer.",
-            "Start it (systemctl start docker), or mend DOCKER_HOST.",
-        ),
-        "permission denied while trying to connect": (
-            "You may not talk to the Docker daemon.",
-            "Have an administrator add you to the group docker, or use podman.",
-        ),
-        "error during connect": ("The Docker daemon does not answer.", "Start it, or mend DOCKER_HOST."),
-        "No such image": (f"There is no image {image} here.", f"Fetch it: {engine} pull {image}"),
-        "image not known": (f"There is no image {image} here.", f"Fetch it: {engine} pull {image}"),
-        "error waiting for container": (
-            "The container engine went away, and the kernel with it.",
-            "Restart the kernel when the engine is back.",
-        ),
-        "unexpected EOF": (
-            "The container engine went away, and the kernel with it.",
-            "Restart the kernel when the engine is back.",
-        ),
-    }
-    if status in (1, 125):
-        for words, (message, hint) in known.items():
-            if words in said:
-                return UserError(message, hint, 1, said.strip())
-    if status in (126, 127):
-        return UserError(
+    error = None
+    if status in (1, 125) or engine_refuses(status, said):
+        error = explain("engine", said, engine=engine, image=image)
+    if error and image.startswith("sha256:") and error.message.startswith("There is no image"):
+        error.message = "The image that was built for this kernel is gone."
+        error.hint = "Build it again: envkernel update NAME"
+    if not error and engine_refuses(status, said):
+        error = UserError(f"{engine} can't start the container.", "Correct what it says.", 1, said.strip())
+    if not error and status in (126, 127):
+        error = UserError(
             f"The image {image} can't run the kernel's program.",
             "Add it to the image's Dockerfile, for example: RUN pip install ipykernel",
             127,
             said.strip(),
         )
-    if status == 125:
-        return UserError(f"{engine} can't start the container.", "Mend what it says.", 1, said.strip())
-    return None
+    return error
 
 
 def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -2151,36 +2242,31 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
 
     Builds or fetches the image where that was asked for.  Raises UserError for whatever is missing.
     """
-    program = find_program([step.options.get("engine", step.mode)], environ, facts)
-    if not program:
-        raise engine_missing(step)
+    program = find_engine(step.but(options={**step.options, "program": ""}), [step.mode], environ, facts)
     step = split_build(step, EngineOptions(facts, lambda: ([[program, "run"]], environ)))
-    refuse_shared(step)
+    refuse_options(step)
     options = dict(step.options, program=program)
     if "engine" in options:
         options["engine"] = program
     options["bind"] = setup_binds(step.options.get("bind", []), facts)
-    options.update(engine_nature(step, program, facts, environ))
+    options.update(engine_info(step, program, facts, environ))
     if options.get("gpu"):
         options["gpu-kind"] = options.get("gpu-kind") or ("amd" if facts.exists("/dev/kfd") else "nvidia")
-    step = step.but(options={name: value for name, value in options.items() if value not in (None, [])})
     usual = ("--interactive", "--tty", "--rm")  # from a command line for a terminal
-    engine = [token for token in step.engine if token not in usual]
-    step = step.but(engine=[absolute_volume(token, facts) for token in engine])
-    if "build" in options:
-        image = build_image(step, program, facts, environ, common)
-    else:
-        image = need_image(step, program, facts, environ, common)
-    return probe_engine(step.but(targets=[image]), facts, environ)
-
-
-def absolute_volume(token: str, facts: Facts) -> str:
-    """Return an engine's option with the relative path of ``--volume=./data:/data`` absolute."""
-    flag, _, value = token.partition("=")
-    source, colon, rest = value.partition(":")
-    if flag != "--volume" or not source.startswith((".", "~")):
-        return token
-    return f"{flag}={facts.absolute(source)}{colon}{rest}"
+    step = step.but(
+        options={name: value for name, value in options.items() if value not in (None, [])},
+        engine=[absolute_value(token, facts) for token in step.engine if token not in usual],
+    )
+    build = build_image if "build" in options else need_image
+    step = step.but(targets=[build(step, program, facts, environ, common)])
+    step = probe_engine(step, facts, environ)
+    chosen = {"pwd", "copy-workdir", "workdir"} & options.keys() or last_value(step, "--workdir")
+    if not (chosen or common.get("dry-run")):
+        print(
+            "The kernel will start in the image's own directory, and files written there are lost with "
+            "the container: --pwd lets it work in the notebook's directory."
+        )
+    return step
 
 
 def split_build(step: Step, run: EngineOptions) -> Step:
@@ -2199,64 +2285,29 @@ def split_build(step: Step, run: EngineOptions) -> Step:
     return step.but(engine=for_run, options={**step.options, "build-option": moved})
 
 
-def refuse_options(step: Step, unshared: Sequence[str] = ("pwd", "copy-workdir", "mount")) -> None:
-    """Raise UserError (status 2) for options of the engine that a kernel can't live with.
-
-    unshared: options that make no sense with --shared.
-    """
-    if engine_values(step.engine, "--detach"):
-        raise usage_error("--detach can't be used: the kernel stays in the foreground.", "Leave it out.")
-    own = [name for name in unshared if step.options.get(name)]
-    if step.options.get("shared") and own:
-        raise usage_error(
-            f"--{own[0]} and --shared exclude each other: all kernels of a container see the same folders.",
-            "Use --bind, with --workdir where you like.",
-        )
-
-
-def refuse_shared(step: Step) -> None:
-    """Raise UserError (status 2) for what a container of docker or podman can't share."""
-    refuse_options(step, ("copy-workdir",))
-    if not step.options.get("shared"):
-        return
-    if step.options.get("pwd") and not (step.options.get("bind") or engine_values(step.engine, "--volume")):
-        raise usage_error(
-            "--pwd with --shared needs the folders of the notebooks: the container is there before they are.",
-            "Show them with --bind, for example: --bind ~/notebooks.",
-        )
-    copied = any("copy" in split_csv(spec) for spec in step.options.get("mount", []))
-    if copied and step.options.get("keep"):
-        raise usage_error(
-            "--mount ...,copy and --keep exclude each other: nobody would remove the copy.", "Leave one out."
-        )
-
-
 def engine_commands(
     mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
 ) -> list[list[str]]:
     """Return the commands of docker or podman whose options may be given: run, with --build also build."""
     given = typed_value(tokens, "--engine")
-    program = find_program([given or mode], environ, facts)
-    if not program:
-        raise engine_missing(Step(mode, {"engine": given or mode}))
+    program = find_engine(Step(mode, {"engine": given} if given else {}), [mode], environ, facts)
     return [[program, "run"], *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
-def engine_nature(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return what an engine says of itself that each start has to know, as recorded options.
+def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what an engine reports about itself that each start has to know, as recorded options.
 
     Raises UserError where it does not answer.
     """
     import json
 
     said = facts.output([program, "info", "--format={{json .}}"], environ)
-    text = os.fsdecode(said.err)
     try:
         info = json.loads(said.out)
     except ValueError:
         info = {}
     if said.status or not info or info.get("ServerErrors"):
-        errors = " ".join([text, *(info.get("ServerErrors") or [])])
+        errors = " ".join([os.fsdecode(said.err), *(info.get("ServerErrors") or [])])
         raise engine_error(program, "", 125, errors) or UserError(f"{program} does not work.", "", 1, errors)
     host = info.get("host") or {}
     podman = bool(host)
@@ -2265,19 +2316,17 @@ def engine_nature(step: Step, program: str, facts: Facts, environ: Mapping[str, 
     desktop = "Docker Desktop" in str(info.get("OperatingSystem")) or host.get("serviceIsRemote", False)
     selinux = host.get("security", {}).get("selinuxEnabled", "name=selinux" in security)
     identity = "user"
-    if rootless:
+    if engine_values(step.engine, "--user", "--userns"):
+        identity = "given"
+    elif rootless:
         identity = "keep-id" if podman else "root"
-    given = engine_values(step.engine, "--user", "--userns")
-    recorded: dict[str, Any] = {"identity": "given" if given else identity}
-    if selinux:
-        recorded["no-selinux"] = True
-    if podman and step.mode != "podman":
-        recorded["is-podman"] = True
-    if desktop or (rootless and not podman):
-        recorded["no-host-network"] = True
-    if desktop:
-        recorded["transport"] = "tcp"
-    return recorded
+    recorded = {
+        "no-selinux": bool(selinux),
+        "is-podman": podman and step.mode != "podman",
+        "no-host-network": bool(desktop or (rootless and not podman)),
+        "transport": "tcp" if desktop else "",
+    }
+    return {"identity": identity, **{name: value for name, value in recorded.items() if value}}
 
 
 def need_image(
@@ -2304,7 +2353,7 @@ def need_image(
     if facts.show([program, "pull", *for_pull, image], environ):
         raise UserError(
             f"The image {image} can't be fetched: {engine} pull failed.",
-            "See above; mend its name, or build it: --build DIR.",
+            "See above; correct its name, or build it: --build DIR.",
         )
     return image
 
@@ -2314,28 +2363,57 @@ def build_image(
 ) -> str:
     """Build the image of ``--build DIR``, with the engine's progress; return its id.
 
-    Raises UserError where that fails.
+    It is tagged, so that `image prune` keeps it, and labelled.  Raises UserError where that fails.
     """
     import tempfile
 
-    folder = facts.absolute(step.options["build"])
-    step.options["build"] = folder
-    named = any(token.split("=")[0] in ("-f", "--file") for token in step.options.get("build-option", []))
-    if not named and not any(facts.exists(f"{folder}/{name}") for name in ("Dockerfile", "Containerfile")):
-        raise UserError(f"There is no Dockerfile or Containerfile in {folder}.", "Mend --build DIR.")
+    directory = step.options["build"] = facts.absolute(step.options["build"])
     options = list(step.options.get("build-option", []))
-    if not named and not facts.exists(folder + "/Dockerfile"):
-        options.append(f"--file={folder}/Containerfile")
+    if not any(token.split("=")[0] in ("-f", "--file") for token in options):
+        names = [name for name in ("Dockerfile", "Containerfile") if facts.exists(f"{directory}/{name}")]
+        if not names:
+            raise UserError(
+                f"There is no Dockerfile or Containerfile in {directory}.", "Correct --build DIR."
+            )
+        options += [f"--file={directory}/{names[0]}"] if names[0] != "Dockerfile" else []
     if common.get("dry-run"):
-        show_build([program, "build", *options, folder])
-    with tempfile.NamedTemporaryFile() as file:
-        if facts.show([program, "build", "--iidfile=" + file.name, *options, folder], environ):
-            raise UserError(f"The image of {folder} can't be built.", "See above.")
-        return os.fsdecode(facts.read(file.name) or b"").strip()
+        show_build([program, "build", *options, directory])
+    name = common.get("name", "kernel")
+    marks = [f"--tag={image_tag(name, facts)}", f"--label=envkernel.image={name}"]
+    with tempfile.TemporaryDirectory() as scratch:  # a build that fails removes the file
+        words = [program, "build", f"--iidfile={scratch}/id", *marks, *options, directory]
+        status = facts.show(words, environ)
+        image = os.fsdecode(facts.read(scratch + "/id") or b"").strip()
+    if status or not image:
+        raise UserError(
+            f"The image of {directory} can't be built.", "Correct what the build says above, and try again."
+        )
+    return image
+
+
+def image_tag(name: str, facts: Facts) -> str:
+    """Return the tag of the image that this user builds for a kernel, in the letters that tags may have."""
+    plain = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+    return f"envkernel/{plain or 'kernel'}:{facts.ids()[0]}"
+
+
+def remove_built_image(step: Step, name: str, facts: Facts) -> None:
+    """Remove what ``--build`` has made for a kernel, unless a container or another tag still uses it."""
+    program = step.options.get("program", "")
+    built = step.mode in ("docker", "podman") and "".join(step.targets).startswith("sha256:")
+    if built and facts.is_executable(program):
+        mine = f"--filter=label=envkernel.image={name}"
+        for words in (["rmi", image_tag(name, facts)], ["image", "prune", "--force", mine]):
+            facts.output([program, *words], launch_environ(facts))
+
+
+def build_source(command: Sequence[str]) -> str:
+    """Return what the image of a recorded setup command was built from, empty for none."""
+    return next((token.partition("=")[2] for token in command if token.startswith("--build=")), "")
 
 
 def show_build(argv: Sequence[str]) -> NoReturn:
-    """Say what a dry run would build, and end it: the rest of the kernel.json is read from the image."""
+    """Show what would be built, and end a dry run: the rest of the kernel.json is read from the image."""
     import shlex
 
     print("This would be built, and the kernel looked for in it:", shlex.join(argv), sep="\n")
@@ -2343,9 +2421,9 @@ def show_build(argv: Sequence[str]) -> NoReturn:
 
 
 def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
-    """Start the image once with a program that does nothing; return the step with what that told.
+    """Start the image once with a program that does nothing; return the step with what that showed:
 
-    Tells whether the engine takes the options, sees the private folder and the binds, and has an init.
+    whether the engine takes the options, sees the private directory and the binds, and has an init.
     Raises UserError for what is wrong.
     """
     skip = ("mount", "pwd", "copy-workdir", "shared")
@@ -2356,20 +2434,20 @@ def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
         launch = Launch([], [], {"name": "probe"})
         said = facts.try_plan(plan_engine(tried, Plan(["true"], dict(environ)), facts, launch))
         text, status = os.fsdecode(said.err), said.status
-        if status != 125 and "docker-init" not in text:  # 125: the engine itself failed
-            return settle_guest(step.but(options=options), facts, environ)
+        if not engine_refuses(status, text) and "docker-init" not in text:
+            return container_user(step.but(options=options), facts, environ)
         if not any(word in text for word in ("init", "source path", "statfs", "mount")):
             break
     raise engine_error(step.options["program"], step.targets[0], status, text) or UserError(
-        f"{step.mode} can't run the image {step.targets[0]}.", "Mend what it says.", 1, text.strip()
+        f"{step.mode} can't run the image {step.targets[0]}.", "Correct what it says.", 1, text.strip()
     )
 
 
-def settle_guest(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
-    """Return the step with what lets a user of the user's choice (``--user=X``) use the private folder.
+def container_user(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
+    """Return the step with what lets a user of the user's choice (``--user=X``) use the private directory.
 
-    Root gives the folder to them; in rootless podman X can be the user.  Raises UserError where
-    neither can be had.
+    Root gives the directory to them; in rootless podman X can be the user.  Raises UserError where
+    neither is possible.
     """
     if step.options["identity"] != "given":
         return step
@@ -2385,7 +2463,7 @@ def settle_guest(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
         return step
     if not me:
         guest = {"guest": str(outside[0])}
-    elif uid and is_podman(step) and not engine_word(step, "--userns"):
+    elif uid and is_podman(step) and not last_value(step, "--userns"):
         guest = {"identity": f"keep-id:uid={uid}" + (f",gid={gid}" if gid else "")}  # gid=0 fails
     elif outside[0] or not shares_host(step):
         raise UserError(
@@ -2397,25 +2475,6 @@ def settle_guest(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
     if step.options.get("shared"):
         raise usage_error("--shared is for kernels that run as you.", "Leave --user or --shared out.")
     return step.but(options={**step.options, **guest})
-
-
-def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan, Facts]:
-    """Return the plan of a kernel command as it is seen inside of the container, and facts from there.
-
-    For a plan without a container: both as they are.  Raises UserError for an image whose entrypoint
-    keeps programs from being run.
-    """
-    if not plan.inside:
-        return plan, facts
-    world = facts if isinstance(facts, Inside) else Inside(facts, plan.inside, plan.environ)
-    if not world.programs:
-        raise UserError(
-            f"No shell can be run in {plan.where}.",
-            "If the image has an entrypoint, switch it off: --entrypoint=; or use --kernel=image.",
-            1,
-            os.fsdecode(world.said.err).strip(),
-        )
-    return plan.but(argv=list(command), search=world.search), world
 
 
 # -- singularity and apptainer --
@@ -2449,7 +2508,8 @@ def apptainer_commands(
 ) -> list[list[str]]:
     """Return the commands of the engine whose options may be given: exec, with --build also build."""
     given = typed_value(tokens, "--engine")
-    program = apptainer_program(Step(mode, {"engine": given} if given else {}), environ, facts)
+    step = Step(mode, {"engine": given} if given else {})
+    program = find_engine(step, APPTAINER_PROGRAMS[mode], environ, facts)
     return [[program, "exec"], *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
@@ -2458,7 +2518,7 @@ def apptainer_step(step: Step, legacy: bool = False) -> Step:
 
     legacy: the step is of envkernel 1.x, which handed all but --pwd to the engine: --workdir is where
     the engine keeps a contained /tmp and home.  Now that is -W, as in all container modes --workdir is
-    the folder to work in.
+    the directory to work in.
     """
     engine = list(step.engine)
     options = dict(step.options)
@@ -2471,22 +2531,8 @@ def apptainer_step(step: Step, legacy: bool = False) -> Step:
     return step.but(options=options, engine=engine)
 
 
-def apptainer_program(step: Step, environ: Mapping[str, str], facts: Facts) -> str:
-    """Return the program that runs the containers of a step.  Raises UserError (status 127)."""
-    names = APPTAINER_PROGRAMS[step.mode]
-    wanted = [step.options["engine"]] if "engine" in step.options else names
-    program = step.options.get("program") or find_program(wanted, environ, facts)
-    if not program:
-        raise UserError(
-            "There is no {} on this machine.".format(" and no ".join(wanted)),
-            "Load its module first (envkernel lmod ... -- apptainer ...), or say where it is: --engine=PATH.",
-            127,
-        )
-    return program
-
-
 def is_uri(image: str) -> bool:
-    """Tell whether an image is named by where it comes from (``docker://python:3.12``)."""
+    """Return whether an image is named by where it comes from (``docker://python:3.12``)."""
     return "://" in image
 
 
@@ -2497,85 +2543,72 @@ def bind_token(bind: Bind) -> str:
     return "--bind=" + ":".join([bind.source, bind.target, *([bind.options] if bind.options else [])])
 
 
-def shares_network(engine: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Tell whether a container of Apptainer's is on the host's network."""
+def apptainer_shares_host(engine: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Return whether a container of Apptainer is on the host's network."""
     names = [f"{family}_{name}" for family in ("APPTAINER", "SINGULARITY") for name in ("NET", "NETWORK")]
-    return not (
-        engine_values(engine, "--net", "--network", "--netns-path") or any(environ.get(n) for n in names)
-    )
+    own = engine_values(engine, "--net", "--network", "--netns-path") or [n for n in names if environ.get(n)]
+    return not own
 
 
-def apptainer_place(step: Step) -> dict[str, str]:
-    """Return where the private folder is and appears, for `container_box`.
-
-    Usually mount points are made as needed.  A writable image has its own only (option ``place``):
-    there /tmp serves, which is the host's, or with --contain a new one.
-    """
-    if step.options.get("place") != "tmp":
-        return {}
-    contained = engine_values(step.engine, "--contain", "--containall", "--compat")
-    return {"inside": "/tmp/envkernel" if contained else ""}
-
-
-def apptainer_environ(box: Box, environ: Mapping[str, str]) -> dict[str, str]:
+def apptainer_environ(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment to start the engine in: what it hands on, and what it sets inside.
 
-    Values go as ``APPTAINERENV_NAME``, so they are in no argv; the engine must not let a shell evaluate
-    them, as it does unless told otherwise (APPTAINER_NO_EVAL).
+    Values are given as ``APPTAINERENV_NAME``, so they are in no argv; the engine must not let a shell
+    evaluate them, as it does unless told otherwise (APPTAINER_NO_EVAL).
     """
     result = {name: value for name, value in environ.items() if not name.startswith(_LEAKS)}
     for family in ("APPTAINER", "SINGULARITY"):
         result.setdefault(f"{family}_NO_EVAL", "1")
-        for name, value in {"PYTHONNOUSERSITE": "1", **box.environ, **box.secret}.items():
+        for name, value in {"PYTHONNOUSERSITE": "1", **spec.environ, **spec.secret}.items():
             result[f"{family}ENV_{name}"] = value
     return result
 
 
 def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     """Plan a kernel in a container of Apptainer or Singularity.  Raises UserError for what is missing."""
-    program = apptainer_program(step, plan.environ, facts)
+    program = find_engine(step, APPTAINER_PROGRAMS[step.mode], plan.environ, facts)
     if "program" not in step.options:
         step = apptainer_step(step, rest.legacy)
     image = step.targets[0]
     if not is_uri(image) and not facts.exists(image):
         raise UserError(
             f"There is no image {image}.",
-            "Bring it back; if it was fetched or built at setup: envkernel update NAME.",
+            "Restore it; if it was fetched or built at setup: envkernel update NAME.",
         )
-    network = shares_network(step.engine, plan.environ)
-    shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
-    place = apptainer_place(step)
-    box = container_box(step, plan, facts, rest, shares_network=network, shared=shared, **place)
+    inside = INSIDE
+    if (
+        step.options.get("place") == "tmp"
+    ):  # a writable image gets no mount points: /tmp is the host's, or new
+        inside = "/tmp/envkernel" * bool(engine_values(step.engine, "--contain", "--containall", "--compat"))
+    on_host = apptainer_shares_host(step.engine, plan.environ)
+    if not on_host and step.options.get("transport"):  # it publishes no ports
+        step = step.but(options={**step.options, "transport": "ipc"})
+    spec = container_spec(step, plan, facts, rest, host_network=on_host, inside=inside)
     gpu = "--rocm" if facts.exists("/dev/kfd") and not facts.exists("/dev/nvidiactl") else "--nv"
     head = [*([gpu] if step.options.get("gpu") else []), *step.engine]
-    bound = Bind(os.path.dirname(box.folder), INSIDE) if shared else Bind(box.folder, box.inside)
-    mounts = [*map(bind_token, [bound, *box.binds]), *mount_options(step, box, plan, facts)]
-    workdir = ["--pwd=" + box.workdir] if box.workdir else []
-    box.care.leader = False  # it passes signals on to the kernel, which has them already
-    box.care.explain = ApptainerEnd(image, oom_kills(facts))
+    mounts = [*map(bind_token, spec.binds), *mount_options(step, spec, plan, facts)]
+    workdir = ["--pwd=" + spec.workdir] if spec.workdir else []
+    spec.care.leader = False  # it passes signals on to the kernel, which has them already
+    spec.care.explain = ApptainerEnd(image, oom_kills(facts))
     argv = [program, "run" if step.options.get("runscript") else "exec"]
-    if shared:
-        box.care.shared = apptainer_instance(step, program, "envkernel-" + shared, [*head, *mounts, image])
-        argv += [*workdir, "instance://envkernel-" + shared, *box.command]
+    if spec.shared:
+        name = "envkernel-" + spec.shared
+        stop = ["/bin/sh", "-c", '"$@" || true', "sh", program, "instance", "stop", name]
+        alive = [program, "exec", "instance://" + name, "echo", "true"]
+        start = [program, "instance", "start", *head, *mounts, image, name]
+        spec.care.shared = Shared(alive, start, stop, bool(step.options.get("keep")))
+        argv += [*workdir, "instance://" + name, *spec.command]
     else:
-        argv += [*head, *mounts, *workdir, image, *box.command]
+        argv += [*head, *mounts, *workdir, image, *spec.command]
     return plan.but(
         argv=argv,
-        environ=apptainer_environ(box, plan.environ),
+        environ=apptainer_environ(spec, plan.environ),
         search=None,
         where=f"the image {image}",
         install="pip install %s (a line for %%post of its definition file)",
-        care=box.care,
+        care=spec.care,
         inside=[program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image],
     )
-
-
-def apptainer_instance(step: Step, program: str, name: str, words: Sequence[str]) -> Shared:
-    """Return how the instance that all kernels of a kernelspec share is found, started and stopped."""
-    stop = ["/bin/sh", "-c", '"$@" || true', "sh", program, "instance", "stop", name]
-    alive = [program, "exec", "instance://" + name, "echo", "true"]
-    start = [program, "instance", "start", *words, name]
-    return Shared(alive, start, stop, bool(step.options.get("keep")))
 
 
 def oom_kills(facts: Facts) -> int:
@@ -2585,31 +2618,7 @@ def oom_kills(facts: Facts) -> int:
 
 
 class ApptainerEnd(Record):
-    """Says why a container ended: called with exit status, stderr's end and facts."""
-
-    REASONS = (
-        (
-            "executable file not found",
-            "The image {image} has no such program.",
-            "Add it in %post of the image's definition file, for example: pip install ipykernel",
-        ),
-        ("mount source", "A folder to bind is not there.", "Create it, or set the kernel up without it."),
-        (
-            "failed to set working directory",
-            "The folder to work in is not in the container.",
-            "Bind it (--bind, --pwd), or name another one with --workdir.",
-        ),
-        (
-            "image format not recognized",
-            "{image} is no image.",
-            "Build or fetch it again: envkernel update NAME.",
-        ),
-        (
-            "namespace",
-            "The engine may not make the namespaces of a container here.",
-            "Have an administrator allow user namespaces, or install the engine with setuid.",
-        ),
-    )
+    """Explains the end of a container of Apptainer: called with exit status, end of stderr and facts."""
 
     image: str
     oom_kills: int = 0
@@ -2626,12 +2635,11 @@ class ApptainerEnd(Record):
         lines = [line for line in said.splitlines() if line.startswith(("FATAL:", "\x1b[31mFATAL"))]
         if status != 255 or not lines:
             return None
-        for words, message, hint in self.REASONS:
-            if any(words in line for line in lines):
-                return UserError(message.format(image=self.image), hint, 1, said.strip())
-        return UserError(
-            f"The container of {self.image} can't be started.", "Mend what the engine says.", 1, said
+        error = explain("apptainer", "\n".join(lines), image=self.image) or UserError(
+            f"The container of {self.image} can't be started.", "Correct what the engine says."
         )
+        error.detail = said.strip()
+        return error
 
 
 def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -2640,24 +2648,29 @@ def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common
     Raises UserError for whatever is missing.
     """
     step = apptainer_step(step)
-    program = apptainer_program(step, environ, facts)
+    without = step.but(options={**step.options, "program": ""})
+    program = find_engine(without, APPTAINER_PROGRAMS[step.mode], environ, facts)
     options = dict(step.options, program=program)
-    for_build = fetch_options(step, program, facts, environ)
+    tokens = [absolute_value(token, facts, _APPTAINER_PATHS) for token in step.engine]
+    for_build = fetch_options(step.but(engine=tokens), program, facts, environ)
     if "engine" in options:
         options["engine"] = program
     if common.get("kernel") == OWN_COMMAND:
         options["runscript"] = True
     if for_build:
-        moved = [absolute_value(token, facts) for token in for_build]
-        options["build-option"] = [*options.get("build-option", []), *moved]
+        options["build-option"] = [*options.get("build-option", []), *for_build]
     if "bind" in options:
         options["bind"] = setup_binds(options["bind"], facts)
-    engine = [absolute_value(token, facts) for token in step.engine if token not in for_build]
-    check_values(common, [program, "exec", "--help"], facts, environ)
-    step = step.but(options=options, engine=engine)
+    odd = [entry for entry in common.get("env", []) if any(c in entry for c in '$`\\"')]
+    if odd:
+        said = facts.output([program, "exec", "--help"], environ)
+        if "--no-eval" not in read_engine_help(os.fsdecode(said.out)):
+            raise UserError(
+                "This {} is too old to set {} as it is.".format(program, odd[0].partition("=")[0]),
+                "Take $, `, \\ and quotes out of the value, or use a newer engine.",
+            )
+    step = step.but(options=options, engine=[token for token in tokens if token not in for_build])
     refuse_options(step)
-    if step.options.get("shared") and step.options.get("runscript"):
-        raise usage_error("--kernel=image has a container of its own.", "Leave --shared out.")
     return probe_apptainer(need_sif(step, facts, environ, common), facts, environ)
 
 
@@ -2672,29 +2685,11 @@ def fetch_options(step: Step, program: str, facts: Facts, environ: Mapping[str, 
     return [token for token, flag in flags.items() if flag in pull or not start.find(flag)]
 
 
-def absolute_value(token: str, facts: Facts) -> str:
-    """Return an engine's option with the path in it absolute."""
-    flag, equals, value = token.partition("=")
-    if not equals or flag[2:] not in _APPTAINER_PATHS:
-        return token
-    path, colon, rest = value.partition(":")
-    return f"{flag}={facts.absolute(path)}{colon}{rest}"
-
-
-def check_values(
-    common: Mapping[str, Any], question: Sequence[str], facts: Facts, environ: Mapping[str, str]
-) -> None:
-    """Raise UserError for a value that an engine too old for --no-eval would let a shell evaluate."""
-    odd = [entry for entry in common.get("env", []) if any(c in entry for c in '$`\\"')]
-    if odd and "--no-eval" not in read_engine_help(os.fsdecode(facts.output(question, environ).out)):
-        raise UserError(
-            "This {} is too old to set {} as it is.".format(question[0], odd[0].partition("=")[0]),
-            "Take $, `, \\ and quotes out of the value, or use a newer engine.",
-        )
-
-
 def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Return the step with its image's absolute path, once that is here.  Raises UserError."""
+    """Return the step with its image's absolute path, built or fetched where that was asked for.
+
+    Raises UserError where there is no image.
+    """
     options = dict(step.options)
     target = step.targets[0] if step.targets else ""
     if is_uri(target) and not target.startswith("instance://"):
@@ -2703,12 +2698,12 @@ def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mappi
     if not target and not source:
         raise usage_error(f"{step.mode} needs IMAGE.", "Give an image file, a URI, or --build FILE.def.")
     if not is_uri(target):
-        target = facts.absolute(target or image_folder(common, environ) + "/" + image_name(source))
-    step = step.but(options=options, targets=[target])
+        target = facts.absolute(target or image_path(source, common, environ))
     if "build" in options:
-        build_sif(step, facts, environ, common)
-    elif "uri" in options:
-        pull_sif(step, facts, environ, common)
+        options["build"] = facts.absolute(options["build"])
+    step = step.but(options=options, targets=[target])
+    if source:
+        produce_sif(step, facts, environ, common)
     elif not is_uri(target) and not facts.exists(target):
         raise UserError(
             f"There is no image {target}.", "Correct its path, or fetch it: give a URI (docker://...)."
@@ -2716,51 +2711,50 @@ def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mappi
     return step
 
 
-def image_folder(common: Mapping[str, Any], environ: Mapping[str, str]) -> str:
-    """Return where images go that setup fetches or builds: with the user's data, or below a prefix."""
+def image_path(source: str, common: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """Return where an image is put that setup fetches or builds: with the user's data, or below a prefix.
+
+    The file's name is that of the definition file or URI, as ``apptainer pull`` has it.
+    """
     base = common.get("prefix") or (sys.prefix if common.get("sys-prefix") else "")
     home = environ.get("XDG_DATA_HOME") or environ.get("HOME", "") + "/.local/share"
-    return (base + "/share" if base else home) + "/envkernel/images"
-
-
-def image_name(source: str) -> str:
-    """Return the file name of an image out of its definition file or URI, as ``apptainer pull`` has it."""
     name = source.rpartition("/")[2]
     name = name[:-4] if name.endswith(".def") else name.replace(":", "_").replace("@", "_")
-    return name if name.endswith(".sif") else name + ".sif"
+    directory = (base + "/share" if base else home) + "/envkernel/images/"
+    return directory + (name if name.endswith(".sif") else name + ".sif")
 
 
-def build_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
-    """Build the image of ``--build FILE.def``, with the engine's progress.  Raises UserError."""
-    source, image = facts.absolute(step.options["build"]), step.targets[0]
-    if facts.isdir(source) or not facts.exists(source):
-        raise UserError(f"There is no definition file {source}.", "Give one: --build FILE.def.")
-    words = [step.options["program"], "build", *step.options.get("build-option", []), image, source]
-    if common.get("dry-run"):
-        show_build(words)
-    if facts.produce(words, image, environ, os.path.dirname(source)):
-        raise UserError(f"The image of {source} can't be built.", "See above.")
-    step.options["build"] = source
+def produce_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
+    """Build the image of ``--build FILE.def``, or fetch that of a URI, with the engine's progress.
 
-
-def pull_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
-    """Fetch the image of a URI unless it is here, with the engine's progress.  Raises UserError."""
-    uri, image, when = step.options["uri"], step.targets[0], step.options.get("pull", "missing")
+    One that was fetched before is fetched again at an update only.  Raises UserError where that fails.
+    """
+    image, when = step.targets[0], step.options.get("pull", "missing")
+    source = step.options.get("build", "")
+    action, uri = "build" if source else "pull", step.options.get("uri", "")
+    words = [step.options["program"], action, *step.options.get("build-option", []), image, source or uri]
     again = common.get("update") or when == "always"
-    if facts.exists(image) and (when == "never" or not again):
+    if source:
+        if facts.isdir(source) or not facts.exists(source):
+            raise UserError(f"There is no definition file {source}.", "Give one: --build FILE.def.")
+        if common.get("dry-run"):
+            show_build(words)
+    elif facts.exists(image) and (when == "never" or not again):
         return
-    if when == "never" or common.get("dry-run"):
+    elif when == "never" or common.get("dry-run"):
         raise UserError(f"There is no image {image}.", f"Fetch it: {step.mode} pull {image} {uri}")
-    print(f"Fetching {uri} to {image}", flush=True)
-    words = [step.options["program"], "pull", *step.options.get("build-option", []), image, uri]
-    if facts.produce(words, image, environ):
-        raise UserError(f"The image {uri} can't be fetched.", "See above; mend its name.")
+    else:
+        print(f"Fetching {uri} to {image}", flush=True)
+    if facts.produce(words, image, environ, os.path.dirname(source) or None):
+        if source:
+            raise UserError(f"The image of {source} can't be built.", "Correct what the build says above.")
+        raise UserError(f"The image {uri} can't be fetched.", "See above; correct its name.")
 
 
 def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
-    """Start the image once with a program that is not there; return the step with what that told.
+    """Start the image once with a program that does not exist; return the step with what that showed:
 
-    Tells whether the engine takes the options, the image, the binds and the private folder.
+    whether the engine takes the options, the image, the binds and the private directory.
     Raises UserError for what is wrong.
     """
     said = ""
@@ -2778,10 +2772,132 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
             break
     raise ApptainerEnd(step.targets[0])(255, said, facts) or UserError(
         f"{step.options['program']} can't run the image {step.targets[0]}.",
-        "Mend what it says.",
+        "Correct what it says.",
         1,
         said.strip(),
     )
+
+
+# -- what setup sees inside, and what runs --
+
+
+def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan, Facts]:
+    """Return the plan of a kernel command as it is seen inside of the container, and facts from there.
+
+    For a plan without a container: both as they are.  Raises UserError for an image whose entrypoint
+    keeps programs from being run.
+    """
+    if not plan.inside:
+        return plan, facts
+    world = facts if isinstance(facts, Inside) else Inside(facts, plan.inside, plan.environ)
+    if not world.programs:
+        raise UserError(
+            f"No shell can be run in {plan.where}.",
+            "If the image has an entrypoint, switch it off: --entrypoint=; or use --kernel=image.",
+            1,
+            os.fsdecode(world.said.err).strip(),
+        )
+    return plan.but(argv=list(command), search=world.search), world
+
+
+def find_transport(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Step:
+    """Return the last step of a launch, for a container with how its kernel is reached.
+
+    The kernel is started once.  Where it can be reached on unix sockets (it binds them as its own user, and
+    this process connects to them), that is how, else by TCP.
+    """
+    step = launch.steps[-1]
+    if not MODES[step.mode].container or step.options.get("transport"):
+        return step
+    skip = ("mount", "pwd", "copy-workdir", "shared", "keep")
+    options = {name: value for name, value in step.options.items() if name not in skip}
+    tried = step.but(options={**options, "transport": "ipc"})
+    if facts.listens(launch.but(steps=[*launch.steps[:-1], tried]), environ):
+        return step.but(options={**step.options, "transport": "ipc"})
+    apart = step.mode in APPTAINER_PROGRAMS and not apptainer_shares_host(step.engine, environ)
+    if not apart and last_value(step, "--network", "--net") != "none":
+        return step.but(options={**step.options, "transport": "tcp"})
+    os.write(
+        2,
+        b"The kernel was not seen listening on unix sockets, and without a network there is no other way to "
+        b"reach it. Test it with envkernel check, or leave the network option out.\n",
+    )
+    return step
+
+
+class Running(Record):
+    """Something that runs for a kernel, as `list` calls it, and the command that ends it."""
+
+    what: str
+    stop: list[str]
+
+
+def engine_containers(program: str, options: Sequence[str], facts: Facts) -> list[Running]:
+    """Return containers of this user's kernels, none where docker or podman does not answer."""
+    if not facts.is_executable(program):
+        return []
+    mine = f"--filter=label=envkernel.uid={facts.ids()[0]}"
+    said = facts.output([program, "ps", mine, *options, "--format={{.Names}}"], launch_environ(facts))
+    stop = [program, "stop", "-t", "3"]
+    return [Running(name, [*stop, name]) for name in os.fsdecode(said.out).split() if not said.status]
+
+
+def apptainer_instances(program: str, facts: Facts) -> list[Running]:
+    """Return this user's instances that kernels share, none where there is no engine."""
+    if not facts.is_executable(program):
+        return []
+    said = facts.output([program, "instance", "list"], launch_environ(facts))
+    names = [line.split()[0] for line in os.fsdecode(said.out).splitlines() if line.strip()]
+    stop = [program, "instance", "stop"]
+    ours = [name for name in names if name.startswith("envkernel-shared-")]
+    return [Running("instance " + name, [*stop, name]) for name in ours]
+
+
+def running_in(step: Step, launch: Launch, argv: Sequence[str], facts: Facts) -> list[Running]:
+    """Return what runs for the container step of a kernelspec, none where its engine does not answer.
+
+    argv: the kernelspec's.  Below Apptainer there is no daemon that knows it, but the processes that
+    Jupyter started with that argv.
+    """
+    program, name = step.options.get("program", ""), launch.options.get("name", "")
+    if step.mode in ("docker", "podman"):
+        return engine_containers(program, [f"--filter=label=envkernel={name}"], facts)
+    if step.mode not in APPTAINER_PROGRAMS:
+        return []
+    found = []
+    if step.options.get("shared"):
+        shared = "instance envkernel-" + shared_name(step, launch, facts)
+        found = [one for one in apptainer_instances(program, facts) if one.what == shared]
+    pids = map(str, launched_processes(argv, facts))
+    return found + [Running("process " + pid, ["/bin/kill", "-TERM", pid]) for pid in pids]
+
+
+def leftover_containers(launches: Mapping[str, Launch], facts: Facts) -> list[Running]:
+    """Return containers and instances that belong to no kernelspec.  launches: installed ones, by name."""
+    environ = launch_environ(facts)
+    steps = [(step, launch) for launch in launches.values() for step in launch.steps]
+    known = {shared_name(step, launch, facts) for step, launch in steps if step.options.get("shared")}
+    names = {name.lower() for name in launches}
+    found: list[Running] = []
+    for engine in ("docker", "podman", "apptainer", "singularity"):
+        program = find_program([engine], environ, facts)
+        if engine in APPTAINER_PROGRAMS:
+            found += apptainer_instances(program, facts)
+        else:
+            found += engine_containers(program, ["--all", "--filter=label=envkernel"], facts)
+    left = {}
+    for one in found:
+        kernel, _, end = one.what.partition("envkernel-")[2].rpartition("-")
+        is_shared = kernel.endswith("shared")
+        kernel = kernel[: -len("-shared")] if kernel.endswith("-shared") else kernel
+        if f"shared-{end}" not in known if is_shared else kernel.lower() not in names:
+            left[one.what] = one
+    return list(left.values())
+
+
+def stop_running(found: Sequence[Running], facts: Facts) -> list[str]:
+    """End what runs for kernels; return what has been ended."""
+    return [one.what for one in found if not facts.output(one.stop, launch_environ(facts)).status]
 
 
 register(
@@ -3953,7 +4069,8 @@ def prepare_kernel(
     probe = plan_launch(launch_of(request, seen, []), facts, environ)
     if request.common.get("kernel") == OWN_COMMAND:
         kernel = image_kernel(request, probe)
-        return kernel, launch_of(request, steps, kernel.command)
+        launch = launch_of(request, seen, kernel.command)
+        return kernel, launch.but(steps=[*steps[:-1], find_transport(launch, facts, environ)])
     probe, world = look_inside(probe, facts, [])
     kernel = choose_kernel(request, probe, world)
     launch = launch_of(request, steps, kernel.command, list(kernel.env))
@@ -3972,7 +4089,8 @@ def prepare_kernel(
                 )
         if plan.argv[1:3] == ["-m", "ipykernel_launcher"]:
             kernel = describe_ipykernel(kernel, plan, facts)
-    return kernel, launch
+    last = find_transport(launch.but(steps=seen), facts.host, environ)
+    return kernel, launch.but(steps=[*steps[:-1], last])
 
 
 def seen_here(steps: Sequence[Step]) -> list[Step]:
@@ -4490,31 +4608,11 @@ def running_containers(kernel: Installed, facts: Facts) -> list[str]:
 
     Nothing where its engine does not answer.
     """
-    found: list[str] = []
-    label = "--filter=label=envkernel=" + kernel.name
     try:
         launch = launch_from_argv(kernel.tokens) if kernel.tokens else Launch([], [], {})
     except UserError:
         return []
-    for step in launch.steps:
-        program = step.options.get("program", "")
-        if step.mode in APPTAINER_PROGRAMS:
-            found += running_instance(step, launch, facts)
-            found += [f"process {pid}" for pid in launched_processes(kernel.spec["argv"], facts)]
-        elif step.mode in ("docker", "podman") and facts.is_executable(program):
-            said = facts.output([program, "ps", label, "--format={{.Names}}"], launch_environ(facts))
-            found += os.fsdecode(said.out).split()
-    return found
-
-
-def running_instance(step: Step, launch: Launch, facts: Facts) -> list[str]:
-    """Return the instance of Apptainer that a kernelspec's kernels share, where it runs."""
-    program = step.options.get("program", "")
-    if not step.options.get("shared") or not facts.is_executable(program):
-        return []
-    name = "envkernel-" + shared_name(step, launch, facts)
-    said = facts.output([program, "instance", "list", name], launch_environ(facts))
-    return ["instance " + name] if name in os.fsdecode(said.out).split() else []
+    return [one.what for step in launch.steps for one in running_in(step, launch, kernel.spec["argv"], facts)]
 
 
 def launched_processes(argv: Sequence[str], facts: Facts) -> list[int]:
@@ -5227,6 +5325,51 @@ class Facts:
             remove_tree(plan.care.folder)
             remove_empty(base)
 
+    def listens(self, launch: Launch, environ: Mapping[str, str], seconds: float = 20) -> bool:
+        """Start a kernel as Jupyter does, and return whether all its unix sockets can be connected to.
+
+        It is killed at once, and what it leaves is removed by the processes that are there for that.
+        """
+        import json
+        import shutil
+        import subprocess
+        import tempfile
+        import time
+
+        scratch = tempfile.mkdtemp(prefix="envkernel-")
+        try:
+            path = scratch + "/connection.json"
+            numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
+            key = {"key": os.urandom(16).hex(), "signature_scheme": "hmac-sha256"}
+            with open(path, "w") as file:
+                json.dump({**numbers, **key, "transport": "ipc", "ip": scratch + "/j"}, file)
+            options = {"connection-file": path, "no-error-kernel": True, "env": launch.options.get("env", [])}
+            launch = launch.but(options={**launch.options, **options})
+            care = plan_launch(launch, self, environ).care
+            assert care
+            words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
+            argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), *words]
+            null = subprocess.DEVNULL
+            logs = {"JUPYTER_DATA_DIR": scratch, "JPY_PARENT_PID": str(os.getpid())}
+            process = subprocess.Popen(
+                argv, env={**environ, **logs}, stdin=null, stdout=null, stderr=null, start_new_session=True
+            )
+            deadline = time.monotonic() + seconds
+            left = set(numbers.values())
+            try:
+                while left and process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    left = {number for number in left if not _connects(care.folder, number)}
+            finally:
+                process.kill()
+                process.wait()
+                deadline = time.monotonic() + 20
+                while os.path.exists(care.folder + ".lock") and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            return not left
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
     def exists(self, path: str) -> bool:
         """Tell whether something stands at `path`."""
         return os.path.exists(path)
@@ -5414,6 +5557,21 @@ class Facts:
         """Pass on to stderr what a program said there."""
         if text and not self.quiet:
             os.write(2, text)
+
+
+def _connects(folder: str, number: int) -> bool:
+    """Return whether one of a kernel's unix sockets in its private directory can be connected to."""
+    import socket
+
+    try:
+        directory = os.open(folder, os.O_RDONLY)  # the address of a unix socket has room for 107 bytes only
+    except OSError:
+        return False
+    with socket.socket(socket.AF_UNIX) as end:
+        paths = [f"/proc/self/fd/{directory}/s{sign}{number}" for sign in "-:"]
+        failed = [end.connect_ex(path) for path in paths]
+    os.close(directory)
+    return 0 in failed
 
 
 class Inside(Facts):
@@ -6055,8 +6213,8 @@ class Care(Record):
     again, so where nothing is left to do it has to succeed.
     remove: further files and folders to remove.  litter: the program leaves files where it is started,
     so that is the private folder.  shared: the container that this and other kernels run in.
-    connection: what Jupyter's connection file says.  relay: where the kernel listens, if not where
-    that says: the beginning of the paths of five unix sockets, ``-1`` or ``:1`` following.
+    connection: what Jupyter's connection file says.  relay: where the kernel listens as seen from this
+    host, if not there: a connection as well (``transport: ipc``: `ip` and ``-1`` or ``:1`` are the paths).
     owner: number of the user that root gives the private folder to, -1 for nobody.
     explain: ``(status, said, facts) -> UserError or None``: why the program ended, from its exit
     status and the end of its stderr; None where nothing more than these is known.
@@ -6073,7 +6231,7 @@ class Care(Record):
     litter: bool = False
     shared: Shared | None = None
     connection: dict[str, Any] = {}
-    relay: str = ""
+    relay: dict[str, Any] = {}
     owner: int = -1
     explain: Callable[[int, str, Facts], UserError | None] | None = None
 
@@ -6135,14 +6293,14 @@ class Membership:
             os.close(lock)
 
     def forget(self, environ: Mapping[str, str], facts: Facts) -> None:
-        """Remove the locks of a container that was kept once and is gone: no kernel will use them again."""
+        """Stop a container that was kept, and remove its locks, unless kernels run in it."""
         import fcntl
 
         try:
             fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if facts.output(self.shared.alive, environ).out.strip() != b"true":
-                remove_tree(self.folder)
-                remove_empty(os.path.dirname(self.folder))
+            facts.output(self.shared.stop, environ)
+            remove_tree(self.folder)
+            remove_empty(os.path.dirname(self.folder))
         except (BlockingIOError, UserError):  # a kernel runs in it; there is no engine to ask
             pass
         self.release()
@@ -6516,20 +6674,21 @@ def used_ports(connection: Mapping[str, Any], facts: Facts) -> set[bytes]:
 
 
 class SocketRelay:
-    """Joins Jupyter's addresses with five unix sockets that a kernel will make in a folder.
+    """Joins Jupyter's addresses with the five where a kernel will listen.
 
-    Clients that come earlier are held.  When the sockets appear Linux says so (fcntl F_NOTIFY, a SIGIO
-    that the owner of the loop has to hand to `look`), so nothing is polled.
+    Clients that come before its unix sockets are held.  When those appear Linux says so (fcntl F_NOTIFY, a
+    SIGIO that the owner of the loop has to hand to `look`), so nothing is polled.
     """
 
-    def __init__(self, loop: Loop, connection: Mapping[str, Any], sockets: str) -> None:
-        """Listen.  sockets: the beginning of the sockets' paths.  Raises UserError for a taken port."""
+    def __init__(self, loop: Loop, connection: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+        """Listen.  target: the kernel's own connection.  Raises UserError for a taken port."""
         self.loop = loop
         self.pairs: list[Pair] = []
         self.heard = 0
         self.ending = False
-        folder, name = os.path.split(sockets)
-        self.folder = watch_folder(folder)
+        self.target = target if target["transport"] == "tcp" else {}
+        folder, name = os.path.split(target["ip"])
+        self.folder = -1 if self.target else watch_folder(folder)
         # through /proc, for the address of a unix socket has room for 107 bytes only
         self.sockets = f"/proc/self/fd/{self.folder}/{name}"
         self.relay = Relay(loop, connection, self.connect)
@@ -6547,7 +6706,7 @@ class SocketRelay:
         """Let Jupyter in when all sockets are there; look again in a second if not."""
         if self.relay.is_ready:
             return
-        if all(self.path(number) for number in range(len(STREAMS))):
+        if self.target or all(self.path(number) for number in range(len(STREAMS))):
             self.relay.ready()
         else:
             self.loop.after(1, self.look)
@@ -6559,9 +6718,10 @@ class SocketRelay:
         """
         import _socket
 
-        end = _socket.socket(_socket.AF_UNIX)
+        end = _socket.socket(_socket.AF_INET if self.target else _socket.AF_UNIX)
         try:
-            end.connect(self.path(number))
+            port = self.target.get(STREAMS[number] + "_port")
+            end.connect((self.target["ip"], port) if self.target else self.path(number))
         except OSError as error:
             end.close()
             if isinstance(error, ConnectionRefusedError) and attempts:

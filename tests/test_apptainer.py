@@ -53,7 +53,9 @@ def run(*options: str, mode: str = "apptainer", image: str = "/images/a.sif") ->
 
 def test_whole_plan(facts: FakeFacts) -> None:
     care = Care(FOLDER, leader=False, connection=json.loads(CONNECTION))
-    care.files = [(FOLDER + "/connection.json", CONNECTION)]
+    ports = {**PORTS, "transport": "tcp", "ip": "127.203.1.2"}  # setup has seen nothing else
+    care.relay = ports
+    care.files = [(FOLDER + "/connection.json", json.dumps({**json.loads(CONNECTION), **ports}).encode())]
     care.explain = envkernel.ApptainerEnd("/images/a.sif")
     options = ["--bind=/data:/coursedata:ro", "--pass=--contain"]
     leaks = {"PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "JPY_PARENT_PID": "1", "JUPYTERHUB_API_TOKEN": "t"}
@@ -79,7 +81,7 @@ def test_no_network_of_the_host_means_unix_sockets_and_a_relay(facts: FakeFacts)
             "transport": "ipc",
             "ip": "/run/envkernel/s",
         }
-        assert care.relay == FOLDER + "/s"
+        assert care.relay["ip"] == FOLDER + "/s"
 
 
 def test_network_by_the_engines_own_variables(facts: FakeFacts) -> None:
@@ -301,7 +303,7 @@ def test_what_is_missing(engine: Engine, tokens: list[str], message: str) -> Non
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("FATAL:   mount /a->/b error: mount source /a doesn't exist", "A folder to bind is not there."),
+        ("FATAL:   mount /a->/b error: mount source /a doesn't exist", "A directory to bind does not exist."),
         ("FATAL:   could not open image: image format not recognized", "/images/a.sif is no image."),
         ("FATAL:   anything else", "The container of /images/a.sif can't be started."),
     ],
@@ -390,7 +392,7 @@ def test_what_runs_is_told_by_process_and_instance(facts: FakeFacts) -> None:
     kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens)
     launch = envkernel.launch_from_argv(tokens)
     name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, facts)
-    ask = (ENGINE, "instance", "list", name)
+    ask = (ENGINE, "instance", "list")
     facts.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\n")
     assert envkernel.running_containers(kernel, facts) == ["process 10", "process 700"]
     facts.answers[ask] = Output(0, f"INSTANCE NAME    PID\n{name}    12\n".encode())

@@ -25,7 +25,7 @@ COMMAND = ["python", "-m", "ipykernel_launcher", "-f", envkernel.CONNECTION_FILE
 FOLDER = f"/tmp/envkernel-1000/{envkernel.kernel_key(FILE)}"
 ENVIRON = {"PATH": "/usr/bin", "USER": "me", "JPY_PARENT_PID": "7"}
 PRIVATE = f"--mount=type=bind,src={FOLDER},dst=/run/envkernel"
-LABELS = ["--label=envkernel=x", "--label=envkernel.user=me"]
+LABELS = ["--label=envkernel=x", "--label=envkernel.user=me", "--label=envkernel.uid=1000"]
 TOLD = "--env=ENVKERNEL_CONNECTION_FILE=/run/envkernel/connection.json"
 KERNEL = ["image", "python", "-m", "ipykernel_launcher", "-f", "/run/envkernel/connection.json"]
 
@@ -37,8 +37,18 @@ def plan(mode: str = "docker", engine: list[str] | None = None, given: Any = Non
     return envkernel.plan_engine(step, Plan(COMMAND, ENVIRON, given=given), FACTS, launch)
 
 
+UNIX_NUMBERS = {name + "_port": number for number, name in enumerate(envkernel.STREAMS, 1)}
+ON_UNIX_SOCKETS = {**UNIX_NUMBERS, "transport": "ipc", "ip": f"{FOLDER}/s"}
+
+
+def own_connection(made: Plan) -> Any:
+    """Return what the kernel's own connection file says."""
+    assert made.care is not None
+    return json.loads(dict(made.care.files)[f"{FOLDER}/connection.json"])
+
+
 def test_docker_on_the_hosts_network() -> None:
-    made = plan(identity="user", init=True)
+    made = plan(identity="user", init=True, transport="ipc")
     assert made.argv == [
         *["/usr/bin/docker", "run", "--rm", "--pull=never", "--init", "--name=envkernel-x-cafe0123"],
         *LABELS,
@@ -49,8 +59,8 @@ def test_docker_on_the_hosts_network() -> None:
     care = made.care
     assert care is not None
     assert care.folder == FOLDER
-    assert care.files == [(f"{FOLDER}/connection.json", TEXT), (f"{FOLDER}/home/.envkernel", b"")]
-    assert care.relay == ""
+    assert list(dict(care.files)) == [f"{FOLDER}/connection.json", f"{FOLDER}/home/.envkernel"]
+    assert care.relay == ON_UNIX_SOCKETS
     assert care.signal == ["/usr/bin/docker", "kill", "--signal={signal}", "envkernel-x-cafe0123"]
     assert care.cleanup == [["/usr/bin/docker", "rm", "-f", "-v", "envkernel-x-cafe0123"]]
     assert made.environ == {"PATH": "/usr/bin", "USER": "me"}
@@ -61,23 +71,83 @@ def test_docker_on_the_hosts_network() -> None:
 def test_any_other_network_is_reached_by_unix_sockets(network: str) -> None:
     made = plan(engine=[f"--network={network}"])
     assert made.care is not None
-    assert made.care.relay == f"{FOLDER}/s"
+    assert made.care.relay == ON_UNIX_SOCKETS
     assert made.argv.count(f"--network={network}") == 1
     assert "--network=host" not in made.argv
     assert not any(token.startswith("--publish") for token in made.argv)
-    own = json.loads(dict(made.care.files)[f"{FOLDER}/connection.json"])
-    numbers = {name + "_port": number for number, name in enumerate(envkernel.STREAMS, 1)}
-    assert own == {**CONNECTION, **numbers, "transport": "ipc", "ip": "/run/envkernel/s"}
+    assert own_connection(made) == {
+        **CONNECTION,
+        **UNIX_NUMBERS,
+        "transport": "ipc",
+        "ip": "/run/envkernel/s",
+    }
+
+
+LOOPBACK = "127.203.1.2"
+"""The kernel's own loopback address, from what `FakeFacts` has for random."""
+
+
+@pytest.mark.parametrize("options", [{"transport": "tcp"}, {}])
+def test_on_the_hosts_network_a_kernel_of_tcp_has_a_loopback_address_of_its_own(
+    options: dict[str, str],
+) -> None:
+    """Jupyter's port numbers; Jupyter's own address stays free.  Also where setup has seen nothing."""
+    made = plan(**options)
+    assert made.care is not None
+    assert own_connection(made) == {**CONNECTION, "ip": LOOPBACK}
+    assert made.care.relay.items() <= {**CONNECTION, "ip": LOOPBACK}.items()
+    assert "--network=host" in made.argv
+    assert not any(token.startswith("--publish") for token in made.argv)
 
 
 def test_ports_are_published_on_loopback_where_sockets_cannot_cross() -> None:
     made = plan(no_host_network=True, transport="tcp")
     assert [token for token in made.argv if token.startswith("--publish")] == [
-        f"--publish=127.0.0.1:{port}:{port}" for port in range(5000, 5005)
+        f"--publish={LOOPBACK}:{port}:{port}" for port in range(5000, 5005)
     ]
     assert made.care is not None
-    own = json.loads(dict(made.care.files)[f"{FOLDER}/connection.json"])
-    assert own == {**CONNECTION, "ip": "0.0.0.0"}
+    assert own_connection(made) == {**CONNECTION, "ip": "0.0.0.0"}
+    assert made.care.relay.items() <= {**CONNECTION, "ip": LOOPBACK}.items()
+
+
+@pytest.mark.parametrize(
+    "jupyters", [{"ip": "0.0.0.0"}, {"transport": "ipc", "ip": "/j", **UNIX_NUMBERS}], ids=["any", "ipc"]
+)
+def test_a_kernel_of_tcp_where_jupyters_numbers_are_not_free(jupyters: dict[str, Any]) -> None:
+    facts = FakeFacts(files={FILE: json.dumps({**CONNECTION, **jupyters}).encode()})
+    step = Step("docker", {"program": "/d", "transport": "tcp"}, ["image"])
+    launch = Launch([], COMMAND, {"name": "x", "connection-file": FILE})
+    made = envkernel.plan_engine(step, Plan(COMMAND, ENVIRON), facts, launch)
+    own = own_connection(made)
+    ports = [own[name + "_port"] for name in envkernel.STREAMS]
+    assert len({*ports, *range(5000, 5005)}) == 10
+    assert min(ports) > 60999  # above those that Linux gives to connections
+    assert (own["transport"], own["ip"]) == ("tcp", LOOPBACK)
+
+
+@pytest.mark.parametrize(
+    ("mode", "engine", "listens", "transport"),
+    [
+        ("docker", [], True, "ipc"),
+        ("docker", [], False, "tcp"),
+        ("docker", ["--network=bridge"], False, "tcp"),
+        ("docker", ["--network=none"], True, "ipc"),
+        ("docker", ["--network=none"], False, None),
+        ("apptainer", [], False, "tcp"),
+        ("apptainer", ["--net"], False, None),
+    ],
+)
+def test_how_a_kernel_is_reached_is_what_setup_has_seen(
+    mode: str, engine: list[str], listens: bool, transport: str | None
+) -> None:
+    facts = FakeFacts()
+    facts.listening = listens
+    step = Step(mode, {"shared": True}, ["image"], engine)
+    found = envkernel.find_transport(Launch([step], COMMAND), facts, {})
+    assert found.options == {"shared": True, **({"transport": transport} if transport else {})}
+    assert envkernel.find_transport(Launch([found.but(options={"transport": "x"})], []), facts, {}) == (
+        found.but(options={"transport": "x"})
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +256,7 @@ def test_each_kernel_of_a_shared_container_works_in_its_notebooks_folder(
 
 
 def test_a_folder_that_a_shared_container_does_not_show() -> None:
-    with pytest.raises(UserError, match="folder /cwd can't be seen in the shared container"):
+    with pytest.raises(UserError, match="directory /cwd can't be seen in the shared container"):
         plan(shared=True, pwd=True, bind=["/c"], engine=["--volume=named:/cwd"])
 
 
@@ -218,7 +288,7 @@ def test_a_broken_connection_file() -> None:
 def nature(mode: str, said: dict[str, Any], engine: list[str] | None = None) -> dict[str, Any]:
     argv = ("/d", "info", "--format={{json .}}")
     facts = FakeFacts(answers={argv: Output(0, json.dumps(said).encode())})
-    return envkernel.engine_nature(Step(mode, {}, ["image"], engine or []), "/d", facts, {})
+    return envkernel.engine_info(Step(mode, {}, ["image"], engine or []), "/d", facts, {})
 
 
 ROOTLESS = {"security": {"rootless": True}}
@@ -264,7 +334,7 @@ def settled(
     facts.output = lambda argv, environ: Output(0, said.encode())  # type: ignore[method-assign]
     told = {"program": f"/usr/bin/{mode}", "identity": "given"}
     step = Step(mode, {**told, **more}, ["image"], engine or ["--user=7"])
-    options = envkernel.settle_guest(step, facts, {}).options
+    options = envkernel.container_user(step, facts, {}).options
     return {name: value for name, value in options.items() if {**told, **more}.get(name) != value}
 
 
@@ -308,7 +378,7 @@ def test_a_daemon_that_is_down() -> None:
     text = b"Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
     facts = FakeFacts(answers={("/d", "info", "--format={{json .}}"): Output(1, b"", text)})
     with pytest.raises(UserError, match="daemon does not answer") as caught:
-        envkernel.engine_nature(Step("docker", {}, ["image"]), "/d", facts, {})
+        envkernel.engine_info(Step("docker", {}, ["image"]), "/d", facts, {})
     assert "systemctl start docker" in caught.value.hint
 
 
@@ -396,13 +466,13 @@ def test_options_of_build_and_run_find_their_places() -> None:
     [
         ({}, ["--detach"], "--detach can't be used"),
         ({"shared": True, "copy-workdir": True}, [], "--copy-workdir and --shared exclude each other"),
-        ({"shared": True, "pwd": True}, [], "--pwd with --shared needs the folders"),
+        ({"shared": True, "pwd": True}, [], "--pwd with --shared needs the directories"),
         ({"shared": True, "keep": True, "mount": ["src=/a,dst=/a,copy"]}, [], "nobody would remove the copy"),
     ],
 )
 def test_what_cannot_be_combined(options: dict[str, Any], engine: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        envkernel.refuse_shared(Step("docker", options, ["image"], engine))
+        envkernel.refuse_options(Step("docker", options, ["image"], engine))
     assert caught.value.status == 2
 
 
@@ -442,5 +512,5 @@ def test_a_kernel_that_failed_by_itself_is_no_error_of_the_engine() -> None:
 
 def test_relative_volumes_become_absolute() -> None:
     facts = FakeFacts()
-    assert envkernel.absolute_volume("--volume=./data:/data:ro", facts) == "--volume=/cwd/data:/data:ro"
-    assert envkernel.absolute_volume("--volume=named:/data", facts) == "--volume=named:/data"
+    assert envkernel.absolute_value("--volume=./data:/data:ro", facts) == "--volume=/cwd/data:/data:ro"
+    assert envkernel.absolute_value("--volume=named:/data", facts) == "--volume=named:/data"

@@ -171,7 +171,7 @@ def test_exit_status_of_a_kernel_that_had_answered(
     tmp_path: Path, launch: Any, code: str, status: int
 ) -> None:
     kernel = Sockets(tmp_path)
-    process = launch(kernel.argv(then=code), connection=kernel.connection, relay=kernel.relay)
+    process = launch(kernel.argv(then=code), connection=kernel.connection, relay=kernel.target)
     client = kernel.client("shell")
     client.sendall(b"x" * 2000)
     assert len(client.recv(1 << 16)) > 0
@@ -192,7 +192,7 @@ def test_stderr_nobody_reads_does_not_stop_the_relay(tmp_path: Path, launch: Any
     kernel = Sockets(tmp_path)
     write = "lambda: [os.write(2, b'x' * 9999) for _ in range(99)]"
     loud = f"import threading; threading.Thread(target={write}).start()"
-    launch(kernel.argv(first=loud), connection=kernel.connection, relay=kernel.relay)
+    launch(kernel.argv(first=loud), connection=kernel.connection, relay=kernel.target)
     client = kernel.client("shell")
     time.sleep(0.3)
     for _ in range(3):
@@ -268,6 +268,7 @@ while True:
             end.close()
         self.connection = {"transport": "tcp", "ip": "127.0.0.1", **ports}
         self.relay = str(tmp_path / "base" / "kernel" / "s")
+        self.target = {"transport": "ipc", "ip": self.relay}
 
     def argv(self, wait: float = 0, sign: str = "-", first: str = "", then: str = "pass") -> list[str]:
         return python(self.CODE.format(wait=wait, relay=self.relay, sign=sign, first=first, then=then))
@@ -287,7 +288,7 @@ while True:
 @pytest.mark.parametrize("sign", ["-", ":"])
 def test_clients_get_in_as_soon_as_the_kernel_listens(tmp_path: Path, launch: Any, sign: str) -> None:
     kernel = Sockets(tmp_path)
-    launch(kernel.argv(wait=1.3, sign=sign), connection=kernel.connection, relay=kernel.relay)
+    launch(kernel.argv(wait=1.3, sign=sign), connection=kernel.connection, relay=kernel.target)
     clients = [kernel.client(stream) for stream in envkernel.STREAMS]
     for client in clients:
         client.settimeout(5)
@@ -301,7 +302,7 @@ def test_clients_get_in_as_soon_as_the_kernel_listens(tmp_path: Path, launch: An
 
 def test_what_stands_beside_a_program_is_small(tmp_path: Path, launch: Any) -> None:
     kernel = Sockets(tmp_path)
-    process = launch(kernel.argv(), connection=kernel.connection, relay=kernel.relay)
+    process = launch(kernel.argv(), connection=kernel.connection, relay=kernel.target)
     client = kernel.client("shell")
     client.sendall(b"hello")
     assert client.recv(5) == b"hello"

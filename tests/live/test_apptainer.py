@@ -554,7 +554,7 @@ def test_what_is_gone_is_said_in_the_notebook(place: Jupyter, sif: Path) -> None
     data.rmdir()
     with place.kernel("gone") as kernel:
         _, error = kernel.execute("1")
-        assert "A folder to bind is not there." in str(error)
+        assert "A directory to bind does not exist." in str(error)
     image.unlink()
     with place.kernel("gone") as kernel:
         _, error = kernel.execute("1")

@@ -66,6 +66,7 @@ class FakeFacts(envkernel.Facts):
         self.asked = []
         self.told = b""
         self.agreed = True
+        self.listening = True
 
     def _paths(self):
         return [*self.files, *self.programs]
@@ -129,6 +130,9 @@ class FakeFacts(envkernel.Facts):
 
     def try_plan(self, plan):
         return self.output(plan.argv, plan.environ)
+
+    def listens(self, launch, environ):
+        return self.listening
 
     def login_environ(self, environ):
         return self.login
