@@ -1935,6 +1935,8 @@ def csv_field(text: str) -> str:
 
 def split_csv(text: str) -> list[str]:
     """Return the fields of a CSV line."""
+    if '"' not in text:
+        return text.split(",")
     import csv
 
     return next(csv.reader([text]), [])
@@ -2823,81 +2825,6 @@ def find_transport(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> 
         b"reach it. Test it with envkernel check, or leave the network option out.\n",
     )
     return step
-
-
-class Running(Record):
-    """Something that runs for a kernel, as `list` calls it, and the command that ends it."""
-
-    what: str
-    stop: list[str]
-
-
-def engine_containers(program: str, options: Sequence[str], facts: Facts) -> list[Running]:
-    """Return containers of this user's kernels, none where docker or podman does not answer."""
-    if not facts.is_executable(program):
-        return []
-    mine = f"--filter=label=envkernel.uid={facts.ids()[0]}"
-    said = facts.output([program, "ps", mine, *options, "--format={{.Names}}"], launch_environ(facts))
-    stop = [program, "stop", "-t", "3"]
-    return [Running(name, [*stop, name]) for name in os.fsdecode(said.out).split() if not said.status]
-
-
-def apptainer_instances(program: str, facts: Facts) -> list[Running]:
-    """Return this user's instances that kernels share, none where there is no engine."""
-    if not facts.is_executable(program):
-        return []
-    said = facts.output([program, "instance", "list"], launch_environ(facts))
-    names = [line.split()[0] for line in os.fsdecode(said.out).splitlines() if line.strip()]
-    stop = [program, "instance", "stop"]
-    ours = [name for name in names if name.startswith("envkernel-shared-")]
-    return [Running("instance " + name, [*stop, name]) for name in ours]
-
-
-def running_in(step: Step, launch: Launch, argv: Sequence[str], facts: Facts) -> list[Running]:
-    """Return what runs for the container step of a kernelspec, none where its engine does not answer.
-
-    argv: the kernelspec's.  Below Apptainer there is no daemon that knows it, but the processes that
-    Jupyter started with that argv.
-    """
-    program, name = step.options.get("program", ""), launch.options.get("name", "")
-    if step.mode in ("docker", "podman"):
-        return engine_containers(program, [f"--filter=label=envkernel={name}"], facts)
-    if step.mode not in APPTAINER_PROGRAMS:
-        return []
-    found = []
-    if step.options.get("shared"):
-        shared = "instance envkernel-" + shared_name(step, launch, facts)
-        found = [one for one in apptainer_instances(program, facts) if one.what == shared]
-    pids = map(str, launched_processes(argv, facts))
-    return found + [Running("process " + pid, ["/bin/kill", "-TERM", pid]) for pid in pids]
-
-
-def leftover_containers(launches: Mapping[str, Launch], facts: Facts) -> list[Running]:
-    """Return containers and instances that belong to no kernelspec.  launches: installed ones, by name."""
-    environ = launch_environ(facts)
-    steps = [(step, launch) for launch in launches.values() for step in launch.steps]
-    known = {shared_name(step, launch, facts) for step, launch in steps if step.options.get("shared")}
-    names = {name.lower() for name in launches}
-    found: list[Running] = []
-    for engine in ("docker", "podman", "apptainer", "singularity"):
-        program = find_program([engine], environ, facts)
-        if engine in APPTAINER_PROGRAMS:
-            found += apptainer_instances(program, facts)
-        else:
-            found += engine_containers(program, ["--all", "--filter=label=envkernel"], facts)
-    left = {}
-    for one in found:
-        kernel, _, end = one.what.partition("envkernel-")[2].rpartition("-")
-        is_shared = kernel.endswith("shared")
-        kernel = kernel[: -len("-shared")] if kernel.endswith("-shared") else kernel
-        if f"shared-{end}" not in known if is_shared else kernel.lower() not in names:
-            left[one.what] = one
-    return list(left.values())
-
-
-def stop_running(found: Sequence[Running], facts: Facts) -> list[str]:
-    """End what runs for kernels; return what has been ended."""
-    return [one.what for one in found if not facts.output(one.stop, launch_environ(facts)).status]
 
 
 register(
@@ -4608,11 +4535,31 @@ def running_containers(kernel: Installed, facts: Facts) -> list[str]:
 
     Nothing where its engine does not answer.
     """
+    found: list[str] = []
+    label = "--filter=label=envkernel=" + kernel.name
     try:
         launch = launch_from_argv(kernel.tokens) if kernel.tokens else Launch([], [], {})
     except UserError:
         return []
-    return [one.what for step in launch.steps for one in running_in(step, launch, kernel.spec["argv"], facts)]
+    for step in launch.steps:
+        program = step.options.get("program", "")
+        if step.mode in APPTAINER_PROGRAMS:
+            found += running_instance(step, launch, facts)
+            found += [f"process {pid}" for pid in launched_processes(kernel.spec["argv"], facts)]
+        elif step.mode in ("docker", "podman") and facts.is_executable(program):
+            said = facts.output([program, "ps", label, "--format={{.Names}}"], launch_environ(facts))
+            found += os.fsdecode(said.out).split()
+    return found
+
+
+def running_instance(step: Step, launch: Launch, facts: Facts) -> list[str]:
+    """Return the instance of Apptainer that a kernelspec's kernels share, where it runs."""
+    program = step.options.get("program", "")
+    if not step.options.get("shared") or not facts.is_executable(program):
+        return []
+    name = "envkernel-" + shared_name(step, launch, facts)
+    said = facts.output([program, "instance", "list", name], launch_environ(facts))
+    return ["instance " + name] if name in os.fsdecode(said.out).split() else []
 
 
 def launched_processes(argv: Sequence[str], facts: Facts) -> list[int]:

@@ -392,7 +392,7 @@ def test_what_runs_is_told_by_process_and_instance(facts: FakeFacts) -> None:
     kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens)
     launch = envkernel.launch_from_argv(tokens)
     name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, facts)
-    ask = (ENGINE, "instance", "list")
+    ask = (ENGINE, "instance", "list", name)
     facts.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\n")
     assert envkernel.running_containers(kernel, facts) == ["process 10", "process 700"]
     facts.answers[ask] = Output(0, f"INSTANCE NAME    PID\n{name}    12\n".encode())
