@@ -450,7 +450,7 @@ def test_an_option_that_nobody_knows() -> None:
 
 
 def test_an_engine_that_is_missing_is_named_before_its_options_are_read() -> None:
-    with pytest.raises(UserError, match="There is no program docker on this machine"):
+    with pytest.raises(UserError, match="There is no docker on this machine"):
         envkernel.parse_setup(["docker", "--name=x", "--cpus=1", "IMAGE"], FakeFacts(), {"PATH": "/bin"})
 
 

@@ -65,7 +65,9 @@ class TestDocker(EngineCases):
         self.setup(place, engine, "bridge", *options, self.image)
         before = listeners()
         with place.kernel("bridge") as kernel:
-            assert {ip for ip, _ in listeners() - before} == {"127.0.0.1"}
+            new = {ip for ip, _ in listeners() - before}
+            assert "127.0.0.1" in new
+            assert all(ip.startswith("127.") for ip in new)  # published ports have an address of their own
             published = any(container["NetworkSettings"]["Ports"] for container in engine.containers())
             assert published == (len(options) == 2)
             assert "eth0" in kernel.value("__import__('socket').if_nameindex()")
