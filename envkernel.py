@@ -26,6 +26,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import argparse
     from typing import Any, Callable, Mapping, NoReturn, Sequence
 
     from typing_extensions import Self, dataclass_transform
@@ -220,7 +221,7 @@ class Option(Record):
     spelling: ``"--bind -B"``, the long flag first.  metavar: empty for a flag that takes no value.
     kind: ``text``, ``path`` (made absolute at setup) or ``env`` (NAME=VALUE or NAME VALUE).
     many: may be given more than once.  run: stands in the kernelspec's argv, for the run phase.
-    setup: may be typed by a user.
+    setup: may be typed by a user.  group: under which title the help shows it; empty: the mode's own.
     """
 
     spelling: str
@@ -232,6 +233,7 @@ class Option(Record):
     setup: bool = True
     choices: Sequence[str] = ()
     example: str = ""
+    group: str = ""
 
     @property
     def flags(self) -> list[str]:
@@ -530,84 +532,69 @@ def _read_step(mode: Mode, tokens: Sequence[str], common: dict[str, Any]) -> Ste
 COMMON_OPTIONS = [
     Option("--format", "Form of this command line.", metavar="N", run=True, setup=False),
     Option("--connection-file", "Jupyter's connection file.", metavar="FILE", run=True, setup=False),
-    Option("--resource-dir", "Folder of the kernelspec.", metavar="DIR", run=True, setup=False),
+    Option("--resource-dir", "Directory of the kernelspec.", metavar="DIR", run=True, setup=False),
     Option(
         "--name",
-        "Name of the kernel, as in `jupyter kernelspec list` (required).",
+        "Name of the kernel in Jupyter (default: that of the target).",
         metavar="NAME",
+        group="kernel",
         run=True,
-        example="--name=my-env",
     ),
-    Option(
-        "--display-name", "Name that is shown in menus.", metavar="TEXT", example="--display-name='R 4.3'"
-    ),
-    Option("--user", "Install for this user only (Jupyter's data directory in your home)."),
-    Option("--sys-prefix", "Install into the Python that runs envkernel."),
-    Option(
-        "--prefix",
-        "Install below this folder, in share/jupyter/kernels.",
-        metavar="DIR",
-        kind="path",
-        example="--prefix=/opt/jupyter",
-    ),
-    Option("--replace", "Replace the kernel that has this name."),
-    Option("--language", "Language that the kernel is tagged with.", metavar="LANG", example="--language=R"),
-    Option(
-        "--python",
-        "Python to use inside the environment (default: python); SELF: the one that runs envkernel.",
-        metavar="PROGRAM",
-        example="--python=python3.11",
-    ),
+    Option("--display-name", "Name shown in menus.", metavar="TEXT", group="kernel"),
     Option(
         "--kernel",
-        "Kernel to run: ipykernel (default), ir, imatlab or the name of a kernelspec inside the environment.",
+        "ipykernel (default), ir, imatlab, or a kernelspec inside the environment.",
         metavar="NAME",
-        example="--kernel=ir",
+        group="kernel",
     ),
     Option(
         "--kernel-cmd",
-        "Kernel command in one string, quoted as in a shell (no shell runs it).",
+        "Kernel command in one string, quoted as in a shell, with {connection_file}.",
         metavar="COMMAND",
-        example="--kernel-cmd='R --slave -e IRkernel::main() --args {connection_file}'",
+        group="kernel",
     ),
     Option(
         "--kernel-template",
-        "Take command, names, metadata and logos from this installed kernel.",
+        "Take command, names, metadata and logos from an installed kernel.",
         metavar="NAME",
-        example="--kernel-template=ir",
+        group="kernel",
     ),
     Option(
         "--kernel-make-path-relative",
-        "Shorten an absolute program in the kernel command to its name, to be found in the environment.",
+        "Look for the kernel's program in the environment, by its name.",
+        group="kernel",
     ),
     Option(
+        "--python",
+        "Python inside the environment (default: python; SELF: this one).",
+        metavar="PROGRAM",
+        group="kernel",
+    ),
+    Option("--language", "Language that the kernel is tagged with.", metavar="LANG", group="kernel"),
+    Option("--logo", "PNG or SVG file to show in launchers.", metavar="FILE", kind="path", group="kernel"),
+    Option("--user", "Install for this user only, below the home directory.", group="location"),
+    Option("--sys-prefix", "Install into the Python that runs envkernel.", group="location"),
+    Option("--prefix", "Install in DIR/share/jupyter/kernels.", metavar="DIR", kind="path", group="location"),
+    Option("--replace", "Replace the kernel that has this name.", group="location"),
+    Option("--self-contained", "Copy envkernel.py into the kernelspec.", group="location"),
+    Option(
         "--env",
-        "Set a variable for the kernel (after the environment has been activated).",
+        "Set a variable for the kernel, after the activation; may be repeated.",
         metavar="NAME=VALUE",
         kind="env",
         many=True,
+        group="environment",
         run=True,
-        example="--env OMP_NUM_THREADS=4",
-    ),
-    Option(
-        "--logo",
-        "Show this PNG or SVG file in launchers instead of the kernel's own logo with the mode's badge.",
-        metavar="FILE",
-        kind="path",
-        example="--logo=our-group.svg",
-    ),
-    Option(
-        "--self-contained",
-        "Copy envkernel.py into the kernelspec's folder, so that it works without this installation.",
     ),
     Option(
         "--no-error-kernel",
-        "When the kernel can't start, end at once instead of showing the reason in the notebook.",
+        "If the kernel can't start, end at once instead of showing why in the notebook.",
+        group="other",
         run=True,
     ),
-    Option("--verbose -v", "Say more, at setup and (on stderr) at each start.", run=True),
-    Option("--check", "Start the new kernel once and use it in every way, as `envkernel check` does."),
-    Option("--dry-run", "Print the kernel.json and write nothing."),
+    Option("--check", "Test the new kernel, as `envkernel check` does.", group="other"),
+    Option("--dry-run", "Print the kernel.json and write nothing.", group="other"),
+    Option("--verbose -v", "Say more, at setup and at each start.", group="other", run=True),
 ]
 """Options of every mode; they stand before the first ``--`` (``--env`` behind any mode)."""
 
@@ -627,18 +614,26 @@ def near_words(word: str, known: Sequence[str]) -> str:
     return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
+SYNONYMS = {"uninstall": "remove", "delete": "remove", "rm": "remove", "ls": "list", "upgrade": "update"}
+"""What people type for a command."""
+
+
 def find_mode(name: str) -> Mode:
     """Return the mode of that name or alias.  Raises UserError (status 2) with a suggestion."""
     if name in MODES:
         return MODES[name]
-    known = sorted(MODES) + sorted(COMMANDS)
-    raise usage_error(f"There is no mode or command named {name!r}.", suggestion(name, known))
+    hint = suggestion(name, [*MODES, *COMMANDS])
+    if name in SYNONYMS:
+        hint = f"Did you mean {SYNONYMS[name]}?"
+    elif name in ("install", "create", "add", "setup"):
+        hint = "A mode makes a kernel, for example: envkernel conda science.  See: envkernel -h"
+    raise usage_error(f"There is no mode or command named {name!r}.", hint)
 
 
 class Request(Record):
     """What a user asked setup for.
 
-    common: options by name.  env: variables for the kernel.  steps: the chain as typed.
+    common: options by name.  steps: the chain as typed.
     command: the kernel command after the last ``--``, None where there is none.
     """
 
@@ -661,50 +656,82 @@ def parse_setup(tokens: Sequence[str], facts: Facts, environ: Mapping[str, str] 
 
     common: dict[str, Any] = {}
     steps: list[Step] = []
-    rest: Sequence[str] | None = tokens
+    rest: list[str] | None = list(tokens)
     while rest and (not steps or rest[0] in MODES):
         mode = find_mode(rest[0])
-        typed = rest[1:]
-        step, rest = parse_step(mode, typed, facts, before, common, first=not steps)
-        if len(step.targets) < mode.targets[0]:
-            check_env_words(mode, typed[: typed.index("--")] if "--" in typed else typed)
-        check_targets(mode, step)
+        own = rest[1 : rest.index("--")] if "--" in rest else rest[1:]
+        rest = rest[rest.index("--") + 1 :] if "--" in rest else None
+        step = parse_step(mode, own, facts, before, common, first=not steps)
+        check_targets(mode, step, own, common)
         steps.append(step)
     if rest is not None and not rest:
         raise usage_error(
             "Nothing stands after the --.",
             "Give the kernel command or another mode there, or leave the -- out.",
         )
-    return Request(common, steps, None if rest is None else list(rest))
+    if rest and rest[0].startswith("-"):
+        raise usage_error(
+            f"The kernel command begins with an option, {rest[0]}.",
+            f"Put its program first: -- python {' '.join(map(quoted, rest))}",
+        )
+    return Request(common, steps, rest)
 
 
-def check_env_words(mode: Mode, tokens: Sequence[str]) -> None:
-    """Raise UserError (status 2) where ``--env NAME`` has taken the next word, the target, as its value."""
-    for index, token in enumerate(tokens[:-2]):
-        name, value = tokens[index + 1 : index + 3]
-        if token == "--env" and "=" not in name:
-            raise usage_error(
-                f"{mode.name} needs {mode.target}: --env {name} {value} was read as {name}={value}.",
-                f"Write --env {name}=VALUE and {mode.target}.",
-            )
+def check_targets(
+    mode: Mode, step: Step, tokens: Sequence[str] = (), common: Mapping[str, Any] | None = None
+) -> None:
+    """Raise UserError (status 2) unless `step` has as many targets as `mode` takes.
 
-
-def check_targets(mode: Mode, step: Step) -> None:
-    """Raise UserError (status 2) unless `step` has as many targets as `mode` takes."""
+    common, tokens: what was typed, to find out what took the place of a missing target.
+    """
     least, most = mode.targets
     usage = "Usage: " + usage_line(mode)
     if "" in step.targets:
         raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", usage)
     if len(step.targets) < least:
-        raise usage_error(f"{mode.name} needs {mode.target}.", usage)
-    if len(step.targets) > most:
-        surplus = " ".join(step.targets[most:])
+        for index, token in enumerate(tokens[:-2]):
+            name, value = tokens[index + 1 : index + 3]
+            if token == "--env" and "=" not in name:
+                raise usage_error(
+                    f"{mode.name} needs {mode.target}: --env {name} {value} was read as {name}={value}.",
+                    f"Write --env {name}=VALUE and {mode.target}.",
+                )
+        named = (
+            "--name={name} is the name that the kernel gets. ".format(**common)
+            if common and "name" in common
+            else ""
+        )
+        raise usage_error(f"{mode.name} needs {mode.target}.", named + usage)
+    surplus = step.targets[most:]
+    if surplus:
+        hint = usage + ". A kernel command stands after --."
+        chained = next((word for word in surplus if word in MODES), "")
+        if chained:
+            hint = f"Put -- before the next mode: envkernel {mode.name} ... -- {chained} ..."
         raise usage_error(
             "{} takes {} and nothing more: {} is too much.".format(
-                mode.name, mode.target or "no argument", surplus
+                mode.name, mode.target or "no argument", " ".join(surplus)
             ),
-            usage + ". A kernel command stands after --.",
+            hint,
         )
+
+
+def derive_name(request: Request, facts: Facts) -> str:
+    """Return a name for a kernel that was given none: its last target's, behind that of a cluster's mode."""
+    names: list[str] = []
+    for step in request.steps:
+        made_of = [step.options[name] for name in ("build", "uri", "restore") if name in step.options][:1]
+        targets = [target for target in step.targets if not target.startswith("-")] or made_of
+        if step.mode != "lmod" and targets:
+            path = facts.absolute(targets[0].partition("@")[0])
+            is_usual = os.path.basename(path).strip(".") in ("venv", "env")
+            targets = [os.path.basename(os.path.dirname(path) if is_usual else path)]
+        earlier = [name for name in names if name == "slurm"] if targets else names
+        names = [*earlier, *([step.mode] if MODES[step.mode].remote else []), *targets]
+    name = "-".join(names) or request.steps[-1].mode
+    for end in (".sif", ".simg", ".def", ".tar.gz", ".tgz", ".zip"):
+        name = name[: -len(end)] if name.endswith(end) else name
+    return "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in name).strip(".-")
 
 
 def parse_step(
@@ -714,13 +741,12 @@ def parse_step(
     environ: Callable[[], Mapping[str, str]],
     common: dict[str, Any],
     first: bool = True,
-) -> tuple[Step, list[str] | None]:
-    """Read one mode's part of a command line, up to ``--``.
+) -> Step:
+    """Read one mode's part of a command line.
 
     environ: returns the environment in which its engine is found; called when the engine has to be asked.
     common: where options of the kernel go.  first: the first mode of a chain; after another one only
     ``--env`` of these has a place, because an engine's own would show the value in its argv.
-    Returns the step and what follows the ``--`` (None where there was none).
     """
 
     def find_engine() -> tuple[list[list[str]], Mapping[str, str]]:
@@ -728,29 +754,63 @@ def parse_step(
         return (mode.engine(mode.name, tokens, around, facts) if mode.engine else []), around
 
     engine = EngineOptions(facts, find_engine)
-    shared = [option for option in COMMON_OPTIONS if first or option.kind == "env"]
-    flags = {flag: option for option in [*shared, *mode.options] for flag in option.flags}
-    own = {option.name for option in mode.options}
+    options = [option for option in COMMON_OPTIONS if first or option.kind == "env"] + mode.options
     step = Step(mode.name)
+    own = normalise(mode.name, tokens, options, engine, step)
+    names = {option.name for option in mode.options}
+    for name, value in vars(make_parser().parse_args([mode.name, *own])).items():
+        target = step.options if name in names else common
+        target[name] = [*target.get(name, []), *value] if isinstance(value, list) else value
+    return step
+
+
+def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
+    """Read the arguments of a management command.  Raises UserError (status 2) for wrong ones."""
+    command = COMMANDS[name]
+    own = list(tokens[: tokens.index("--")] if "--" in tokens else tokens)
+    step = Step(name)
+    normal = normalise(name, own, command.options, EngineOptions(Facts(), lambda: ([], {})), step)
+    values = vars(make_parser().parse_args([name, *normal]))
+    usage = f"Usage: envkernel {name} {command.argument}".rstrip()
+    if len(step.targets) > bool(command.argument):
+        raise usage_error(f"envkernel {name} can't do anything with {step.targets[-1]!r}.", usage)
+    if command.argument and not step.targets:
+        raise usage_error(f"envkernel {name} needs {command.argument}.", usage)
+    values.update(zip([command.argument], step.targets))
+    if "--" in tokens:
+        values["rest"] = list(tokens[tokens.index("--") + 1 :])
+    return values
+
+
+def normalise(
+    name: str, tokens: Sequence[str], options: Sequence[Option], engine: EngineOptions, step: Step
+) -> list[str]:
+    """Return envkernel's own options as ``--flag`` or ``--flag=value``; all else goes into `step`.
+
+    argparse alone would let ``--user`` take the image, and refuse -MODULE and values that begin with ``-``.
+    name: the mode or command.  Raises UserError (status 2) for an option that nobody knows.
+    """
+    flags = {flag: option for option in options for flag in option.flags}
+    unloads = name in MODES and MODES[name].minus
+    own: list[str] = []
     queue = list(tokens)
     while queue:
         token = queue.pop(0)
-        if token == "--":
-            return step, queue
         flag, equals, _ = token.partition("=")
         option = flags.get(flag)
+        if token in ("-h", "--help"):
+            return [token]
         if not token.startswith("-") or token == "-":
             step.targets.append(token)
         elif option and not _is_for_engine(option, flag, equals, engine):
-            values = step.options if option.name in own else common
-            store_value(values, option, read_value(option, token, queue))
-        elif mode.engine and engine.read(token, queue, step.engine):
+            own.append(read_option(option, token, queue))
+        elif engine.read(token, queue, step.engine):
             continue
-        elif mode.minus and not token.startswith("--") and "-" + token not in flags:
+        elif unloads and not token.startswith("--") and "-" + token not in flags:
             step.targets.append(token)
         else:
-            raise unknown_option(mode, flag, flags, engine, first)
-    return step, None
+            raise unknown_option(name, flag, flags, engine)
+    return own
 
 
 def _is_for_engine(option: Option, flag: str, equals: str, engine: EngineOptions) -> bool:
@@ -761,6 +821,46 @@ def _is_for_engine(option: Option, flag: str, equals: str, engine: EngineOptions
     if flag.startswith("--") and not (equals and not option.metavar):
         return False
     return engine.find(flag) is not None
+
+
+def read_option(option: Option, token: str, queue: list[str]) -> str:
+    """Return an option in its normal form, with its value taken from `queue` where it is not in `token`.
+
+    Raises UserError (status 2) where a value is missing, or stands where none belongs.
+    """
+    flag = "--" + option.name
+    _, equals, text = token.partition("=")
+    if not option.metavar:
+        if equals:
+            raise usage_error(f"{flag} takes no value.", "Leave %r out." % ("=" + text))
+        return flag
+    if not equals:
+        if not queue or queue[0] == "--":
+            raise usage_error(f"{flag} needs a value.", f"For example: {flag} {option.metavar}.")
+        text = queue.pop(0)
+    if option.kind == "env" and "=" not in text:
+        if not queue or queue[0].startswith("-"):
+            raise usage_error(f"--env {text} has no value.", f"Write it as --env {text}=VALUE.")
+        text += "=" + queue.pop(0)
+    if not text:
+        raise usage_error(f"{flag} was given an empty value.", "Leave it out, or give it one.")
+    return f"{flag}={text}"
+
+
+def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: EngineOptions) -> UserError:
+    """Return the error for an option that neither envkernel nor the engine knows."""
+    if any(flag in option.flags for option in COMMON_OPTIONS) and name in MODES:
+        return usage_error(f"{flag} belongs to the kernel and not to {name}.", "Put it before the first --.")
+    known = [one for one, option in flags.items() if option.setup and one.startswith("--")]
+    known += [one for one in engine.listed() if one.startswith("--")]
+    modes = {mode.name for mode in MODES.values() for option in mode.options if flag in option.flags}
+    hint = near_words("-" * (flag[:2] != "--") + flag, known) if len(flag) > 2 else ""
+    if modes:
+        hint = f"It is an option of {', '.join(sorted(modes))}. {hint}"
+    message = f"Neither envkernel nor {name} knows the option {flag}."
+    if not engine.commands:
+        message = f"envkernel {name} has no option {flag}."
+    return usage_error(message, hint.strip() or f"See: envkernel {name} -h")
 
 
 class EngineOptions:
@@ -853,62 +953,6 @@ def typed_value(tokens: Sequence[str], flag: str) -> str:
     return next((value for name, value in pairs if name == flag and value), "")
 
 
-def read_value(option: Option, token: str, queue: list[str]) -> Any:
-    """Return the value of an option, taking it from `queue` where it is not in `token`.
-
-    Raises UserError (status 2) where a value is missing, or stands where none belongs.
-    """
-    _, equals, text = token.partition("=")
-    if not option.metavar:
-        if equals:
-            raise usage_error(f"--{option.name} takes no value.", "Leave %r out." % ("=" + text))
-        return True
-    if not equals:
-        if not queue or queue[0] == "--":
-            raise usage_error(
-                f"--{option.name} needs a value.", f"For example: --{option.name} {option.metavar}."
-            )
-        text = queue.pop(0)
-    if option.kind == "env" and "=" not in text:
-        if not queue or queue[0].startswith("-"):
-            raise usage_error(f"--env {text} has no value.", f"Write it as --env {text}=VALUE.")
-        text += "=" + queue.pop(0)
-    if not text and option.kind != "env":
-        raise usage_error(f"--{option.name} was given an empty value.", "Leave it out, or give it one.")
-    if option.choices and text not in option.choices:
-        raise usage_error(f"--{option.name} does not know {text!r}.", suggestion(text, option.choices))
-    return text
-
-
-def store_value(values: dict[str, Any], option: Option, value: Any) -> None:
-    """Put an option's value where it belongs: the last one counts unless there may be many."""
-    if option.many:
-        values.setdefault(option.name, []).append(value)
-    else:
-        values[option.name] = value
-
-
-def unknown_option(
-    mode: Mode, flag: str, flags: Mapping[str, Option], engine: EngineOptions, head: bool
-) -> UserError:
-    """Return the error for an option that neither envkernel nor the engine knows."""
-    known = [name for name, option in flags.items() if option.setup and name.startswith("--")]
-    known += [name for name in engine.listed() if name.startswith("--")]
-    if not head and any(flag in option.flags for option in COMMON_OPTIONS):
-        return usage_error(
-            f"{flag} belongs to the kernel and not to {mode.name}.", "Put it before the first --."
-        )
-    program = f" nor {mode.name}" if mode.engine else ""
-    return usage_error(
-        f"Neither envkernel{program} knows the option {flag}."
-        if program
-        else f"envkernel {mode.name} has no option {flag}.",
-        suggestion(flag if flag.startswith("--") else "-" + flag, known)
-        if len(flag) > 2
-        else f"See: envkernel {mode.name} -h",
-    )
-
-
 def legacy_launch(tokens: Sequence[str], facts: Facts | None = None) -> Launch:
     """Return the launch of a kernelspec that envkernel 1.x wrote: ``MODE run [options] TARGET -- COMMAND``.
 
@@ -917,7 +961,9 @@ def legacy_launch(tokens: Sequence[str], facts: Facts | None = None) -> Launch:
     mode = find_mode(tokens[0])
     common: dict[str, Any] = {}
     facts = facts or Facts()
-    step, command = parse_step(mode, tokens[2:], facts, lambda: launch_environ(facts), common)
+    own = list(tokens[2 : tokens.index("--")] if "--" in tokens else tokens[2:])
+    command = list(tokens[len(own) + 3 :])
+    step = parse_step(mode, own, facts, lambda: launch_environ(facts), common)
     check_targets(mode, step)
     if not command:
         raise usage_error(
@@ -929,38 +975,125 @@ def legacy_launch(tokens: Sequence[str], facts: Facts | None = None) -> Launch:
     return Launch([step], command, common, legacy=True)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all modes and commands; it reads what `normalise` has written."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise usage_error(f"{self.prog}: {message}.", f"See: {self.prog} -h")
+
+    def layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
+
+    style: dict[str, Any] = {"formatter_class": layout, "add_help": False, "allow_abbrev": False}
+    style["argument_default"] = argparse.SUPPRESS
+    top = Parser("envkernel", usage=USAGE, description=overview(), epilog=examples(), **style)
+    version = top.add_argument_group("options")
+    version.add_argument("-V", "--version", action="version", version=__version__, help="Show the version.")
+    version.add_argument("-h", "--help", action="help", help="Show this help.")
+    verbs = top.add_subparsers(prog="envkernel", help=argparse.SUPPRESS, parser_class=Parser)
+    for name, mode in MODES.items():
+        epilog = f"example:\n  {mode.example}"
+        about = fill(mode.summary + f" Also called {' '.join(mode.aliases)}." * bool(mode.aliases))
+        parser = verbs.add_parser(name, usage=usage_line(mode), description=about, epilog=epilog, **style)
+        add_options(parser, f"options of {name}", [*mode.options, *COMMON_OPTIONS])
+    for name, command in COMMANDS.items():
+        usage = f"envkernel {name} [options] {command.argument}".rstrip()
+        parser = verbs.add_parser(name, usage=usage, description=fill(command.summary), **style)
+        add_options(parser, "options", command.options)
+    return top
+
+
+def add_options(parser: argparse.ArgumentParser, title: str, options: Sequence[Option]) -> None:
+    """Add options to a parser, by their groups.  title: of those that name no group."""
+    import argparse
+
+    for name in dict.fromkeys([option.group for option in options] or [""]):
+        group = parser.add_argument_group(name or title)
+        for option in options:
+            if option.group != name:
+                continue
+            keywords: dict[str, Any] = {"action": "store_true"}
+            if option.metavar:
+                keywords = {"action": "append" if option.many else "store", "metavar": option.metavar}
+            if option.choices:
+                keywords.update(choices=option.choices, metavar=None)
+            example = f" Example: {option.example}" if option.example else ""
+            text = (option.help + example).replace("%", "%%") if option.setup else argparse.SUPPRESS
+            group.add_argument(*option.flags, dest=option.name, help=text, **keywords)
+    group.add_argument("-h", "--help", action="help", help="Show this help.")
+
+
+USAGE = """envkernel MODE [options] TARGET [-- KERNEL COMMAND | -- MODE ...]
+       envkernel COMMAND [options] [NAME]"""
+
+
 def usage_line(mode: Mode) -> str:
     """Return the one-line usage of a mode."""
     target = " " + mode.target if mode.target else ""
     engine = f" [options of {mode.name}]" if mode.engine else ""
-    return f"envkernel {mode.name} --name=NAME [options]{engine}{target} [-- KERNEL COMMAND | -- MODE ...]"
+    return f"envkernel {mode.name} [options]{engine}{target} [-- KERNEL COMMAND | -- MODE ...]"
 
 
-def option_help(options: Sequence[Option]) -> str:
-    """Return the help lines of some options, each with its example."""
+def fill(text: str, name: str = "") -> str:
+    """Return a text in lines that fit the terminal; name: what stands in a column before it."""
+    import shutil
     import textwrap
 
-    lines: list[str] = []
-    for option in options:
-        if not option.setup:
-            continue
-        value = "=" + option.metavar if option.metavar else ""
-        lines.append("  " + ", ".join(flag + value * flag.startswith("--") for flag in option.flags))
-        text = option.help + (f" Example: {option.example}" if option.example else "")
-        lines += textwrap.wrap(text, 88, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    indent = " " * 20 if name else ""
+    width = shutil.get_terminal_size().columns - 2
+    return textwrap.fill(text, width, initial_indent=f"  {name:18}" * bool(name), subsequent_indent=indent)
+
+
+def overview() -> str:
+    """Return the modes and commands, for ``envkernel -h``."""
+    modes = {mode.name: mode for mode in MODES.values()}
+    lines = ["Make a Jupyter kernel run somewhere else.", "", "modes (each has a help of its own):"]
+    lines += [fill(mode.summary, name) for name, mode in modes.items()]
+    lines += ["", "commands for the kernels that envkernel has made:"]
+    lines += [fill(command.summary, f"{name} {command.argument}") for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 
-def mode_help(mode: Mode) -> str:
-    """Return the help page of a mode."""
-    parts = ["usage: " + usage_line(mode), mode.summary]
-    if mode.aliases:
-        parts.append("Also called: {}.".format(", ".join(mode.aliases)))
-    if mode.options:
-        parts.append(f"Options of {mode.name}:\n{option_help(mode.options)}")
-    parts.append("Options of every mode:\n" + option_help(COMMON_OPTIONS))
-    parts.append("Example:\n  " + mode.example)
-    return "\n\n".join(parts)
+def examples() -> str:
+    """Return an example of each mode, for ``envkernel -h``."""
+    return "\n  ".join(dict.fromkeys(["examples:", *(mode.example for mode in MODES.values())]))
+
+
+def called_as() -> str:
+    """Return how to call this program, for command lines to paste: by its name where that is on PATH."""
+    import shutil
+
+    program = os.path.abspath(sys.argv[0])
+    if shutil.which("envkernel"):
+        return "envkernel"
+    if os.path.basename(program) == "envkernel" and os.access(program, os.X_OK):
+        return quoted(program)
+    return f"{quoted(sys.executable)} {quoted(os.path.abspath(__file__))}"
+
+
+def carry_out(argv: Sequence[str], facts: Facts) -> int:
+    """Do what a user types: help, a management command or a setup.  Raises UserError."""
+    name = argv[0] if argv else "-h"
+    try:
+        if name in COMMANDS:
+            return COMMANDS[name].run(parse_command(name, argv[1:]), facts)
+        if name in MODES:
+            return setup(argv, facts)
+        if name in ("-h", "--help", "help", "-V", "--version"):
+            make_parser().parse_args(["-h" if name == "help" else name])
+    except SystemExit as end:  # the parser has printed what was asked for
+        return 0 if argv and not end.code else 2
+    modes = [word for word in argv if word in MODES]
+    if name.startswith("-") and modes:
+        rest = [word for word in argv if word != modes[0]]
+        raise usage_error(
+            f"{name} stands before the mode.",
+            f"Put the mode first: envkernel {modes[0]} {' '.join(map(quoted, rest))}",
+        )
+    find_mode(name)
+    return 2
 
 
 # ---- environment modes --------------------------------------------------------------------------
@@ -1639,23 +1772,23 @@ INSIDE = "/run/envkernel"
 CONTAINER_OPTIONS = [
     Option(
         "--bind",
-        "Show a folder or file of this machine in the container, at the same path unless another is given.",
+        "Show a directory or file of this machine in the container (DST: default SRC).",
         metavar="SRC[:DST[:ro]]",
         many=True,
         run=True,
         example="--bind /data/course:/coursedata:ro",
     ),
-    Option("--pwd", "Show the notebook's folder in the container and start the kernel there.", run=True),
+    Option("--pwd", "Show the notebook's directory in the container and start the kernel there.", run=True),
     Option(
         "--workdir",
-        "Folder inside the container to start the kernel in.",
+        "Directory inside the container to start the kernel in.",
         metavar="DIR",
         run=True,
         example="--workdir /srv",
     ),
     Option(
         "--copy-workdir",
-        "Like --pwd with a copy of the notebook's folder, which is removed with the kernel.",
+        "Like --pwd with a copy of the notebook's directory, which is removed with the kernel.",
         run=True,
     ),
     Option("--gpu", "Let the kernel use this machine's GPUs.", run=True),
@@ -1665,13 +1798,15 @@ CONTAINER_OPTIONS = [
         metavar="PROGRAM",
         run=True,
         example="--engine /opt/apptainer/bin/apptainer",
+        group="engine",
     ),
     Option(
         "--build",
-        "Build the image now, and at each `envkernel update`: a folder with a Dockerfile, or FILE.def.",
+        "Build the image now, and at each `envkernel update`: a directory with a Dockerfile, or FILE.def.",
         metavar="PATH",
         kind="path",
         example="--build ./image",
+        group="engine",
     ),
     Option(
         "--pull",
@@ -1679,25 +1814,42 @@ CONTAINER_OPTIONS = [
         metavar="WHEN",
         choices=("missing", "always", "never"),
         example="--pull=never",
+        group="engine",
     ),
     Option(
-        "--shared", "Run all kernels of this kernelspec in one container, which ends with the last.", run=True
+        "--shared",
+        "Run all kernels of this kernelspec in one container, which ends with the last.",
+        run=True,
+        group="engine",
     ),
-    Option("--keep", "With --shared: leave the container running after the last kernel.", run=True),
+    Option(
+        "--keep",
+        "With --shared: leave the container running after the last kernel.",
+        run=True,
+        group="engine",
+    ),
     Option(
         "--transport",
         "How the kernel is reached: ipc (unix sockets; default where setup sees that it works) or tcp.",
         metavar="HOW",
         choices=("ipc", "tcp"),
         run=True,
+        group="engine",
     ),
-    Option("--build-option", "One more token for the engine's build.", metavar="TOKEN", many=True),
+    Option(
+        "--build-option",
+        "One more argument for the engine's build; may be repeated.",
+        metavar="TOKEN",
+        many=True,
+        group="engine",
+    ),
     Option(
         "--mount",
-        "A mount of the engine's; with `,copy` the folder is copied first.",
+        "A mount of the engine's; with `,copy` the directory is copied first.",
         metavar="SPEC",
         many=True,
         run=True,
+        group="engine",
     ),
     Option("--program", "The engine's program.", metavar="PATH", run=True, setup=False),
     Option("--place", "Where private folders go.", metavar="WHERE", run=True, setup=False),
@@ -2493,6 +2645,7 @@ APPTAINER_OPTIONS = [
         "Where IMAGE is fetched from, if it is missing and at each `envkernel update`.",
         metavar="URI",
         example="--uri=docker://python:3.12 ~/python.sif",
+        group="engine",
     ),
     Option("--runscript", "Run what the image runs by itself.", run=True, setup=False),
 ]
@@ -3884,6 +4037,7 @@ def setup(
     Raises UserError; then nothing has been installed.
     """
     request = parse_setup(tokens, facts)
+    request.common.setdefault("name", derive_name(request, facts))
     check_request(request)
     common = request.common
     for name in {"prefix", "logo"} & common.keys():
@@ -4243,7 +4397,7 @@ def say_installed(name: str, folder: str, offer: bool) -> None:
         base = quoted(os.path.dirname(os.path.dirname(folder)))
         lines.append(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
     if offer:
-        lines.append(f"Test it: envkernel check {name.lower()}")
+        lines.append(f"Test it: {called_as()} check {name.lower()}")
     try:
         print(*lines, sep="\n", flush=True)
     except OSError as error:
@@ -4609,31 +4763,6 @@ def print_json(value: Any) -> None:
     import json
 
     print(json.dumps(value, indent=1))
-
-
-def carry_out(argv: Sequence[str], facts: Facts) -> int:
-    """Do what a user types: help, a management command or a setup."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        print(__version__)
-        return 0
-    own = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
-    if argv[0] in MODES and ("-h" in own or "--help" in own):
-        print(mode_help(MODES[argv[0]]))
-        return 0
-    if argv[0] in COMMANDS:
-        command = COMMANDS[argv[0]]
-        if "-h" in own or "--help" in own:
-            print(f"usage: envkernel {argv[0]} {command.argument}\n\n{command.summary}")
-            print("\n" + option_help(command.options) if command.options else "", end="\n")
-            return 0
-        values = parse_command(argv[0], own)
-        if "--" in argv:
-            values["rest"] = argv[argv.index("--") + 1 :]
-        return command.run(values, facts)
-    return setup(argv, facts)
 
 
 def lost_output(error: OSError) -> Exception:
@@ -5151,46 +5280,6 @@ COMMANDS: dict[str, Command] = {
     "completion": Command(completion_command, "SHELL", "Print a completion script for bash, zsh or fish."),
 }
 """The management commands by name."""
-
-
-def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
-    """Read the arguments of a management command.  Raises UserError (status 2) for wrong ones."""
-    command = COMMANDS[name]
-    usage = f"Usage: envkernel {name} {command.argument} [options]".replace("  ", " ")
-    flags = {flag: option for option in command.options for flag in option.flags}
-    values: dict[str, Any] = {}
-    queue = list(tokens)
-    while queue:
-        token = queue.pop(0)
-        option = flags.get(token.partition("=")[0])
-        if option:
-            store_value(values, option, read_value(option, token, queue))
-        elif token.startswith("-"):
-            hint = suggestion(token, list(flags)) if flags else usage
-            raise usage_error(f"envkernel {name} has no option {token}.", hint)
-        elif not command.argument or command.argument in values:
-            raise usage_error(f"envkernel {name} can't do anything with {token!r}.", usage)
-        else:
-            values[command.argument] = token
-    if command.argument and command.argument not in values:
-        raise usage_error(f"envkernel {name} needs {command.argument}.", usage)
-    return values
-
-
-def overview() -> str:
-    """Return what ``envkernel -h`` prints."""
-    modes = {mode.name: mode for mode in MODES.values()}
-    lines = ["usage: envkernel MODE --name=NAME [options] TARGET [-- KERNEL COMMAND | -- MODE ...]"]
-    lines += [
-        "       envkernel " + " | ".join(f"{name} {row.argument}".strip() for name, row in COMMANDS.items())
-    ]
-    lines += ["", "Make a Jupyter kernel run somewhere else.", "", "Modes (envkernel MODE -h tells more):"]
-    lines += [f"  {name:12} {mode.summary}" for name, mode in modes.items()]
-    lines += ["", "Managing kernels:"]
-    lines += [f"  {name:12} {row.summary}" for name, row in COMMANDS.items()]
-    lines += ["", "Options of every mode:", option_help(COMMON_OPTIONS), "", "Examples:"]
-    lines += [f"  {mode.example}" for mode in modes.values() if mode.example]
-    return "\n".join(lines)
 
 
 # ---- effects ------------------------------------------------------------------------------------
@@ -10267,7 +10356,10 @@ def run(tokens: Sequence[str]) -> int:
         log_launch(launch, tokens, plan, before)
         return execute(plan, launch, facts)
     except UserError as error:
-        launch = launch or salvage_launch(tokens)
+        if launch is None:
+            launch = salvage_launch(tokens)
+            if not launch.options:
+                raise  # no kernelspec: somebody has typed this
         error.name_kernel(launch.options.get("name", "NAME"))
         if "log" not in launch.options:
             log_launch(launch, tokens, plan, before)

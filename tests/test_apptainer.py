@@ -239,7 +239,7 @@ def setup(facts: FakeFacts, mode: str, *tokens: str, common: dict[str, Any] | No
     """Return what setup makes of the tokens of one mode."""
     row = envkernel.MODES[mode]
     environ = {"PATH": "/usr/bin:/opt/bin", "HOME": "/home/me"}
-    step, _ = envkernel.parse_step(row, tokens, facts, lambda: environ, {})
+    step = envkernel.parse_step(row, tokens, facts, lambda: environ, {})
     return row.setup(step, facts, environ, common or {})
 
 

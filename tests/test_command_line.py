@@ -146,6 +146,13 @@ def test_an_option_that_neither_knows_is_refused_with_a_suggestion():
         (["conda", "--name=x", "--env", "A", "--env=B=1", "/e"], "--env A has no value.", "--env A=VALUE"),
         (["conda", "--name=x", "--prefix=", "/e"], "--prefix was given an empty value.", "Leave it out"),
         (["conda", "--name=x", ""], "conda was given an empty PREFIX-OR-NAME.", "Usage"),
+        (["conda", "--name=science"], "conda needs", "--name=science is the name that the kernel gets."),
+        (["conda", "--gpu", "/e"], "conda has no option --gpu.", "an option of apptainer, docker, podman"),
+        (["slurm", "conda", "science"], "conda science is too much", "envkernel slurm ... -- conda ..."),
+        (["conda", "/e", "--", "-m", "x"], "begins with an option, -m.", "-- python -m x"),
+        (["docker", "--pull=x", "img"], "invalid choice: 'x' (choose from ", "envkernel docker -h"),
+        (["install"], "There is no mode or command named 'install'.", "envkernel conda science"),
+        (["uninstall", "x"], "There is no mode or command named 'uninstall'.", "Did you mean remove?"),
     ],
 )
 def test_what_cannot_be_understood_gets_a_sentence_and_a_hint(words, message, hint):
@@ -186,17 +193,59 @@ def test_an_lmod_kernelspec_of_envkernel_1_is_read():
     assert envkernel.launch_from_argv(tokens) == Launch([step], ["python", "-m", "x"], legacy=True)
 
 
+def help_of(capsys, *words):
+    assert envkernel.main([*words, "-h"]) == 0
+    return capsys.readouterr().out
+
+
 def test_every_option_has_help_and_every_mode_an_example(capsys):
     for mode in {mode.name: mode for mode in envkernel.MODES.values()}.values():
+        text = help_of(capsys, mode.name)
         assert mode.summary.endswith(".")
         assert mode.example.startswith(f"envkernel {mode.name} ")
+        assert mode.example in text
         for option in [*mode.options, *envkernel.COMMON_OPTIONS]:
             assert option.help.endswith(".") or not option.setup
-            assert not option.setup or f"--{option.name}" in envkernel.mode_help(mode)
-    assert envkernel.main(["-h"]) == 0
-    overview = capsys.readouterr().out
-    assert all(name in overview for name in envkernel.COMMANDS)
-    assert all(mode.name in overview for mode in envkernel.MODES.values())
+            shown = any(f"--{option.name}{end}" in text for end in (" ", "\n", ","))
+            assert shown == option.setup, option
+
+
+def test_help_names_modes_and_commands(capsys):
+    text = help_of(capsys)
+    assert all(name in text for name in envkernel.COMMANDS)
+    assert all(mode.name in text for mode in envkernel.MODES.values())
+    assert all(flag in text for flag in ("-h, --help", "-V, --version"))
+    for name in envkernel.COMMANDS:
+        assert help_of(capsys, name).startswith(f"usage: envkernel {name} ")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_help_fits_the_terminal_and_shows_a_modes_own_options_first(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_of(capsys, "docker")
+    body = text[text.index("options of docker") : text.index("example:")]
+    assert columns - 20 < max(map(len, body.splitlines())) < columns
+    titles = ["options of docker:", "engine:", "kernel:", "location:", "environment:", "other:"]
+    places = [text.index("\n" + title) for title in titles]
+    assert places == sorted(places)
+    assert "{missing,always,never}" in text
+    assert "(default: that of" in text
+    assert "--format" not in text
+
+
+def test_no_help_has_an_empty_title(capsys):
+    assert "options of conda:" not in help_of(capsys, "conda")
+
+
+@pytest.mark.parametrize("words", [["-V"], ["--version"]])
+def test_the_version(words, capsys):
+    assert envkernel.main(words) == 0
+    assert capsys.readouterr().out == envkernel.__version__ + "\n"
+
+
+def test_no_arguments_at_all_show_the_help_and_fail(capsys):
+    assert envkernel.main([]) == 2
+    assert capsys.readouterr().out.startswith("usage: envkernel MODE")
 
 
 def test_a_mistyped_command_line_exits_with_2_and_says_so_on_stderr(capfd):
@@ -222,6 +271,42 @@ def test_env_that_takes_the_target_is_told():
     error = refused("virtualenv", "--name=x", "--env", "FOO", "/v")
     assert error.message == "virtualenv needs PATH: --env FOO /v was read as FOO=/v."
     assert error.hint == "Write --env FOO=VALUE and PATH."
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["conda", "science"], "science"),
+        (["conda", "/opt/conda/envs/deep learning/"], "deep-learning"),
+        (["virtualenv", "~/projects/my-env"], "my-env"),
+        (["virtualenv", "~/projects/maps/.venv"], "maps"),
+        (["virtualenv", "venv"], "cwd"),
+        (["lmod", "--purge", "-gcc", "cuda/12", "py"], "cuda-12-py"),
+        (["lmod", "--restore=mine"], "mine"),
+        (["lmod", "--purge"], "lmod"),
+        (["docker", "registry:5000/group/python:3.12"], "python-3.12"),
+        (["docker", "python@sha256:0123"], "python"),
+        (["docker", "--build", "./image"], "image"),
+        (["apptainer", "/images/course.sif"], "course"),
+        (["apptainer", "docker://python:3.12"], "python-3.12"),
+        (["yarn", "/data/environment.tar.gz"], "yarn-environment"),
+        (["lmod", "cuda", "--", "conda", "science"], "science"),
+        (["slurm", "--", "conda", "science"], "slurm-science"),
+        (["slurm", "--", "lmod", "cuda", "--", "conda", "science"], "slurm-science"),
+        (["slurm", "--", "python3", "-f", "{connection_file}"], "slurm"),
+    ],
+)
+def test_a_kernel_without_a_name_gets_that_of_its_target(words, name):
+    request = parse(*words)
+    assert envkernel.derive_name(request, FakeFacts()) == name
+    envkernel.check_request(Request({"name": name}, request.steps))
+
+
+def test_options_before_the_mode_are_explained(capfd):
+    assert envkernel.main(["--name=x", "conda", "/my env"]) == 2
+    said = capfd.readouterr().err
+    assert "--name=x stands before the mode." in said
+    assert "envkernel conda --name=x '/my env'" in said
 
 
 def test_an_empty_module_is_named():

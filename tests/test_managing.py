@@ -644,3 +644,24 @@ def test_list_and_show_print_no_terminal_codes(call, world):
     out = call("show", "x")[1]
     assert "\x1b" not in out
     assert "kernel       x (two\\nlines\\x1b[31m)\n" in out
+
+
+def test_how_it_was_called_can_be_pasted(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["envkernel.py"])
+    assert envkernel.called_as() == f"{sys.executable} {os.path.abspath(envkernel.__file__)}"
+    program = tmp_path / "my bin" / "envkernel"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    assert envkernel.called_as() == f"'{program}'"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert envkernel.called_as() == "envkernel"
+
+
+def test_a_run_without_arguments_leaves_no_log(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
+    assert envkernel.main(["virtualenv", "run"]) == 2
+    assert "virtualenv needs PATH" in capfd.readouterr().err
+    assert not (tmp_path / "data").exists()
