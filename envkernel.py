@@ -8963,7 +8963,7 @@ def zmtp_message(parts: Sequence[bytes]) -> bytes:
 def ready_command(socket_type: bytes) -> bytes:
     """Return the command that ends a peer's handshake."""
     size = len(socket_type).to_bytes(4, "big")
-    return zmtp_frame(b"\x05READY\x0bSocket-Type" + size + socket_type, COMMAND)
+    return b"\x05READY\x0bSocket-Type" + size + socket_type
 
 
 class ZmtpReader:
@@ -9611,7 +9611,7 @@ class Client(End):
         """Answer a command: the end of the handshake, or a ping."""
         if body.startswith(b"\x05READY") and not self.hello:
             self.hello = body
-            self.write(ready_command(SOCKET_TYPES[self.stream]))
+            self.write(zmtp_frame(ready_command(SOCKET_TYPES[self.stream]), COMMAND))
             self.front.settle([self])
         elif body.startswith(b"\x04PING"):
             self.write(zmtp_frame(b"\x04PONG" + body[7:], COMMAND))
@@ -9660,18 +9660,33 @@ class Client(End):
 
 
 class Upstream(End):
-    """A connection to the kernel for one client of Jupyter's, or (client None) for the front itself.
+    """A connection to the kernel, for a client of Jupyter's or for the front itself.
 
-    take: gets each message that comes before the two are joined.
+    take: gets each message that comes before the connection is joined with a client's.
     """
 
-    def __init__(self, take: Callable[[list[bytes]], object], lost: Callable[[], object] = _ignore) -> None:
-        super().__init__(self.parse, lost)
+    def __init__(self, take: Callable[[list[bytes]], object]) -> None:
+        import asyncio
+
+        super().__init__(self.parse, self.is_ready)
         self.take = take
         self.reader = ZmtpReader()
+        self.ready = asyncio.get_running_loop().create_future()
+
+    def is_ready(self) -> None:
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+    async def open(self, sock: Any, hello: bytes) -> None:
+        """Shake hands with the kernel.  ZeroMQ hangs up on whoever sends more before it has answered that."""
+        await attach(self, sock)
+        self.write(GREETING + zmtp_frame(hello, COMMAND))
+        await self.ready
+        if self.transport.is_closing():
+            raise ConnectionError("The kernel has closed a connection.")
 
     def parse(self, data: bytes) -> None:
-        """Read what the kernel sends; its part of the handshake ends here."""
+        """Read what the kernel sends."""
         self.reader.buffer += data
         try:
             while True:
@@ -9680,6 +9695,8 @@ class Upstream(End):
                     break
                 if event[0] == "message":
                     self.take(event[1])
+                elif event[0] == "command":
+                    self.is_ready()
         except PeerError:
             self.transport.abort()
 
@@ -9761,6 +9778,8 @@ class Mailbox:
     def open(self) -> None:
         """Answer, or keep for the kernel alone, what has waited for a subscriber or for the failure."""
         self.has_subscriber = True
+        if self.timer:
+            self.timer.cancel()
         for client, message in self.empty():
             self.take(client, message)
 
@@ -9811,16 +9830,15 @@ class Handover:
         self.probes: list[str] = []
         self.behind: set[Client] = set()
         self.replied = asyncio.Event()
-        self.is_lost = False
-        self.own = Upstream(self.on_reply, self.on_loss)
+        self.own = Upstream(self.on_reply)
+        self.own.lost = self.on_loss
 
     async def run(self) -> None:
         """Pass all on.  Raises OSError where the kernel goes away before; the clients wait as before then."""
         import asyncio
 
         try:
-            await attach(self.own, await self.connect(SHELL))
-            self.own.write(GREETING + ready_command(b"DEALER"))
+            await self.own.open(await self.connect(SHELL), ready_command(b"DEALER"))
             for attempt in range(100):
                 late = [client for client in self.front.clients if client.hello and not client.upstream]
                 await asyncio.gather(*map(self.bridge, late))
@@ -9840,14 +9858,22 @@ class Handover:
 
     async def bridge(self, client: Client) -> None:
         """Open a connection to the kernel for a client, and repeat its handshake and subscriptions there."""
+        import asyncio
+
         upstream = Upstream(lambda parts: self.from_kernel(client, parts))
-        await attach(upstream, await self.connect(client.stream))
+        try:
+            await upstream.open(await self.connect(client.stream), client.hello)
+        except OSError:
+            await asyncio.sleep(0.05)
+            if self.own.transport.is_closing():
+                raise
+            client.transport.abort()  # ZeroMQ tries again
         if client.transport.is_closing():
-            upstream.transport.abort()
+            if upstream.transport:
+                upstream.transport.abort()
             return
         client.upstream = upstream
-        topics = b"".join(zmtp_frame(b"\1" + topic) for topic in client.topics)
-        upstream.write(GREETING + zmtp_frame(client.hello, COMMAND) + topics)
+        upstream.write(b"".join(zmtp_frame(b"\1" + topic) for topic in client.topics))
 
     async def probe(self) -> None:
         """Send the kernel a request; return when its reply has come, and a moment for iopub has passed."""
@@ -9858,10 +9884,10 @@ class Handover:
         self.behind = {client for client in self.front.clients if client.upstream and client.stream == IOPUB}
         self.replied.clear()
         self.own.write(zmtp_message(parts))
-        if not self.is_lost:
+        if not self.own.transport.is_closing():
             await self.replied.wait()
-        if self.is_lost:
-            raise ConnectionError("the kernel has closed its connection")
+        if self.own.transport.is_closing():
+            raise ConnectionError("The kernel has closed a connection.")
         if self.behind:
             deadline = self.front.loop.time() + 0.2
             while self.behind and self.front.loop.time() < deadline:
@@ -9876,7 +9902,7 @@ class Handover:
             self.replied.set()
 
     def on_loss(self) -> None:
-        self.is_lost = True
+        self.own.is_ready()
         self.replied.set()
 
     def from_kernel(self, client: Client, parts: list[bytes]) -> None:
