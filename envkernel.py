@@ -368,7 +368,7 @@ def encode_token(text: str, force: bool = False, unsafe: str = "{") -> str:
 
 
 def decode_token(token: str) -> str:
-    """Return the text that `encode_token` made `token` of.  Raises UserError where it made no such token."""
+    """Return the text of a token that `encode_token` wrote.  Raises UserError for any other token."""
     if not token.startswith(_ESCAPE):
         return token
     first, *parts = token[len(_ESCAPE) :].split("%")
@@ -529,88 +529,56 @@ def _read_step(mode: Mode, tokens: Sequence[str], common: dict[str, Any]) -> Ste
 
 # ---- options ------------------------------------------------------------------------------------
 
-COMMON_OPTIONS = [
-    Option("--format", "Form of this command line.", metavar="N", run=True, setup=False),
-    Option("--connection-file", "Jupyter's connection file.", metavar="FILE", run=True, setup=False),
-    Option("--resource-dir", "Directory of the kernelspec.", metavar="DIR", run=True, setup=False),
-    Option(
-        "--name",
-        "Name of the kernel in Jupyter (default: that of the target).",
-        metavar="NAME",
-        group="kernel",
-        run=True,
-    ),
-    Option("--display-name", "Name shown in menus.", metavar="TEXT", group="kernel"),
-    Option(
-        "--kernel",
-        "ipykernel (default), ir, imatlab, or a kernelspec inside the environment.",
-        metavar="NAME",
-        group="kernel",
-    ),
-    Option(
-        "--kernel-cmd",
-        "Kernel command in one string, quoted as in a shell, with {connection_file}.",
-        metavar="COMMAND",
-        group="kernel",
-    ),
-    Option(
-        "--kernel-template",
-        "Take command, names, metadata and logos from an installed kernel.",
-        metavar="NAME",
-        group="kernel",
-    ),
-    Option(
-        "--kernel-make-path-relative",
-        "Look for the kernel's program in the environment, by its name.",
-        group="kernel",
-    ),
-    Option(
-        "--python",
-        "Python inside the environment (default: python; SELF: this one).",
-        metavar="PROGRAM",
-        group="kernel",
-    ),
-    Option("--language", "Language that the kernel is tagged with.", metavar="LANG", group="kernel"),
-    Option("--logo", "PNG or SVG file to show in launchers.", metavar="FILE", kind="path", group="kernel"),
-    Option("--user", "Install for this user only, below the home directory.", group="location"),
-    Option("--sys-prefix", "Install into the Python that runs envkernel.", group="location"),
-    Option("--prefix", "Install in DIR/share/jupyter/kernels.", metavar="DIR", kind="path", group="location"),
-    Option("--replace", "Replace the kernel that has this name.", group="location"),
-    Option("--self-contained", "Copy envkernel.py into the kernelspec.", group="location"),
-    Option(
-        "--env",
-        "Set a variable for the kernel, after the activation; may be repeated.",
-        metavar="NAME=VALUE",
-        kind="env",
-        many=True,
-        group="environment",
-        run=True,
-    ),
-    Option(
-        "--no-error-kernel",
-        "If the kernel can't start, end at once instead of showing why in the notebook.",
-        group="other",
-        run=True,
-    ),
-    Option("--check", "Test the new kernel, as `envkernel check` does.", group="other"),
-    Option("--dry-run", "Print the kernel.json and write nothing.", group="other"),
-    Option("--verbose -v", "Say more, at setup and at each start.", group="other", run=True),
-]
+_GROUPS = {
+    "kernel": [
+        Option("--name", "Name of the kernel in Jupyter (default: that of the target).", "NAME", run=True),
+        Option("--display-name", "Name shown in menus.", "TEXT"),
+        Option("--kernel", "ipykernel (default), ir, imatlab, or a kernelspec in the environment.", "NAME"),
+        Option("--kernel-cmd", "Kernel command in one string, with {connection_file} in it.", "COMMAND"),
+        Option("--kernel-template", "Take command, metadata and logos from an installed kernel.", "NAME"),
+        Option("--kernel-make-path-relative", "Look for the kernel's program in the environment."),
+        Option("--python", "Python in the environment (default: python; SELF: this one).", "PROGRAM"),
+        Option("--language", "Language that the kernel is tagged with.", "LANG"),
+        Option("--logo", "PNG or SVG file to show in launchers.", "FILE", kind="path"),
+    ],
+    "location": [
+        Option("--user", "Install for this user only, below the home directory."),
+        Option("--sys-prefix", "Install into the Python that runs envkernel."),
+        Option("--prefix", "Install in DIR/share/jupyter/kernels.", "DIR", kind="path"),
+        Option("--replace", "Replace the kernel that has this name."),
+        Option("--self-contained", "Copy envkernel.py into the kernelspec."),
+    ],
+    "environment": [
+        Option(
+            "--env", "Set a variable for the kernel (repeatable).", "NAME=VALUE", "env", many=True, run=True
+        ),
+    ],
+    "other": [
+        Option("--no-error-kernel", "Don't show in the notebook why the kernel can't start; end.", run=True),
+        Option("--check", "Test the new kernel, as `envkernel check` does."),
+        Option("--dry-run", "Print the kernel.json and write nothing."),
+        Option("--verbose -v", "Say more, at setup and at each start.", run=True),
+        Option("--format", "", "N", run=True, setup=False),
+        Option("--connection-file", "", "FILE", run=True, setup=False),
+        Option("--resource-dir", "", "DIR", run=True, setup=False),
+    ],
+}
+COMMON_OPTIONS = [option.but(group=group) for group, options in _GROUPS.items() for option in options]
 """Options of every mode; they stand before the first ``--`` (``--env`` behind any mode)."""
 
 # ---- command line -------------------------------------------------------------------------------
 
 
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """Return a hint that names the known words nearest to `word`, or lists them all."""
-    return near_words(word, known) or f"Known are: {', '.join(known)}."
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Return a hint that names what is most similar among the known names, or lists them all."""
+    return similar_names(name, known) or f"Known are: {', '.join(known)}."
 
 
-def near_words(word: str, known: Sequence[str]) -> str:
-    """Return a question that names the known words nearest to `word`, empty where none is near."""
+def similar_names(name: str, known: Sequence[str]) -> str:
+    """Return a question that names what is most similar among the known names, empty if nothing is."""
     import difflib
 
-    near = difflib.get_close_matches(word, list(dict.fromkeys(known)), 3, 0.6)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), 3, 0.6)
     return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -666,8 +634,8 @@ def parse_setup(tokens: Sequence[str], facts: Facts, environ: Mapping[str, str] 
         steps.append(step)
     if rest is not None and not rest:
         raise usage_error(
-            "Nothing stands after the --.",
-            "Give the kernel command or another mode there, or leave the -- out.",
+            "Nothing follows the --.",
+            "Give the kernel command or another mode after it, or leave the -- out.",
         )
     if rest and rest[0].startswith("-"):
         raise usage_error(
@@ -682,38 +650,30 @@ def check_targets(
 ) -> None:
     """Raise UserError (status 2) unless `step` has as many targets as `mode` takes.
 
-    common, tokens: what was typed, to find out what took the place of a missing target.
+    tokens, common: what was typed, to find out what took the place of a missing target.
     """
     least, most = mode.targets
-    usage = "Usage: " + usage_line(mode)
+    hint = "Usage: " + usage_line(mode)
     if "" in step.targets:
-        raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", usage)
+        raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", hint)
     if len(step.targets) < least:
-        for index, token in enumerate(tokens[:-2]):
-            name, value = tokens[index + 1 : index + 3]
+        message = f"{mode.name} needs {mode.target}."
+        if common and "name" in common:
+            hint = f"--name={common['name']} is the name that the kernel gets. {hint}"
+        for token, name, value in zip(tokens, tokens[1:], tokens[2:]):
             if token == "--env" and "=" not in name:
-                raise usage_error(
-                    f"{mode.name} needs {mode.target}: --env {name} {value} was read as {name}={value}.",
-                    f"Write --env {name}=VALUE and {mode.target}.",
-                )
-        named = (
-            "--name={name} is the name that the kernel gets. ".format(**common)
-            if common and "name" in common
-            else ""
-        )
-        raise usage_error(f"{mode.name} needs {mode.target}.", named + usage)
+                message = f"{mode.name} needs {mode.target}: --env {name} {value} was read as {name}={value}."
+                hint = f"Write --env {name}=VALUE and {mode.target}."
+        raise usage_error(message, hint)
     surplus = step.targets[most:]
     if surplus:
-        hint = usage + ". A kernel command stands after --."
-        chained = next((word for word in surplus if word in MODES), "")
+        chained = [name for name in surplus if name in MODES]
+        hint += ". A kernel command follows --."
         if chained:
-            hint = f"Put -- before the next mode: envkernel {mode.name} ... -- {chained} ..."
-        raise usage_error(
-            "{} takes {} and nothing more: {} is too much.".format(
-                mode.name, mode.target or "no argument", " ".join(surplus)
-            ),
-            hint,
-        )
+            hint = f"Put -- before the next mode: envkernel {mode.name} ... -- {chained[0]} ..."
+        takes = mode.target or "no argument"
+        message = f"{mode.name} takes {takes} and nothing more: {' '.join(surplus)} is too much."
+        raise usage_error(message, hint)
 
 
 def derive_name(request: Request, facts: Facts) -> str:
@@ -748,12 +708,15 @@ def parse_step(
     common: where options of the kernel go.  first: the first mode of a chain; after another one only
     ``--env`` of these has a place, because an engine's own would show the value in its argv.
     """
+    import functools
 
-    def find_engine() -> tuple[list[list[str]], Mapping[str, str]]:
+    @functools.lru_cache(maxsize=None)
+    def engine() -> EngineOptions:
         around = environ() if mode.engine else {}
-        return (mode.engine(mode.name, tokens, around, facts) if mode.engine else []), around
+        return EngineOptions(
+            mode.engine(mode.name, tokens, around, facts) if mode.engine else [], facts, around
+        )
 
-    engine = EngineOptions(facts, find_engine)
     options = [option for option in COMMON_OPTIONS if first or option.kind == "env"] + mode.options
     step = Step(mode.name)
     own = normalise(mode.name, tokens, options, engine, step)
@@ -769,7 +732,7 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
     command = COMMANDS[name]
     own = list(tokens[: tokens.index("--")] if "--" in tokens else tokens)
     step = Step(name)
-    normal = normalise(name, own, command.options, EngineOptions(Facts(), lambda: ([], {})), step)
+    normal = normalise(name, own, command.options, lambda: EngineOptions([], Facts(), {}), step)
     values = vars(make_parser().parse_args([name, *normal]))
     usage = f"Usage: envkernel {name} {command.argument}".rstrip()
     if len(step.targets) > bool(command.argument):
@@ -783,7 +746,11 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def normalise(
-    name: str, tokens: Sequence[str], options: Sequence[Option], engine: EngineOptions, step: Step
+    name: str,
+    tokens: Sequence[str],
+    options: Sequence[Option],
+    engine: Callable[[], EngineOptions],
+    step: Step,
 ) -> list[str]:
     """Return envkernel's own options as ``--flag`` or ``--flag=value``; all else goes into `step`.
 
@@ -804,29 +771,29 @@ def normalise(
             step.targets.append(token)
         elif option and not _is_for_engine(option, flag, equals, engine):
             own.append(read_option(option, token, queue))
-        elif engine.read(token, queue, step.engine):
+        elif engine().read(token, queue, step.engine):
             continue
         elif unloads and not token.startswith("--") and "-" + token not in flags:
             step.targets.append(token)
         else:
-            raise unknown_option(name, flag, flags, engine)
+            raise unknown_option(name, flag, flags, engine())
     return own
 
 
-def _is_for_engine(option: Option, flag: str, equals: str, engine: EngineOptions) -> bool:
+def _is_for_engine(option: Option, flag: str, equals: str, engine: Callable[[], EngineOptions]) -> bool:
     """Return whether an option that envkernel knows means the engine's of the same name here.
 
     ``--user`` is envkernel's and ``--user=X`` docker's; the engine's short options come first.
     """
     if flag.startswith("--") and not (equals and not option.metavar):
         return False
-    return engine.find(flag) is not None
+    return engine().find(flag) is not None
 
 
 def read_option(option: Option, token: str, queue: list[str]) -> str:
     """Return an option in its normal form, with its value taken from `queue` where it is not in `token`.
 
-    Raises UserError (status 2) where a value is missing, or stands where none belongs.
+    Raises UserError (status 2) where a value is missing, or is given to a flag.
     """
     flag = "--" + option.name
     _, equals, text = token.partition("=")
@@ -852,9 +819,9 @@ def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: En
     if any(flag in option.flags for option in COMMON_OPTIONS) and name in MODES:
         return usage_error(f"{flag} belongs to the kernel and not to {name}.", "Put it before the first --.")
     known = [one for one, option in flags.items() if option.setup and one.startswith("--")]
-    known += [one for one in engine.listed() if one.startswith("--")]
+    known += [one for one in engine.known if one.startswith("--")]
     modes = {mode.name for mode in MODES.values() for option in mode.options if flag in option.flags}
-    hint = near_words("-" * (flag[:2] != "--") + flag, known) if len(flag) > 2 else ""
+    hint = similar_names("-" * (flag[:2] != "--") + flag, known) if len(flag) > 2 else ""
     if modes:
         hint = f"It is an option of {', '.join(sorted(modes))}. {hint}"
     message = f"Neither envkernel nor {name} knows the option {flag}."
@@ -872,34 +839,27 @@ class EngineOptions:
     UNKNOWN = ("unknown flag", "unknown shorthand", "unrecognized option", "invalid option", "is ambiguous")
     """How engines refuse an option that they don't know."""
 
-    def __init__(self, facts: Facts, find: Callable[[], tuple[Sequence[Sequence[str]], Mapping[str, str]]]):
-        """find: returns the engine's commands and their environment; called when first needed."""
+    def __init__(self, commands: Sequence[Sequence[str]], facts: Facts, environ: Mapping[str, str]) -> None:
+        """Ask what the help lists (see `read_engine_help`).  Raises UserError without an answer."""
+        self.commands = commands
         self.facts = facts
-        self.find_commands = find
-        self.environ: Mapping[str, str] = {}
-        self.commands: Sequence[Sequence[str]] = []
+        self.environ = {**environ, "LC_ALL": "C"}
         self.known: dict[str, tuple[str, str]] = {}
-
-    def listed(self) -> dict[str, tuple[str, str]]:
-        """Return what the engine's help lists (`read_engine_help`).  Raises UserError without an answer."""
-        if not self.commands:
-            self.commands, environ = self.find_commands()
-            self.environ = {**environ, "LC_ALL": "C"}
-            for command in self.commands:
-                said = self.facts.output([*command, "--help"], self.environ)
-                found = read_engine_help(os.fsdecode(said.out))
-                if not found:
-                    raise UserError(
-                        f"{' '.join(command)} does not say which options it has.",
-                        f"See: {' '.join(command)} --help",
-                        detail=os.fsdecode(said.err).strip(),
-                    )
-                self.known = {**found, **self.known}
-        return self.known
+        for command in commands:
+            said = facts.output([*command, "--help"], self.environ)
+            found = read_engine_help(os.fsdecode(said.out))
+            if not found:
+                name = " ".join(command)
+                raise UserError(
+                    f"{name} does not say which options it has.",
+                    f"See: {name} --help",
+                    detail=os.fsdecode(said.err).strip(),
+                )
+            self.known = {**found, **self.known}
 
     def find(self, flag: str) -> tuple[str, str] | None:
         """Return an option's long name and how it takes a value, None where the engine does not know it."""
-        if flag not in self.listed():
+        if flag not in self.known:
             for command in self.commands:
                 said = self.facts.output([*command, flag, "--help"], self.environ)
                 if not any(sign in os.fsdecode(said.err) for sign in self.UNKNOWN):
@@ -1037,7 +997,7 @@ def usage_line(mode: Mode) -> str:
 
 
 def fill(text: str, name: str = "") -> str:
-    """Return a text in lines that fit the terminal; name: what stands in a column before it."""
+    """Return a text in lines that fit the terminal; name: what is in the column before it."""
     import shutil
     import textwrap
 
@@ -1051,7 +1011,7 @@ def overview() -> str:
     modes = {mode.name: mode for mode in MODES.values()}
     lines = ["Make a Jupyter kernel run somewhere else.", "", "modes (each has a help of its own):"]
     lines += [fill(mode.summary, name) for name, mode in modes.items()]
-    lines += ["", "commands for the kernels that envkernel has made:"]
+    lines += ["", "commands for existing kernels:"]
     lines += [fill(command.summary, f"{name} {command.argument}") for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
@@ -1085,11 +1045,11 @@ def carry_out(argv: Sequence[str], facts: Facts) -> int:
             make_parser().parse_args(["-h" if name == "help" else name])
     except SystemExit as end:  # the parser has printed what was asked for
         return 0 if argv and not end.code else 2
-    modes = [word for word in argv if word in MODES]
+    modes = [argument for argument in argv if argument in MODES]
     if name.startswith("-") and modes:
-        rest = [word for word in argv if word != modes[0]]
+        rest = [argument for argument in argv if argument != modes[0]]
         raise usage_error(
-            f"{name} stands before the mode.",
+            f"{name} comes before the mode.",
             f"Put the mode first: envkernel {modes[0]} {' '.join(map(quoted, rest))}",
         )
     find_mode(name)
@@ -2397,7 +2357,7 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
     Builds or fetches the image where that was asked for.  Raises UserError for whatever is missing.
     """
     program = find_engine(step.but(options={**step.options, "program": ""}), [step.mode], environ, facts)
-    step = split_build(step, EngineOptions(facts, lambda: ([[program, "run"]], environ)))
+    step = split_build(step, EngineOptions([[program, "run"]], facts, environ))
     refuse_options(step)
     options = dict(step.options, program=program)
     if "engine" in options:
@@ -2502,7 +2462,7 @@ def need_image(
         print(f"There is no image {image} here yet.", flush=True)
     if not when and not facts.agrees(f"Fetch it now ({engine} pull {image})?"):
         raise missing
-    pull = EngineOptions(facts, lambda: ([[program, "pull"]], environ)).listed() if step.engine else {}
+    pull = EngineOptions([[program, "pull"]], facts, environ).known if step.engine else {}
     for_pull = [token for token in step.engine if token.partition("=")[0] in pull]
     if facts.show([program, "pull", *for_pull, image], environ):
         raise UserError(
@@ -2834,8 +2794,8 @@ def fetch_options(step: Step, program: str, facts: Facts, environ: Mapping[str, 
     fetches = "build" in step.options or "uri" in step.options or any(map(is_uri, step.targets))
     if not fetches or not step.engine:
         return []
-    start = EngineOptions(facts, lambda: ([[program, "exec"]], environ))
-    pull = EngineOptions(facts, lambda: ([[program, "pull"]], environ)).listed()
+    start = EngineOptions([[program, "exec"]], facts, environ)
+    pull = EngineOptions([[program, "pull"]], facts, environ).known
     flags = {token: token.partition("=")[0] for token in step.engine}
     return [token for token, flag in flags.items() if flag in pull or not start.find(flag)]
 
@@ -3863,7 +3823,7 @@ def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
     if not any(CONNECTION_FILE in token for token in command):
         raise usage_error(
             "The kernel command has no {connection_file}, so Jupyter could not talk to the kernel.",
-            near_words(command[0], sorted(MODES))
+            similar_names(command[0], sorted(MODES))
             or "Put {connection_file} where the kernel expects the path of its connection file.",
         )
     if common.get("kernel-make-path-relative"):
@@ -4553,44 +4513,45 @@ def candidates(typed: Sequence[str], facts: Facts) -> dict[str, str]:
         found = {name: mode.summary for name, mode in MODES.items()}
         found.update({} if chained else {name: command.summary for name, command in COMMANDS.items()})
     else:
-        options = {
-            flag: option for option in known_options(before[0], chained, facts) for flag in option.flags
-        }
+        rows = known_options(before[0], chained)
+        options = {flag: option for option in rows for flag in option.flags}
         flag, equals, _ = current.partition("=")
         asked = options.get(flag if equals else before[-1])
+        argument = COMMANDS[before[0]].argument if before[0] in COMMANDS and not chained else ""
         if asked and asked.metavar:
             found = dict.fromkeys(((flag + equals) * bool(equals) + choice for choice in asked.choices), "")
         elif current.startswith("-"):
-            ends = {
-                flag: "=" if option.metavar and flag[1] == "-" else "" for flag, option in options.items()
+            rows += engine_rows(before[0], {*options}, facts)
+            ends = [(flag, option) for option in rows for flag in option.flags]
+            found = {
+                flag + "=" * bool(option.metavar and flag[1] == "-"): option.help for flag, option in ends
             }
-            found = {flag + end: options[flag].help for flag, end in ends.items()}
+        elif argument == "NAME":
+            found = dict.fromkeys((kernel.name for kernel in our_kernels(facts)), "")
         else:
-            argument = COMMANDS[before[0]].argument if before[0] in COMMANDS and not chained else ""
-            kernels = [kernel.name for kernel in our_kernels(facts)] if argument == "NAME" else []
-            found = dict.fromkeys(SHELLS if argument == "SHELL" else kernels, "")
+            found = dict.fromkeys(SHELLS if argument == "SHELL" else (), "")
     return {name: help for name, help in found.items() if name.startswith(current)}
 
 
-def known_options(name: str, chained: bool, facts: Facts) -> list[Option]:
-    """Return the options that a user may give to a mode or command, those of the mode's engine last."""
-    import contextlib
-
+def known_options(name: str, chained: bool) -> list[Option]:
+    """Return the options of envkernel's own that a user may give to a mode or command."""
     if name not in MODES:
-        return [] if chained or name not in COMMANDS else COMMANDS[name].options
-    mode = MODES[name]
+        return [] if chained or name not in COMMANDS else list(COMMANDS[name].options)
     shared = [option for option in COMMON_OPTIONS if not chained or option.kind == "env"]
-    own = [option for option in [*mode.options, *shared] if option.setup]
-    flags = {flag for option in own for flag in option.flags}
-    environ, engine = launch_environ(facts), {}
-    with contextlib.suppress(UserError):  # without an engine there are no options of it
-        commands = mode.engine(name, [], environ, facts) if mode.engine else []
-        engine = EngineOptions(facts, lambda: (commands, environ)).listed()
-    return own + [
-        Option(flag, f"Option of {mode.name}.", metavar="VALUE" if takes == "=" else "")
-        for flag, (_, takes) in sorted(engine.items())
-        if flag.startswith("--") and flag not in flags
-    ]
+    return [option for option in [*MODES[name].options, *shared] if option.setup]
+
+
+def engine_rows(name: str, own: set[str], facts: Facts) -> list[Option]:
+    """Return the options of a mode's engine, as it lists them, without those that are envkernel's `own`."""
+    ask = MODES[name].engine if name in MODES else None
+    environ = launch_environ(facts)
+    try:
+        known = EngineOptions(ask(name, [], environ, facts) if ask else [], facts, environ).known
+    except UserError:  # without an engine there are no options of it
+        return []
+    rows = {flag: "VALUE" if takes == "=" else "" for flag, (_, takes) in sorted(known.items())}
+    text = f"Option of {name}."
+    return [Option(flag, text, value) for flag, value in rows.items() if flag[1] == "-" and flag not in own]
 
 
 # ---- managing -----------------------------------------------------------------------------------

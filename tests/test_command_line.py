@@ -134,9 +134,9 @@ def test_an_option_that_neither_knows_is_refused_with_a_suggestion():
         (["conda", "--nmae=x", "/e"], "envkernel conda has no option --nmae.", "--name"),
         (["conda", "--name"], "--name needs a value.", "--name NAME"),
         (["conda", "--name=x"], "conda needs PREFIX-OR-NAME.", "Usage: envkernel conda"),
-        (["conda", "--name=x", "/e", "python"], "python is too much", "after --"),
+        (["conda", "--name=x", "/e", "python"], "python is too much", "follows --"),
         (["conda", "--name=x", "--user=me", "/e"], "--user takes no value.", "Leave '=me' out."),
-        (["conda", "--name=x", "/e", "--"], "Nothing stands after the --.", "leave the -- out"),
+        (["conda", "--name=x", "/e", "--"], "Nothing follows the --.", "leave the -- out"),
         (
             ["lmod", "a", "--", "conda", "--name=x", "/e"],
             "--name belongs to the kernel",
@@ -255,8 +255,8 @@ def test_a_mistyped_command_line_exits_with_2_and_says_so_on_stderr(capfd):
     assert said.err == "envkernel: envkernel conda has no option --nmae.\n  Did you mean --name?\n"
 
 
-def test_a_word_is_suggested_once():
-    assert envkernel.near_words("--nmae", ["--name", "--name", "--net"]) == "Did you mean --name or --net?"
+def test_a_name_is_suggested_once():
+    assert envkernel.similar_names("--nmae", ["--name", "--name", "--net"]) == "Did you mean --name or --net?"
 
 
 def test_a_name_that_no_folder_can_have_is_refused():
@@ -305,7 +305,7 @@ def test_a_kernel_without_a_name_gets_that_of_its_target(words, name):
 def test_options_before_the_mode_are_explained(capfd):
     assert envkernel.main(["--name=x", "conda", "/my env"]) == 2
     said = capfd.readouterr().err
-    assert "--name=x stands before the mode." in said
+    assert "--name=x comes before the mode." in said
     assert "envkernel conda --name=x '/my env'" in said
 
 

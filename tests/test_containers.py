@@ -456,7 +456,7 @@ def test_an_engine_that_is_missing_is_named_before_its_options_are_read() -> Non
 
 def test_options_of_build_and_run_find_their_places() -> None:
     step = Step("podman", {"build": "/dir"}, [], ["--build-arg=A=B", "--volume=/a:/b", "--no-cache"])
-    split = envkernel.split_build(step, envkernel.EngineOptions(FakeFacts(), lambda: ([["/d", "run"]], {})))
+    split = envkernel.split_build(step, envkernel.EngineOptions([["/d", "run"]], FakeFacts(), {}))
     assert split.engine == ["--volume=/a:/b"]
     assert split.options["build-option"] == ["--build-arg=A=B", "--no-cache"]
 
