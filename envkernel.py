@@ -27,7 +27,9 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from typing import Any, Callable, Mapping, NoReturn, Sequence
+    import asyncio
+    import socket
+    from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Sequence
 
     from typing_extensions import Self, dataclass_transform
 else:
@@ -4946,7 +4948,7 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     if not runs and kernel.name not in installed_kernels():
         remove_logs(kernel.name, os.environ)
     for base in private_bases(os.environ, facts):
-        sweep_jobs(base)
+        remove_stale(base, os.environ)
     if shared:
         shared.forget(os.environ, facts)
     return 0
@@ -6251,20 +6253,27 @@ class Shared(Record):
 class Membership:
     """This kernel's share in a shared container, held by locks: they end with who holds them.
 
-    Each kernel's reaper holds ``users.lock`` together with the others; who can have it alone is the
+    Each kernel's keeper holds ``users.lock`` together with the others; who can have it alone is the
     last.  ``start.lock`` keeps starting and stopping apart.
     """
 
-    def __init__(self, shared: Shared, folder: str) -> None:
-        """Join: from now on nobody else is the last.  folder: that of all the private folders."""
+    def __init__(self, shared: Shared, folder: str, locks: Sequence[int] = ()) -> None:
+        """Join: from now on nobody else is the last.
+
+        folder: that of all the private folders.  locks: those of a membership that is taken over.
+        """
         import fcntl
 
         self.shared = shared
         self.folder = folder
-        self.start_lock = take_lock(folder + "/start.lock", os.path.dirname(folder))
-        self.users_lock = os.open(folder + "/users.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(self.users_lock, fcntl.LOCK_SH)
-        fcntl.flock(self.start_lock, fcntl.LOCK_UN)
+        if not locks:
+            start = take_lock(folder + "/start.lock", os.path.dirname(folder))
+            users = os.open(folder + "/users.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(users, fcntl.LOCK_SH)
+            fcntl.flock(start, fcntl.LOCK_UN)
+            locks = (start, users)
+        self.locks = list(locks)
+        self.start_lock, self.users_lock = self.locks
 
     def have_container(self, environ: Mapping[str, str], facts: Facts) -> Output:
         """Start the container unless it runs; return what the engine said.
@@ -6284,11 +6293,6 @@ class Membership:
             fcntl.flock(self.start_lock, fcntl.LOCK_UN)
         return said
 
-    def release(self) -> None:
-        """Leave the locks to the reaper."""
-        for lock in (self.start_lock, self.users_lock):
-            os.close(lock)
-
     def forget(self, environ: Mapping[str, str], facts: Facts) -> None:
         """Stop a container that was kept, and remove its locks, unless kernels run in it."""
         import fcntl
@@ -6300,7 +6304,8 @@ class Membership:
             remove_empty(os.path.dirname(self.folder))
         except (BlockingIOError, UserError):  # a kernel runs in it; there is no engine to ask
             pass
-        self.release()
+        for lock in self.locks:
+            os.close(lock)
 
     def leave(self, environ: Mapping[str, str]) -> None:
         """Stop the container if nobody else uses it."""
@@ -6309,13 +6314,16 @@ class Membership:
         fcntl.flock(self.start_lock, fcntl.LOCK_EX)
         try:
             fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.shared.keep:
+                insist(self.shared.stop, environ)
+                for path in [*(copy for _, copy in self.shared.copies), self.folder]:
+                    remove_tree(path)
+                    remove_empty(os.path.dirname(path))
         except BlockingIOError:
-            return
-        if not self.shared.keep:
-            insist(self.shared.stop, environ)
-            for path in [*(copy for _, copy in self.shared.copies), self.folder]:
-                remove_tree(path)
-                remove_empty(os.path.dirname(path))
+            pass
+        for lock in self.locks:  # the run process may have them open for long
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
 
 
 def take_lock(path: str, above: str = "") -> int:
@@ -6410,97 +6418,25 @@ def process_birth(pid: int) -> bytes:
     return b"" if fields[0] in b"ZX" else fields[19]
 
 
-def start_reaper(
-    care: Care, environ: Mapping[str, str], lock: int, membership: Membership | None = None
+def spawn(
+    argv: Sequence[str], environ: Mapping[str, str], stdin: int = -1, out: int = 1, err: int = 2
 ) -> int:
-    """Fork the process that cleans up when this one is gone, however it ends.
+    """Start a program in a process group of its own; return its pid.
 
-    Returns the end of a pipe that has to stay open for as long: what is left when it closes is the
-    reaper's.  The pid of the supervised program is to be written into it, as a line.
-    The reaper is no child of this process and in no session of Jupyter's, so that what kills either
-    does not kill it.  It sleeps until then.  It alone holds `lock` from now on.
+    stdin, out, err: its files; no stdin if -1.  Raises UserError (status 127, 126) where it can't be started.
     """
-    import gc
+    import signal
 
-    gc.freeze()  # so that the reaper goes on sharing this process's memory
-    leash, end = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(leash)
-        os.close(lock)
-        os.waitpid(child, 0)
-        return end
-    try:
-        os.setsid()
-        if os.fork() == 0:
-            os.close(end)
-            reap(care, environ, leash, lock, membership)
-    finally:
-        os._exit(0)
-
-
-def reap(
-    care: Care, environ: Mapping[str, str], leash: int, lock: int, membership: Membership | None
-) -> None:
-    """Wait until the supervising process is gone, then end the program and remove what it left."""
-    import _signal
-    import time
-
-    for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGPIPE):
-        _signal.signal(number, _signal.SIG_IGN)
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for file in (0, 1, 2):
-        os.dup2(null, file)
-    programs: list[tuple[int, bytes, float]] = []
-    for line in iter(lambda: os.read(leash, 64), b""):
-        pid = int(line)
-        programs.append((pid, process_birth(pid), time.monotonic()))
-    killed = [start for pid, birth, start in programs if end_program(pid, birth)]
-    failed = [command for command in care.cleanup if not insist(command, environ, (0, 1))]
-    for path in [*care.remove, *(copy for _, copy in care.copies), care.folder]:
-        remove_tree(path)
-        remove_empty(os.path.dirname(path) if path not in care.remove else path)
-    release_lock(care.folder + ".lock", lock)
-    if membership:
-        membership.leave(environ)
-    elif any(time.monotonic() - start < 10 for start in killed):
-        failed = care.cleanup  # the engine may have been about to create what had to be removed
-        time.sleep(2 * bool(failed))
-    for command in failed if programs else ():  # without its engine it never ran
-        insist(command, environ)
-
-
-def spawn(argv: Sequence[str], environ: Mapping[str, str], out: int = 1, err: int = 2) -> int:
-    """Start a program in a session of its own, with no stdin; return its pid.
-
-    out, err: what it writes to.  Raises UserError (status 127, 126) where it can't be started.
-    """
-    import _signal
-
-    actions: list[Any] = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, out, 1),
-        (os.POSIX_SPAWN_DUP2, err, 2),
-    ]
-    ignored = [_signal.SIGPIPE, _signal.SIGXFSZ]  # by Python; a program expects the default
+    actions: list[Any] = [(os.POSIX_SPAWN_DUP2, file, to) for to, file in ((0, stdin), (1, out), (2, err))]
+    if stdin < 0:
+        actions[0] = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python; a program expects the default
     try:
         return os.posix_spawn(
-            argv[0], list(argv), environ, file_actions=actions, setsid=True, setsigmask=(), setsigdef=ignored
+            argv[0], list(argv), environ, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=ignored
         )
     except OSError as error:
         raise cannot_start(argv[0], error) from None
-
-
-def end_program(pid: int, birth: bytes) -> bool:
-    """Kill a program and what it started in its session; tell whether it was still there.
-
-    Where Apptainer was killed, the ``squashfuse`` that it mounted an image with lives on, in a group
-    of its own.
-    """
-    was_there = bool(birth) and process_birth(pid) == birth
-    send_signals([member for member in process_ids() if process_ranks(member)[2:] == (pid,)], 9)
-    return was_there
 
 
 def process_ids() -> list[int]:
@@ -6641,18 +6577,6 @@ def copy_folder(source: str, copy: str) -> None:
         raise error if isinstance(error, UserError) else failed(error, source) from None
 
 
-def watch_folder(path: str) -> int:
-    """Ask for a SIGIO whenever something appears in a folder; return what has to stay open for it."""
-    import fcntl
-
-    file = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.fcntl(file, fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_MULTISHOT)
-    except OSError:
-        return file  # such a folder is looked into once a second
-    return file
-
-
 def used_ports(connection: Mapping[str, Any], facts: Facts) -> set[bytes]:
     """Return the TCP connections to the ports of a connection file, by both addresses.
 
@@ -6668,94 +6592,6 @@ def used_ports(connection: Mapping[str, Any], facts: Facts) -> set[bytes]:
             if fields[1][-5:] in wanted and fields[3] != listening:
                 found.add(fields[1] + b" " + fields[2])
     return found
-
-
-class SocketRelay:
-    """Joins Jupyter's addresses with the five where a kernel will listen.
-
-    Clients that come before its unix sockets are held.  When those appear Linux says so (fcntl F_NOTIFY, a
-    SIGIO that the owner of the loop has to hand to `look`), so nothing is polled.
-    """
-
-    def __init__(self, loop: Loop, connection: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-        """Listen.  target: the kernel's own connection.  Raises UserError for a taken port."""
-        self.loop = loop
-        self.pairs: list[Pair] = []
-        self.heard = 0
-        self.ending = False
-        self.target = target if target["transport"] == "tcp" else {}
-        folder, name = os.path.split(target["ip"])
-        self.folder = -1 if self.target else watch_folder(folder)
-        # through /proc, for the address of a unix socket has room for 107 bytes only
-        self.sockets = f"/proc/self/fd/{self.folder}/{name}"
-        self.relay = Relay(loop, connection, self.connect)
-        self.look()
-
-    def path(self, number: int) -> str:
-        """Return where a stream's socket is, empty where it is not there yet.
-
-        The numbers are those of Jupyter's connection file for ``transport: ipc``.
-        """
-        paths = [f"{self.sockets}{sign}{number + 1}" for sign in "-:"]
-        return next((path for path in paths if os.path.exists(path)), "")
-
-    def look(self) -> None:
-        """Let Jupyter in when all sockets are there; look again in a second if not."""
-        if self.relay.is_ready:
-            return
-        if self.target or all(self.path(number) for number in range(len(STREAMS))):
-            self.relay.ready()
-        else:
-            self.loop.after(1, self.look)
-
-    def connect(self, number: int, client: Any, attempts: int = 100) -> None:
-        """Join a client of Jupyter's with the kernel's socket; hang up where that is gone.
-
-        A socket appears a moment before it listens.
-        """
-        import _socket
-
-        end = _socket.socket(_socket.AF_INET if self.target else _socket.AF_UNIX)
-        try:
-            port = self.target.get(STREAMS[number] + "_port")
-            end.connect((self.target["ip"], port) if self.target else self.path(number))
-        except OSError as error:
-            end.close()
-            if isinstance(error, ConnectionRefusedError) and attempts:
-                self.loop.after(0.01, lambda: self.connect(number, client, attempts - 1))
-            else:
-                client.close()  # ZeroMQ tries again
-            return
-        self.pairs.append(Pair(self.loop, client, end, self.prune))
-
-    def prune(self) -> None:
-        """Forget the pairs that have ended."""
-        self.heard = self.most_heard()
-        self.pairs = [pair for pair in self.pairs if pair.socks]
-        if self.ending and not self.pairs:
-            self.loop.stop()
-
-    def most_heard(self) -> int:
-        """Return how many bytes came from the kernel on the connection that brought most."""
-        return max([self.heard, *(pair.heard for pair in self.pairs)])
-
-    def drain(self, seconds: float) -> None:
-        """Let Jupyter have the last that the kernel said, then close."""
-        self.relay.close()
-        self.ending = True
-        if self.pairs:
-            self.loop.after(seconds, self.loop.stop)
-            self.loop.run()
-        self.close()
-
-    def close(self) -> None:
-        """Close everything at once."""
-        self.relay.close()
-        for pair in self.pairs:
-            pair.close()
-        if self.folder >= 0:
-            os.close(self.folder)
-            self.folder = -1
 
 
 def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
@@ -6798,197 +6634,6 @@ LOGGED_STDERR = 4096
 """How many bytes of stderr's beginning a log holds, in the modes where a process stays beside the kernel."""
 
 
-class Supervisor:
-    """Stands beside a program from its start to its end: signals, relay, stderr, death of Jupyter."""
-
-    PASSED_ON = ("INT", "QUIT", "USR1", "USR2", "TERM", "HUP")
-    GRACE = 3
-    """Seconds that a kernel has for ending after it was asked to with a signal."""
-
-    def __init__(self, plan: Plan, care: Care, facts: Facts) -> None:
-        self.plan = plan
-        self.care = care
-        self.facts = facts
-        self.said = b""
-        self.began = b""
-        self.status = 0
-        self.ended = False
-        self.wanted = False  # somebody wanted it to end
-        self.reason: UserError | None = None  # why it ended although nobody wanted that
-        self.relay: SocketRelay | None = None
-        self.loop = Loop()
-        self.earlier = set() if care.relay else used_ports(care.connection, facts)
-        self.membership = Membership(care.shared, os.path.dirname(care.folder)) if care.shared else None
-        lock = take_lock(care.folder + ".lock")
-        self.leash = start_reaper(care, plan.environ, lock, self.membership)
-
-    def start(self) -> None:
-        """Prepare what the program needs, and start it in a session of its own."""
-        prepare(self.care)
-        if self.membership:
-            said = self.membership.have_container(self.plan.environ, self.facts)
-            if said.status:
-                text = os.fsdecode(said.err)
-                reason = self.care.explain and self.care.explain(said.status, text, self.facts)
-                raise reason or ended_error(said.status, self.plan.where, text)
-        self.stderr, end = os.pipe()
-        environ = dict(self.plan.environ)
-        if "JPY_PARENT_PID" in environ:
-            environ["JPY_PARENT_PID"] = str(os.getpid())
-        here = os.open(".", os.O_RDONLY)
-        if self.care.litter:
-            os.chdir(self.care.folder)
-        self.child = spawn(self.plan.argv, environ, err=end)
-        os.fchdir(here)
-        os.close(here)
-        os.close(end)
-        os.write(self.leash, b"%d\n" % self.child)
-
-    def stand_by(self) -> None:
-        """Serve until the program has ended or has to; its exit status is in `status`."""
-        import _signal
-        import _thread
-
-        self.names = {getattr(_signal, "SIG" + name): name for name in (*self.PASSED_ON, "CHLD", "IO")}
-        self.loop.signals(list(self.names), self.take_signal)
-        self.listening = _thread.allocate_lock()
-        self.listening.acquire()
-        _thread.start_new_thread(self.listen_to_stderr, ())
-        if self.care.relay:
-            self.relay = SocketRelay(self.loop, self.care.connection, self.care.relay)
-        watch_jupyter(self.loop, os.getppid(), self.give_up)
-        self.collect()  # it may have ended before signals were looked at
-        if not self.ended:
-            self.loop.run()
-        if self.relay:
-            self.relay.drain(1)
-        self.listening.acquire(timeout=1)
-
-    def listen_to_stderr(self) -> None:
-        """Keep beginning and end of what the program says on stderr, and pass it on."""
-        for text in iter(lambda: os.read(self.stderr, 1 << 13), b""):
-            self.began += text[: LOGGED_STDERR - len(self.began)]
-            self.said = (self.said + text)[-1 << 13 :]
-            try:
-                while text:
-                    text = text[os.write(2, text) :]
-            except OSError:  # nobody reads it
-                pass
-        self.listening.release()
-
-    def take_signal(self, number: int) -> None:
-        """Act on a signal; those that Jupyter or a user sends are passed on to the kernel."""
-        name = self.names[number]
-        if name == "CHLD":
-            self.collect()
-        elif name == "IO":
-            if self.relay:
-                self.relay.look()
-        else:
-            if name in ("TERM", "HUP") and not self.wanted:
-                self.wanted = True
-                self.loop.after(self.GRACE, self.give_up)
-            self.pass_on(name, number)
-
-    def collect(self) -> None:
-        """Reap children that have ended; the program may be among them."""
-        pid = 1
-        while pid:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == self.child:
-                self.status = exit_status(status)
-                self.ended = True
-                self.loop.stop()
-
-    def pass_on(self, name: str, number: int) -> None:
-        """Pass a signal on to the kernel."""
-        if self.care.init and self.signal_below_init(number):
-            return
-        if self.care.signal:
-            argv = [word.replace("{signal}", name) for word in self.care.signal]
-            null = os.open(os.devnull, os.O_WRONLY)
-            spawn(argv, self.plan.environ, null, null)
-            os.close(null)
-        elif not self.ended and self.care.leader:
-            os.killpg(self.child, number)
-        elif not self.ended:
-            signal_members(self.child, number)
-
-    def signal_below_init(self, number: int) -> bool:
-        """Signal the process group of an init's one child; tell whether that could be done."""
-        try:
-            init = int(self.facts.output(self.care.init, self.plan.environ).out)
-            child = (self.facts.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
-            os.killpg(int(child), number)
-        except (ValueError, IndexError, OSError):
-            return False
-        return True
-
-    def give_up(self) -> None:
-        """End without waiting for the program: Jupyter is gone, or the kernel does not obey."""
-        self.wanted = self.ended = True
-        self.status = -15
-        self.loop.stop()
-
-    def answered(self) -> bool:
-        """Tell whether the kernel ever answered, as far as that can be told."""
-        if self.relay:
-            return self.relay.most_heard() >= (ANSWER if self.status else 1)
-        return bool(used_ports(self.care.connection, self.facts) - self.earlier)
-
-    def finish(self) -> int:
-        """Return the exit status, having said what is remarkable about it.
-
-        Raises UserError for a kernel that ended before it ever answered.
-        """
-        said = self.said.decode("utf-8", "replace")
-        reason = None
-        if self.care.explain and self.status and not self.wanted:
-            reason = self.care.explain(self.status, said, self.facts)
-        if not self.wanted and not self.answered():
-            reason = reason or ended_error(self.status, self.plan.where, said, self.plan.install)
-            reason.detail = reason.detail or said.strip()
-            raise reason
-        if reason:
-            tell_error(reason)
-        if self.status and not self.wanted:
-            self.reason = reason or UserError("The kernel ended by itself.")
-        return self.status if self.status >= 0 else 128 - self.status
-
-    def close(self) -> None:
-        """Leave the rest to the reaper, and the ports and signals to whoever comes next."""
-        import _signal
-
-        if self.relay:
-            self.relay.close()
-        _signal.set_wakeup_fd(-1)
-        for number in (_signal.SIGCHLD, _signal.SIGIO):
-            _signal.signal(number, _signal.SIG_DFL)
-        if self.membership:
-            self.membership.release()
-        os.close(self.leash)
-
-
-def supervise(plan: Plan, care: Care, facts: Facts, log: str = "") -> int:
-    """Run a plan's program with this process beside it; return the exit status for Jupyter.
-
-    log: path of the launch log, which gets to know how it began and ended.
-    Raises UserError where the program can't be started, or ended before the kernel ever answered.
-    """
-    supervisor = Supervisor(plan, care, facts)
-    try:
-        supervisor.start()
-        supervisor.stand_by()
-        return supervisor.finish()
-    finally:
-        reason, key = supervisor.reason, care.connection.get("key", "")
-        log_end(log, supervisor.status, reason, supervisor.began, key)
-        supervisor.close()
-
-
 AGAIN = 120
 """Seconds within which Jupyter starts a kernel again that ended before it answered."""
 
@@ -7017,6 +6662,932 @@ def watched(plan: Plan, launch: Launch, facts: Facts) -> Plan:
         return plan
     folder = f"{private_base(plan.environ, '', facts)}/{kernel_key(path)}"
     return plan.but(care=Care(folder, connection=connection))
+
+
+# ---- keeper -------------------------------------------------------------------------------------
+#
+#   Jupyter -- run process --(socketpair)-- keeper -- program: an engine's client, srun, the kernel
+#
+# The run process is Jupyter's child: it passes signals on, watches Jupyter and ends as the kernel did.
+# The keeper is its child, in a session of its own, where no signal to Jupyter's process group reaches it.
+# It holds the lock of the connection file, owns Jupyter's ports (`Front`) and starts the program.
+#
+#   The run process is gone: the keeper closes the ports, kills the program, cleans up and unlocks.
+#   The keeper is gone: the run process has recipe and locks, and starts a process that only cleans up.
+#   Both are killed at once: the recipe is in the lock file, and the next start follows it (`stale_recipes`).
+
+
+class Recipe(Record):
+    """What has to be done when a kernel is over, as plain data: it travels, and is kept in the lock file.
+
+    directory: the private one; the lock's path is this with ``.lock`` added.  session: that of everything
+    the keeper starts, 0 for none.  started: when (time.monotonic), 0 where only files are to be removed.
+    cleanup: commands.  remove: files and directories.  shared: the container of several kernels.
+    """
+
+    directory: str
+    session: int = 0
+    started: float = 0.0
+    cleanup: list[Sequence[str]] = []
+    remove: list[str] = []
+    shared: dict[str, Any] | None = None
+
+
+def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -> None:
+    """End what a keeper has started, remove what it leaves, and unlock.
+
+    locks: that of the directory, then those of its `Membership` in a shared container.
+    """
+    import time
+
+    killed = end_session(recipe.session)
+    commands = recipe.cleanup if recipe.started else []
+    failed = [command for command in commands if not insist(command, environ, (0, 1))]
+    for path in [*recipe.remove, recipe.directory]:
+        remove_tree(path)
+        remove_empty(os.path.dirname(path))
+    release_lock(recipe.directory + ".lock", locks[0])
+    if recipe.shared:
+        Membership(Shared(**recipe.shared), os.path.dirname(recipe.directory), locks[1:]).leave(environ)
+    elif killed and time.monotonic() - recipe.started < 10:
+        failed = commands  # the engine may have been about to create what had to be removed
+        time.sleep(2 * bool(failed))
+    for command in failed:
+        insist(command, environ)
+
+
+def start_cleaner(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -> None:
+    """Start a process that only cleans up, and give it the locks."""
+    child = os.fork()
+    if not child:
+        try:
+            if os.fork() == 0:
+                become_daemon()
+                drop_stdio()
+                for file, following in zip([2, *sorted(locks)], [*sorted(locks), 1024]):
+                    os.closerange(file + 1, following)
+                clean_up(recipe, environ, locks)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    for lock in locks:
+        os.close(lock)
+
+
+def become_daemon() -> None:
+    """Leave Jupyter's session, and its signals to the run process."""
+    import signal
+
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    for name in RunProcess.SIGNALS:
+        signal.signal(getattr(signal, "SIG" + name), _ignore)  # unlike SIG_IGN not inherited by programs
+
+
+def drop_stdio(files: Sequence[int] = (0, 1, 2)) -> None:
+    """Let go of what Jupyter gave as stdin, stdout or stderr: who reads these waits for their end."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for file in files:
+        os.dup2(null, file)
+    os.close(null)
+
+
+def end_session(session: int) -> bool:
+    """Kill what is left in a keeper's session, but not this process; tell whether there was anything."""
+    found = False
+    for _ in range(3):  # what is killed may just be starting something
+        pids = [pid for pid in process_ids() if session and process_ranks(pid)[2:] == (session,)]
+        pids = [pid for pid in pids if pid != os.getpid() and process_birth(pid)]
+        send_signals(pids, 9)
+        found = found or bool(pids)
+    return found
+
+
+def stale_recipes(base: str) -> Iterator[tuple[Recipe, int]]:
+    """Yield what keepers left that were killed together with their run processes, each with its lock.
+
+    base: the directory of the private ones.  Who lives holds a lock.
+    """
+    import fcntl
+
+    try:
+        names = [name for name in os.listdir(base) if name.endswith(".lock")]
+    except OSError:
+        return
+    for name in names:
+        try:
+            lock = os.open(f"{base}/{name}", os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_nlink:
+                yield read_recipe(lock, f"{base}/{name}"), lock
+                continue
+        except OSError:
+            pass
+        os.close(lock)
+
+
+def read_recipe(lock: int, path: str) -> Recipe:
+    """Return what the last holder of a lock file wrote into it; an empty one says what to remove."""
+    text = os.pread(lock, 1 << 20, 0)
+    recipe = Recipe(**from_json(text)) if text else Recipe(path[: -len(".lock")])
+    if process_birth(recipe.session):  # while a session lives, its number is no new process's
+        recipe.session = 0
+    return recipe
+
+
+def remove_stale(base: str, environ: Mapping[str, str]) -> None:
+    """Clean up after the keepers of `stale_recipes`."""
+    for recipe, lock in stale_recipes(base):
+        clean_up(recipe, environ, [lock])
+
+
+class Channel:
+    """Messages between run process and keeper: lines of JSON, and file descriptors (unix(7), SCM_RIGHTS)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.text = b""
+        self.files: list[int] = []
+
+    def send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
+        """Send a message; one that nobody receives any more is dropped."""
+        import array
+        import socket
+
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
+        try:
+            self.sock.sendmsg([to_json(message) + b"\n"], rights)
+        except OSError:
+            return
+
+    def is_closed(self) -> bool:
+        """Return whether the other side is gone."""
+        import select
+
+        poller = select.poll()
+        poller.register(self.sock, 0)
+        return bool(poller.poll(0))
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Return the messages that have arrived, waiting for some; None where the other side is gone.
+
+        Their file descriptors are added to `files`.
+        """
+        import array
+        import socket
+
+        files = array.array("i")
+        try:
+            text, rights, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(8 * files.itemsize))
+        except OSError:
+            return None
+        for _, _, data in rights:
+            files.frombytes(data[: len(data) // files.itemsize * files.itemsize])
+        for file in files:
+            os.set_inheritable(file, False)
+            self.files.append(file)
+        *lines, self.text = (self.text + text).split(b"\n")
+        return [from_json(line) for line in lines] if text else None
+
+
+def write_patiently(file: int, text: bytes) -> None:
+    """Write to stdout or stderr, which may be blocked for long and then be exchanged by dup2."""
+    import select
+
+    poller = select.poll()
+    poller.register(file, select.POLLOUT)
+    try:
+        while text:
+            if poller.poll(100):
+                text = text[os.write(file, text[:4096]) :]  # PIPE_BUF: it does not block
+    except OSError:  # nobody reads it
+        return
+
+
+class Program:
+    """What a keeper holds.  Subclasses say how it is started, reached, signalled and ended.
+
+    linger: seconds that it outlives its run process, so that a restart finds it.  digest: what the
+    launches have in common that may use it.  over: no further launch can use it.  what: its name.
+    """
+
+    linger = 0.0
+    digest = ""
+    over = False
+    what = "kernel"
+    keeper: Keeper
+
+    def __init__(self, plan: Plan, care: Care, facts: Facts) -> None:
+        self.plan = plan
+        self.care = care
+        self.facts = facts
+
+    @property
+    def has_front(self) -> bool:
+        """Whether the keeper owns Jupyter's ports; else the kernel listens there itself."""
+        return True
+
+    def start(self) -> None:
+        """Start it, before asyncio is imported.  Raises UserError."""
+        raise NotImplementedError
+
+    async def ready(self) -> None:
+        """Return when the kernel can be connected.  Raises UserError."""
+        raise NotImplementedError
+
+    async def connect(self, number: int) -> socket.socket:
+        """Return a connected, non-blocking socket to one of the kernel's `STREAMS`.  Raises OSError."""
+        raise NotImplementedError
+
+    def send_signal(self, number: int) -> None:
+        """Pass on a signal of Jupyter's."""
+        raise NotImplementedError
+
+    async def wait(self) -> tuple[int, UserError | None]:
+        """Return the kernel's exit status, as in `Output`, and why it ended where that is known."""
+        raise NotImplementedError
+
+    async def attach(self, connection: Mapping[str, Any]) -> None:
+        """Start the kernel again for the run process of a restart, with its connection file."""
+
+    async def end(self) -> None:
+        """End it gracefully; after that the keeper kills what is left in its session."""
+
+
+class LocalProgram(Program):
+    """An engine's client with a kernel in its container, or a kernel on this host."""
+
+    @property
+    def has_front(self) -> bool:
+        """Whether the kernel listens somewhere else than where Jupyter expects it."""
+        return bool(self.care.relay)
+
+    def start(self) -> None:
+        """Start it with the keeper as its Jupyter; a shared container first."""
+        if self.keeper.membership:
+            said = self.keeper.membership.have_container(self.plan.environ, self.facts)
+            if said.status:
+                text = os.fsdecode(said.err)
+                reason = self.care.explain and self.care.explain(said.status, text, self.facts)
+                raise reason or ended_error(said.status, self.plan.where, text)
+        self.earlier = set() if self.has_front else used_ports(self.care.connection, self.facts)
+        self.directory = os.open(self.care.folder, os.O_RDONLY)
+        environ = dict(self.plan.environ)
+        if "JPY_PARENT_PID" in environ:
+            environ["JPY_PARENT_PID"] = str(os.getpid())
+        if self.care.litter:
+            os.chdir(self.care.folder)
+        self.stderr, end = os.pipe()
+        self.pid = spawn(self.plan.argv, environ, err=end)
+        os.close(end)
+
+    async def ready(self) -> None:
+        """Return when all streams can be connected."""
+        import asyncio
+
+        for number in range(len(STREAMS)):
+            while not await self.listens(number):
+                await asyncio.sleep(0.01)
+
+    async def listens(self, number: int) -> bool:
+        """Return whether a stream can be connected; what publishes a port may accept before the kernel."""
+        import asyncio
+
+        try:
+            with await self.connect(number) as sock:
+                if self.care.relay["transport"] == "ipc":
+                    return True
+                greeting = asyncio.get_running_loop().sock_recv(sock, 1)
+                return bool(await asyncio.wait_for(greeting, 5))
+        except (OSError, asyncio.TimeoutError):
+            return False
+
+    async def connect(self, number: int) -> socket.socket:
+        """Connect to the kernel, which may join address and number of a unix socket with ``-`` or ``:``."""
+        import asyncio
+        import socket
+
+        ip = self.care.relay["ip"]
+        is_unix = self.care.relay["transport"] == "ipc"
+        sock = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET)
+        sock.setblocking(False)
+        try:
+            if is_unix:
+                # through /proc, for the address of a unix socket has room for 107 bytes only
+                start = f"/proc/self/fd/{self.directory}/{os.path.basename(ip)}"
+                paths = [f"{start}{sign}{number + 1}" for sign in "-:"]
+                sock.connect(paths[os.path.exists(paths[1])])
+            else:
+                port = int(self.care.relay[STREAMS[number] + "_port"])
+                await asyncio.get_running_loop().sock_connect(sock, (ip, port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on to the kernel, by the engine's command where there is one."""
+        if self.care.signal or self.care.init:
+            self.keeper.aside(self.signal_inside, number)
+        elif self.care.leader:
+            send_signals([-self.pid], number)
+        else:
+            signal_members(self.pid, number)
+
+    def signal_inside(self, number: int) -> None:
+        """Signal a kernel in a container, in a thread."""
+        import signal
+
+        if self.care.init and self.signal_below_init(number):
+            return
+        name = signal.Signals(number).name[3:]
+        argv = [word.replace("{signal}", name) for word in self.care.signal]
+        try:
+            self.facts.output(argv, self.plan.environ)
+        except UserError:  # the engine is gone
+            return
+
+    def signal_below_init(self, number: int) -> bool:
+        """Signal the process group of an init's one child; return whether that could be done."""
+        try:
+            init = int(self.facts.output(self.care.init, self.plan.environ).out)
+            child = (self.facts.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
+            os.killpg(int(child), number)
+        except (ValueError, IndexError, OSError, UserError):
+            return False
+        return True
+
+    async def wait(self) -> tuple[int, UserError | None]:
+        """Wait for the end of the program and of what it says; ask the engine for the reason."""
+        import asyncio
+
+        stderr = asyncio.ensure_future(self.keeper.copy(self.stderr, 2, self.keeper.on_stderr))
+        status = await self.keeper.exited(self.pid)
+        self.over = True
+        await asyncio.wait({stderr}, timeout=1)
+        reason = None
+        if status and self.care.explain and not self.keeper.wanted:
+            said = self.keeper.tail.decode("utf-8", "replace")
+            reason = await self.keeper.aside(self.care.explain, status, said, self.facts)
+        return status, reason
+
+    def answered(self) -> bool:
+        """Return whether the kernel ever answered on ports of its own, as far as that can be seen."""
+        return bool(used_ports(self.care.connection, self.facts) - self.earlier)
+
+
+class Keeper:
+    """Keeps a program: serves one run process, with `linger` one after the other, then cleans up."""
+
+    HOLD = 3.0
+    """Seconds before clients that connect are answered by the front."""
+
+    GRACE = 3.0
+    """Seconds that a kernel has for ending after it was asked to with a signal."""
+
+    DRAIN = 1.0
+    """Seconds that Jupyter has for taking the last that the kernel said."""
+
+    def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
+        program.keeper = self
+        self.program = program
+        self.care = program.care
+        self.environ = program.plan.environ
+        self.launch = launch
+        self.channel = channel
+        self.connection: Mapping[str, Any] = program.care.connection
+        self.front: Front | None = None
+        self.membership: Membership | None = None
+        self.locks: list[int] = []
+        self.recipe = Recipe(self.care.folder)
+        self.visitor: tuple[Channel, dict[str, Any]] | None = None
+        self.head = self.tail = b""
+        self.cleaning: asyncio.Future[None] | None = None
+        self.wanted = False  # somebody wants the kernel to end
+        self.ending = False  # no restart will come
+
+    def begin(self) -> None:
+        """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
+        import time
+
+        care, base = self.care, os.path.dirname(self.care.folder)
+        if care.shared:
+            self.membership = Membership(care.shared, base)
+        lock = take_lock(care.folder + ".lock")
+        earlier = read_recipe(lock, care.folder + ".lock")
+        self.locks = [lock, *(self.membership.locks if self.membership else ())]
+        self.recipe = Recipe(
+            care.folder,
+            os.getpid(),
+            time.monotonic(),
+            care.cleanup,
+            [*care.remove, *(copy for _, copy in care.copies)],
+            vars(care.shared) if care.shared else None,
+        )
+        self.send_recipe()
+        if self.channel.is_closed():
+            raise UserError("Jupyter ended the kernel before it was started.")
+        if earlier.started:
+            end_session(earlier.session)
+            for command in earlier.cleanup:
+                insist(command, self.environ, (0,))
+        try:
+            prepare(care)
+            self.program.start()
+        except UserError:
+            self.recipe.started = 0.0
+            raise
+        finally:
+            os.chdir("/")
+        for recipe, lock in stale_recipes("" if care.shared else base):
+            start_cleaner(recipe, self.environ, [lock])
+
+    def add_cleanup(self, *commands: Sequence[str]) -> None:
+        """Add commands to the recipe."""
+        self.recipe.cleanup += [list(command) for command in commands]
+        self.send_recipe()
+
+    def send_recipe(self) -> None:
+        """Send the recipe to the run process, and write it where kernels can't change it."""
+        self.channel.send({"recipe": vars(self.recipe)}, self.locks)
+        if not self.recipe.shared:
+            text = to_json(vars(self.recipe))
+            os.ftruncate(self.locks[0], os.pwrite(self.locks[0], text, 0))
+
+    async def serve(self) -> None:
+        """Serve one run process after the other until the program is over or no other comes."""
+        import asyncio
+        import signal
+
+        self.loop = asyncio.get_running_loop()
+        self.children: dict[int, asyncio.Future[int]] = {}
+        self.leaving = asyncio.Event()
+        self.loop.add_signal_handler(signal.SIGCHLD, self.collect)
+        self.loop.add_signal_handler(signal.SIGTERM, self.stop)
+        listener = self.listen() if self.program.linger else None
+        self.loop.add_reader(self.channel.sock, self.receive)
+        while True:
+            await self.serve_launch()
+            self.detach()
+            if not self.program.linger or self.ending or self.program.over or not await self.next_launch():
+                break
+        if listener:
+            self.loop.remove_reader(listener)
+            listener.close()
+        await (self.cleaning or self.end())
+
+    async def serve_launch(self) -> None:
+        """Serve a run process until the kernel has ended or nobody wants it any more."""
+        import asyncio
+
+        nested = bool(self.launch.options.get("nested"))
+        self.front = None
+        if self.program.has_front:
+            name = self.launch.options.get("name", "")
+            self.front = Front(self.connection, front_kernel(name, self.launch.command, self.environ))
+            self.front.notice = self.launch.options.get("notice", "")
+        ended = asyncio.ensure_future(self.program.wait())
+        opening = asyncio.ensure_future(
+            self.open_front(self.front, nested) if self.front else asyncio.sleep(0)
+        )
+        leaving = asyncio.ensure_future(self.leaving.wait())
+        asked = asyncio.ensure_future(self.front.shutdown.wait() if self.front else asyncio.Event().wait())
+        tasks: set[asyncio.Future[Any]] = {ended, opening, leaving, asked}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            problem = opening.exception() if opening.done() else None
+            if not problem:
+                tasks.discard(opening)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if isinstance(problem, UserError):
+                self.program.over = True
+                await self.conclude(problem.status, problem)
+            elif problem:
+                raise problem
+            elif ended.done():
+                await self.conclude(*ended.result())
+            elif self.front and asked.done():  # by the front, before the kernel was there
+                self.ending = not self.front.restart
+                await self.front.drain(self.DRAIN)
+                self.send_exit(0)
+        finally:
+            for task in (*tasks, opening):
+                task.cancel()
+
+    async def open_front(self, front: Front, nested: bool) -> None:
+        """Open Jupyter's ports and join them with the kernel as soon as it can be connected.
+
+        nested: below an agent, whose own run process has the front that says what is waited for.
+        """
+        import asyncio
+
+        hold = self.loop.call_later(self.HOLD, front.wait, f"The {self.program.what} is starting.")
+        try:
+            if not nested:
+                await front.listen()
+            await self.program.ready()
+        finally:
+            hold.cancel()
+        if nested:
+            await front.listen()
+        while True:
+            try:
+                await front.go_live(self.program.connect)
+                return
+            except OSError:  # the kernel went away meanwhile
+                await asyncio.sleep(0.1)
+                await self.program.ready()
+
+    async def conclude(self, status: int, reason: UserError | None) -> None:
+        """Say why the kernel has ended, where that is remarkable, and let the run process end like it."""
+        plan, said = self.program.plan, self.tail.decode("utf-8", "replace").strip()
+        if self.wanted:
+            reason = None
+        elif not self.answered(status):
+            reason = reason or ended_error(status, plan.where, said, plan.install)
+            reason.detail = reason.detail or said
+            await self.fail(status, reason)
+            return
+        elif reason:
+            self.aside(write_patiently, 2, error_text(reason))
+        elif status:
+            reason = UserError("The kernel ended by itself.")
+        if self.front:
+            await self.front.drain(self.DRAIN)
+        self.send_exit(status, reason)
+
+    async def fail(self, status: int, error: UserError) -> None:
+        """Show the error in the notebook until Jupyter shuts the kernel down; else the run process does."""
+        import asyncio
+
+        error.name_kernel(self.launch.options.get("name", "NAME"))
+        log_end(self.launch.options.get("log", ""), status, None, self.head, self.connection.get("key", ""))
+        try:
+            if not self.front or self.launch.options.get("nested") or not shows_failure(self.launch):
+                raise ImportError
+            self.front.fail(launch_failure(error, self.launch, self.connection))
+        except ImportError:  # pyzmq, for a connection that is encrypted
+            if self.front:
+                self.front.close()
+            self.channel.send({"exit": error.status, "error": vars(error)})
+            return
+        self.aside(write_patiently, 2, error_text(error))
+        log_failure(error, self.launch)
+        self.program.over = True
+        self.cleaning = asyncio.ensure_future(self.end())
+        tasks = [asyncio.ensure_future(event.wait()) for event in (self.leaving, self.front.shutdown)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await self.front.drain(self.DRAIN)
+        self.channel.send({"exit": error.status or 1, "error": None})
+
+    async def end(self) -> None:
+        """End the program and clean up."""
+        await self.program.end()
+        locks, self.locks = self.locks, []
+        await self.aside(clean_up, self.recipe, self.environ, locks)
+
+    def answered(self, status: int) -> bool:
+        """Return whether the kernel ever answered, as far as that can be seen."""
+        if not self.front:
+            return isinstance(self.program, LocalProgram) and self.program.answered()
+        return self.front.answered or (status == 0 and self.front.heard > 0)
+
+    def send_exit(self, status: int, reason: UserError | None = None) -> None:
+        """Let the run process end with a status; the log gets the reason."""
+        log = self.launch.options.get("log", "")
+        log_end(log, status, reason, self.head, self.connection.get("key", ""))
+        self.channel.send({"exit": status, "error": None})
+
+    def receive(self) -> None:
+        """Follow the run process."""
+        messages = self.channel.receive()
+        if messages is None:
+            self.leave()
+        for message in messages or ():
+            if "signal" in message:
+                self.take_signal(message["signal"])
+            if "end" in message:
+                self.stop()
+
+    def leave(self) -> None:
+        """Serve the present run process no longer."""
+        self.loop.remove_reader(self.channel.sock)
+        self.leaving.set()
+
+    def take_signal(self, number: int) -> None:
+        """Act on a signal that Jupyter or a user sent to the run process."""
+        import signal
+
+        ends = number in (signal.SIGTERM, signal.SIGHUP)
+        if ends and (self.program.linger or self.program.over):
+            self.give_up(-number)
+        elif number != signal.SIGINT or not (self.front and self.front.interrupt()):
+            if ends and not self.wanted:
+                self.wanted = True
+                self.loop.call_later(self.GRACE, self.give_up)
+            self.program.send_signal(number)
+
+    def stop(self) -> None:
+        """End without waiting for a restart: Jupyter is gone, or this process is asked to end."""
+        self.ending = True
+        self.give_up()
+
+    def give_up(self, status: int = -15) -> None:
+        """Let the run process end without waiting for the program."""
+        self.send_exit(status)
+        self.leave()
+
+    def detach(self) -> None:
+        """Let go of a run process and of Jupyter: first the ports, then what waits for the end of a pipe."""
+        if self.front:
+            self.front.close()
+        drop_stdio((1, 2))
+        self.loop.remove_reader(self.channel.sock)
+        self.channel.sock.close()
+
+    def listen(self) -> socket.socket:
+        """Listen for the run process of a restart."""
+        import socket
+
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.care.folder + "/keeper")
+        listener.listen(8)
+        self.arrived = asyncio.Event()
+        self.loop.add_reader(listener, self.accept, listener)
+        return listener
+
+    def accept(self, listener: socket.socket) -> None:
+        """Let another run process in."""
+        channel = Channel(listener.accept()[0])
+        self.loop.add_reader(channel.sock, self.greet, channel)
+
+    def greet(self, channel: Channel) -> None:
+        """Hear what another run process wants; if that is another launch, this one has to end."""
+        messages = channel.receive()
+        self.loop.remove_reader(channel.sock)
+        if not messages or messages[0]["attach"] != self.program.digest:
+            channel.sock.close()
+            self.stop()
+        else:
+            self.visitor = (channel, messages[0])
+        self.leave()
+        self.arrived.set()
+
+    async def next_launch(self) -> bool:
+        """Wait for the run process of a restart and take over its stdio; return whether one came."""
+        import asyncio
+
+        try:
+            await asyncio.wait_for(self.arrived.wait(), self.program.linger)
+        except asyncio.TimeoutError:
+            return False
+        if self.ending or not self.visitor:
+            return False
+        self.channel, message = self.visitor
+        self.visitor, self.head, self.tail, self.wanted = None, b"", b"", False
+        self.arrived.clear()
+        self.leaving.clear()
+        for file, own in zip(self.channel.files, (1, 2)):
+            os.dup2(file, own)
+            os.close(file)
+        self.connection = message["connection"]
+        self.launch.options.update(message["options"])
+        self.send_recipe()
+        self.loop.add_reader(self.channel.sock, self.receive)
+        await self.program.attach(self.connection)
+        return True
+
+    def report(self, text: str) -> None:
+        """Say what the kernel waits for: in the cells that wait, on stderr and in the launch log."""
+        if self.front:
+            self.front.wait(text)
+        self.aside(write_patiently, 2, f"envkernel: {text}\n".encode(errors="replace"))
+        append_log(self.launch.options.get("log", ""), text)
+
+    async def copy(self, file: int, target: int, learn: Callable[[bytes], None]) -> None:
+        """Pass on what a program says, to its end.  A target that is blocked holds the program up."""
+        import asyncio
+
+        reader = asyncio.StreamReader(1 << 13)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        await self.loop.connect_read_pipe(lambda: protocol, open(file, "rb", 0))
+        while True:
+            text = await reader.read(1 << 13)
+            if not text:
+                return
+            learn(text)
+            if target > 0:
+                await self.aside(write_patiently, target, text)
+
+    def on_stderr(self, text: bytes) -> None:
+        """Keep beginning and end of what the program says on stderr."""
+        self.head += text[: LOGGED_STDERR - len(self.head)]
+        self.tail = (self.tail + text)[-1 << 13 :]
+
+    def aside(self, call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        """Call what may block in a thread."""
+        return self.loop.run_in_executor(None, call, *arguments)
+
+    async def exited(self, pid: int) -> int:
+        """Return the exit status of a child, as in `Output`, when it has ended."""
+        import asyncio
+
+        self.children.setdefault(pid, self.loop.create_future())
+        self.collect()
+        return await asyncio.shield(self.children[pid])
+
+    def collect(self) -> None:
+        """Reap the children that have ended, and only those that somebody waits for."""
+        for pid, future in self.children.items():
+            if not future.done():
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    future.set_result(exit_status(status))
+
+
+def become_keeper(program: Program, launch: Launch, channel: Channel) -> NoReturn:
+    """Keep a program, in the process that was forked for it."""
+    keeper = Keeper(program, launch, channel)
+    try:
+        become_daemon()
+        drop_stdio([0])
+        keeper.begin()
+        import asyncio
+
+        asyncio.run(keeper.serve())
+    except UserError as error:
+        keeper.channel.send({"exit": error.status, "error": vars(error)})
+    except Exception:
+        import traceback
+
+        write_patiently(2, traceback.format_exc().encode(errors="replace"))
+        keeper.channel.send({"exit": 1, "error": None})
+    try:
+        keeper.channel.sock.close()
+        drop_stdio((1, 2))
+        if keeper.locks:
+            clean_up(keeper.recipe, keeper.environ, keeper.locks)
+    finally:
+        os._exit(0)
+
+
+class RunProcess:
+    """Jupyter's child: passes on signals, watches Jupyter, ends as the kernel does."""
+
+    SIGNALS = ("INT", "QUIT", "USR1", "USR2", "TERM", "HUP")
+
+    def __init__(self, program: Program, launch: Launch) -> None:
+        import signal
+
+        self.program = program
+        self.launch = launch
+        self.recipe: Recipe | None = None
+        self.locks: list[int] = []
+        self.wake, end = os.pipe()
+        for file in (self.wake, end):
+            os.set_blocking(file, False)
+        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+        for name in self.SIGNALS:
+            signal.signal(getattr(signal, "SIG" + name), _ignore)
+        self.attached = False
+        self.channel = self.attach() or self.fork()
+
+    def attach(self) -> Channel | None:
+        """Return the way to the keeper that the kernel had before a restart, None where there is none."""
+        import socket
+
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(self.program.care.folder + "/keeper")
+        except OSError:
+            sock.close()
+            return None
+        channel = Channel(sock)
+        options = {name: self.launch.options.get(name, "") for name in ("log", "notice")}
+        message = {"attach": self.program.digest, "connection": self.program.care.connection}
+        channel.send({**message, "options": options}, (1, 2))
+        self.attached = True
+        return channel
+
+    def fork(self) -> Channel:
+        """Start a keeper; return the way to it."""
+        import gc
+        import socket
+
+        self.attached = False
+        near, far = socket.socketpair()
+        gc.freeze()  # so that the two go on sharing their memory
+        if not os.fork():
+            near.close()
+            become_keeper(self.program, self.launch, Channel(far))
+        far.close()
+        return Channel(near)
+
+    def serve(self) -> int:
+        """Serve until the kernel has ended; return the exit status.  Raises UserError for the notebook."""
+        import select
+
+        poller = select.poll()
+        poller.register(self.wake, select.POLLIN)
+        jupyter = JupyterProcess()
+        if jupyter.file >= 0:
+            poller.register(jupyter.file, select.POLLIN)
+        while True:
+            poller.register(self.channel.sock, select.POLLIN)
+            ready = dict(poller.poll(1000 if jupyter.pid and jupyter.file < 0 else None))
+            if self.wake in ready:
+                for number in os.read(self.wake, 64):
+                    self.channel.send({"signal": number})
+            if jupyter.is_gone(ready):
+                self.channel.send({"end": True})
+                return 143
+            if self.channel.sock.fileno() in ready:
+                end = self.receive()
+                if end:
+                    if end["error"]:
+                        raise UserError(**end["error"])
+                    status = int(end["exit"])
+                    return status if status >= 0 else 128 - status
+
+    def receive(self) -> dict[str, Any] | None:
+        """Follow the keeper; return its last message, or one in its place where it was killed."""
+        messages = self.channel.receive()
+        for message in messages or ():
+            if "recipe" in message:
+                self.close_locks()
+                self.recipe, self.locks = Recipe(**message["recipe"]), self.channel.files
+                self.channel.files = []
+            if "exit" in message:
+                return message
+        if messages is None and not self.recipe and self.attached:
+            self.channel = self.fork()  # it was just about to end
+        elif messages is None:
+            what = self.program.what
+            tell_error(UserError(f"The process that keeps the {what} was killed.", "Start the kernel again."))
+            if self.recipe:
+                start_cleaner(self.recipe, self.program.plan.environ, self.locks)
+                self.locks = []
+            return {"exit": 1, "error": None}
+        return None
+
+    def close_locks(self) -> None:
+        """Leave the locks to the keeper."""
+        for lock in self.locks:
+            os.close(lock)
+        self.locks = []
+
+    def close(self) -> None:
+        """Leave the rest to the keeper, and the signals to what comes next in this process."""
+        import signal
+
+        signal.set_wakeup_fd(-1)
+        for name in self.SIGNALS:
+            signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
+        self.close_locks()
+        self.channel.sock.close()
+
+
+class JupyterProcess:
+    """The process that started this one, by JPY_PARENT_PID: where it is gone, somebody else is the parent."""
+
+    def __init__(self) -> None:
+        named = os.environ.get("JPY_PARENT_PID", "")
+        self.pid = int(named) if named.isdigit() else 0
+        self.start = process_birth(self.pid)
+        self.file = -1
+        try:
+            if self.pid and hasattr(os, "pidfd_open"):
+                self.file = os.pidfd_open(self.pid)
+        except OSError:  # gone, or Linux before 5.3
+            return
+
+    def is_gone(self, ready: Collection[int]) -> bool:
+        """Return whether it has ended.  ready: the files that can be read."""
+        if not self.pid or self.file in ready:
+            return bool(self.pid)
+        try:
+            os.kill(self.pid, 0)
+        except OSError as error:
+            return isinstance(error, ProcessLookupError)
+        return process_birth(self.pid) != self.start
+
+
+def keep(program: Program, launch: Launch) -> int:
+    """Run a program below a keeper; return the exit status for Jupyter.
+
+    Raises UserError where it can't be started, or ended before the kernel ever answered.
+    """
+    earlier = os.fsdecode(program.facts.read(launch.options.get("earlier", "")) or b"")
+    reasons = [line[len("reason: ") :] for line in earlier.splitlines() if line.startswith("reason: ")]
+    launch.options["notice"] = "".join(reasons)
+    run_process = RunProcess(program, launch)
+    try:
+        return run_process.serve()
+    finally:
+        run_process.close()
 
 
 # ---- node agent and keeper ----------------------------------------------------------------------
@@ -7941,7 +8512,7 @@ def agent_orders(
     }
 
 
-class Keeper:
+class JobKeeper:
     """Parent of the program that holds the job; serves one run process after the other.
 
     It says of the job what there is to say, ends it when no run process has come for `linger`
@@ -8293,35 +8864,6 @@ def job_folder(launch: Launch, facts: Facts) -> str:
     return f"{base}/job-{kernel_key(launch.options['connection-file'])}"
 
 
-def sweep_jobs(base: str) -> None:
-    """Remove what is left of jobs whose keeper and run process were killed at once: nobody else would.
-
-    base: the folder of the private folders.  Who lives holds a lock.
-    """
-    import fcntl
-
-    try:
-        names = [name for name in os.listdir(base) if name.startswith("job-") and name.endswith(".lock")]
-    except OSError:
-        return
-    for name in names:
-        path = f"{base}/{name}"
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            continue
-        if os.fstat(lock).st_nlink:
-            remove_tree(path[: -len(".lock")])
-            release_lock(path, lock)
-        else:
-            os.close(lock)
-
-
 def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts) -> tuple[Any, bool]:
     """Return a socket to the keeper of this connection file, and whether it was there before.
 
@@ -8338,7 +8880,7 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
     except OSError:
         sock.close()
     lock = take_lock(folder + ".lock")
-    sweep_jobs(os.path.dirname(folder))
+    remove_stale(os.path.dirname(folder), os.environ)
     if os.path.exists(folder):  # its keeper was killed
         remove_tree(folder)
     private_folder(folder)
@@ -8354,7 +8896,7 @@ def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts)
         null = os.open(os.devnull, os.O_RDWR)
         for file in (0, 1, 2):
             os.dup2(null, file)
-        Keeper(job, orders, folder, lock, visitor, facts).run()
+        JobKeeper(job, orders, folder, lock, visitor, facts).run()
     except Exception:
         import traceback
 
@@ -10227,6 +10769,29 @@ def salvage_launch(tokens: Sequence[str]) -> Launch:
     return Launch([], [], options)
 
 
+def shows_failure(launch: Launch) -> bool:
+    """Return whether the notebook is to show why the kernel did not start."""
+    # nbgrader would take the errors for the student's own and give no points.
+    grading = os.environ.get("NBGRADER_EXECUTION") == "autograde"
+    return not (launch.options.get("no-error-kernel") or grading)
+
+
+def log_failure(error: UserError, launch: Launch) -> None:
+    """Write into the log of a launch why the kernel did not start."""
+    text = "\n".join(["not started: " + error.message, error.hint, error.detail])
+    append_log(launch.options.get("log", ""), text)
+
+
+def launch_failure(error: UserError, launch: Launch, connection: Mapping[str, Any]) -> Failure:
+    """Return why the kernel did not start, as the notebook shows it: without the connection's key."""
+    name = launch.options.get("name", "")
+    message, hint, detail = (
+        printable(text, connection.get("key", "")) for text in (error.message, error.hint, error.detail)
+    )
+    language = front_kernel(name, launch.command, os.environ).language
+    return Failure(name, message, hint, detail, launch.options.get("log", ""), language)
+
+
 def become_error_kernel(error: UserError, launch: Launch) -> int:
     """Say on stderr and in the notebook why the kernel did not start; return the exit status.
 
@@ -10235,13 +10800,10 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     stderr and the log say it.
     """
     tell_error(error)
-    log = launch.options.get("log", "")
-    append_log(log, "\n".join(["not started: " + error.message, error.hint, error.detail]))
+    log_failure(error, launch)
     status = error.status or 1
     path = launch.options.get("connection-file")
-    # nbgrader would take the errors for the student's own and give no points.
-    grading = os.environ.get("NBGRADER_EXECUTION") == "autograde"
-    if launch.options.get("no-error-kernel") or grading or not path:
+    if not shows_failure(launch) or not path:
         return status
     import asyncio
     import json
@@ -10252,13 +10814,7 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     try:
         with open(path, encoding="utf-8") as file:
             connection = json.load(file)
-        name = launch.options.get("name", "")
-        message, hint, detail = (
-            printable(text, connection.get("key", "")) for text in (error.message, error.hint, error.detail)
-        )
-        kernel = front_kernel(name, launch.command, os.environ)
-        failure = Failure(name, message, hint, detail, log, kernel.language)
-        asyncio.run(serve_failure(connection, failure))
+        asyncio.run(serve_failure(connection, launch_failure(error, launch, connection)))
     except (ImportError, OSError, ValueError, KeyError, UserError) as problem:
         sys.stderr.write(f"envkernel: The notebook can't show this: {problem!r}.\n")
     return status
@@ -10377,7 +10933,7 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
         plan = watched(plan, launch, facts)
     if not plan.care:
         become(plan)
-    return supervise(plan, plan.care, facts, launch.options.get("log", ""))
+    return keep(LocalProgram(plan, plan.care, facts), launch)
 
 
 def become(plan: Plan) -> NoReturn:
@@ -10442,11 +10998,16 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
 
-def tell_error(error: UserError) -> None:
-    """Print an error that the user can mend to stderr: what is wrong, what was said, what to do."""
+def error_text(error: UserError) -> bytes:
+    """Return an error as lines for stderr: what is wrong, what a program said, what to do."""
     lines = [f"envkernel: {error.message}", error.detail, f"  {error.hint}" if error.hint else ""]
     text = "".join(line.rstrip("\n") + "\n" for line in lines if line)
-    os.write(2, text.encode(errors="surrogateescape"))
+    return text.encode(errors="surrogateescape")
+
+
+def tell_error(error: UserError) -> None:
+    """Print an error that the user can fix to stderr."""
+    os.write(2, error_text(error))
 
 
 def command() -> int:

@@ -538,12 +538,12 @@ def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
         if folder == gone:
             os.close(lock)
     Path(f"{base}/other").touch()
-    envkernel.sweep_jobs(str(base))
+    envkernel.remove_stale(str(base), {})
     assert sorted(os.listdir(base)) == ["job-2", "job-2.lock", "other"]
     os.close(lock)
-    envkernel.sweep_jobs(str(base))
+    envkernel.remove_stale(str(base), {})
     assert os.listdir(base) == ["other"]
-    envkernel.sweep_jobs(f"{base}/nothing")
+    envkernel.remove_stale(f"{base}/nothing", {})
 
 
 def test_a_slurm_that_cannot_be_asked_has_no_job():

@@ -1,4 +1,4 @@
-"""Supervising: what stands beside a program, and that nothing is left of it however it ends."""
+"""Keeper: run process and keeper, and that nothing is left of it however it ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ care = envkernel.Care(told.pop("folder"), **told.pop("care"))
 plan = envkernel.Plan(told.pop("argv"), {**os.environ, **told.pop("environ", {})}, where="a test")
 care.files = [(path, text.encode()) for path, text in care.files]
 try:
-    sys.exit(envkernel.supervise(plan, care, envkernel.Facts()))
+    launch = envkernel.Launch([], [], told["options"])
+    sys.exit(envkernel.keep(envkernel.LocalProgram(plan, care, envkernel.Facts()), launch))
 except envkernel.UserError as error:
     envkernel.tell_error(error)
     sys.exit(77)
@@ -40,7 +41,14 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     folder = tmp_path / "base" / "kernel"
 
     def start(argv: list[str], environ: dict[str, str] | None = None, **care: Any) -> subprocess.Popen[bytes]:
-        told = {"folder": str(folder), "argv": argv, "care": care, "environ": environ or {}}
+        options = care.pop("options", {})
+        told = {
+            "folder": care.pop("folder", str(folder)),
+            "argv": argv,
+            "care": care,
+            "environ": environ or {},
+            "options": options,
+        }
         process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, json.dumps(told)],
             cwd=os.path.dirname(envkernel.__file__),
@@ -94,39 +102,53 @@ def test_folder_and_files_are_private_and_gone_with_the_program(tmp_path: Path, 
     assert until(lambda: not folder.parent.exists())
 
 
-@pytest.mark.parametrize("how", ["group", "parent"])
+@pytest.mark.parametrize("how", ["group", "run process", "keeper"])
 def test_sigkill_leaves_nothing(tmp_path: Path, launch: Any, how: str) -> None:
     folder = tmp_path / "base" / "kernel"
     pid_file, mark = tmp_path / "pid", tmp_path / "mark"
     cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
     process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup)
     program = psutil.Process(read_pid(pid_file))
-    assert program.ppid() == process.pid
-    reapers = [other for other in psutil.process_iter() if is_reaper(other, folder)]
-    assert len(reapers) == 1
-    assert os.getsid(reapers[0].pid) not in (process.pid, os.getsid(0))
+    keeper = program.parent()
+    assert keeper.ppid() == process.pid
+    assert os.getsid(keeper.pid) == os.getsid(program.pid) == keeper.pid
     if how == "group":
         os.killpg(process.pid, signal.SIGKILL)
+    elif how == "keeper":
+        keeper.kill()
+        _, err = process.communicate(timeout=5)
+        assert process.returncode == 1
+        assert b"The process that keeps the kernel was killed." in err
     else:
         process.kill()
     assert until(lambda: not program.is_running() or program.status() == psutil.STATUS_ZOMBIE)
     assert until(lambda: not folder.parent.exists())
     assert mark.read_text() == "cleaned\n"
-    assert until(lambda: not reapers[0].is_running(), 10)
+    assert until(lambda: not keeper.is_running(), 10)
 
 
-def is_reaper(process: psutil.Process, folder: Path) -> bool:
-    try:
-        command = process.cmdline()
-        return str(folder) in " ".join(command) and process.ppid() == 1 and "envkernel" in command[2]
-    except psutil.Error:
-        return False
+def test_what_both_left_is_removed_by_the_next_start(tmp_path: Path, launch: Any) -> None:
+    """Run process and keeper are killed at once: another kernel's start cleans up."""
+    pid_file, mark = tmp_path / "pid", tmp_path / "mark"
+    folder = tmp_path / "base" / "kernel"
+    cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
+    process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup)
+    program = psutil.Process(read_pid(pid_file))
+    os.kill(process.pid, signal.SIGSTOP)
+    program.parent().kill()
+    process.kill()
+    process.wait()
+    assert until(lambda: folder.exists() and program.is_running())
+    other = launch(python("import time; time.sleep(1)"), folder=str(tmp_path / "base" / "other"))
+    assert other.wait(5) == 77
+    assert until(lambda: not program.is_running() and not folder.exists())
+    assert mark.read_text() == "cleaned\n"
 
 
 def test_end_of_jupyter_ends_the_program(tmp_path: Path) -> None:
-    """Jupyter stands between this test and the supervisor, and is killed."""
+    """Jupyter is between this test and the run process, and is killed."""
     folder, pid_file = tmp_path / "base" / "kernel", tmp_path / "pid"
-    told = {"folder": str(folder), "argv": python(SLEEPER.format(str(pid_file))), "care": {}}
+    told = {"folder": str(folder), "argv": python(SLEEPER.format(str(pid_file))), "care": {}, "options": {}}
     jupyter = (
         "import os, subprocess, sys\n"
         "environ = {**os.environ, 'JPY_PARENT_PID': str(os.getpid())}\n"
@@ -137,15 +159,14 @@ def test_end_of_jupyter_ends_the_program(tmp_path: Path) -> None:
         cwd=os.path.dirname(envkernel.__file__),
     )
     program = psutil.Process(read_pid(pid_file))
-    supervisor = program.parent()
-    assert supervisor is not None
+    run_process = program.parent().parent()
     process.kill()
     process.wait()
-    assert until(lambda: not supervisor.is_running() and not program.is_running())
+    assert until(lambda: not run_process.is_running() and not program.is_running())
     assert until(lambda: not folder.parent.exists())
 
 
-def test_the_program_gets_the_supervisor_as_jupyter(tmp_path: Path, launch: Any) -> None:
+def test_the_program_gets_the_keeper_as_jupyter(tmp_path: Path, launch: Any) -> None:
     mark = tmp_path / "mark"
     code = (
         f"import os; open({str(mark)!r}, 'w').write(os.environ['JPY_PARENT_PID'] + ' ' + str(os.getppid()))"
@@ -171,7 +192,7 @@ def test_exit_status_of_a_kernel_that_had_answered(
     tmp_path: Path, launch: Any, code: str, status: int
 ) -> None:
     kernel = Sockets(tmp_path)
-    process = launch(kernel.argv(then=code), connection=kernel.connection, relay=kernel.target)
+    process = launch(kernel.argv(then=code), connection=kernel.connection, relay=kernel.relay)
     client = kernel.client("shell")
     client.sendall(b"x" * 2000)
     assert len(client.recv(1 << 16)) > 0
@@ -188,11 +209,11 @@ def test_a_kernel_that_never_answered_is_told_with_its_last_words(launch: Any) -
     assert b"install ipykernel" in err
 
 
-def test_stderr_nobody_reads_does_not_stop_the_relay(tmp_path: Path, launch: Any) -> None:
+def test_stderr_nobody_reads_does_not_stop_the_front(tmp_path: Path, launch: Any) -> None:
     kernel = Sockets(tmp_path)
     write = "lambda: [os.write(2, b'x' * 9999) for _ in range(99)]"
     loud = f"import threading; threading.Thread(target={write}).start()"
-    launch(kernel.argv(first=loud), connection=kernel.connection, relay=kernel.target)
+    launch(kernel.argv(first=loud), connection=kernel.connection, relay=kernel.relay)
     client = kernel.client("shell")
     time.sleep(0.3)
     for _ in range(3):
@@ -225,7 +246,7 @@ def test_signals_go_through_the_command_that_passes_them_on(tmp_path: Path, laun
     program = psutil.Process(read_pid(pid_file))
     process.send_signal(signal.SIGINT)
     assert until(lambda: mark.exists() and mark.read_text() == "INT\n")
-    assert not [child for child in program.parent().children() if child != program]
+    assert until(lambda: program.parent().children() == [program])
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
@@ -248,6 +269,7 @@ for number in range(1, 6):
     end.listen()
     ends.append(end)
 listeners = list(ends)
+heard = set()
 while True:
     for end in select.select(ends, [], [])[0]:
         if end in listeners:
@@ -255,10 +277,12 @@ while True:
             continue
         data = end.recv(1 << 16)
         if data:
+            heard.add(end)
             end.sendall(data)
             continue
         ends.remove(end)
-        {then}
+        if end in heard:
+            {then}
 """
 
     def __init__(self, tmp_path: Path) -> None:
@@ -267,11 +291,11 @@ while True:
         for end in listeners:
             end.close()
         self.connection = {"transport": "tcp", "ip": "127.0.0.1", **ports}
-        self.relay = str(tmp_path / "base" / "kernel" / "s")
-        self.target = {"transport": "ipc", "ip": self.relay}
+        self.path = str(tmp_path / "base" / "kernel" / "s")
+        self.relay = {"transport": "ipc", "ip": self.path}
 
     def argv(self, wait: float = 0, sign: str = "-", first: str = "", then: str = "pass") -> list[str]:
-        return python(self.CODE.format(wait=wait, relay=self.relay, sign=sign, first=first, then=then))
+        return python(self.CODE.format(wait=wait, relay=self.path, sign=sign, first=first, then=then))
 
     def client(self, stream: str) -> socket.socket:
         address = ("127.0.0.1", self.connection[stream + "_port"])
@@ -288,26 +312,25 @@ while True:
 @pytest.mark.parametrize("sign", ["-", ":"])
 def test_clients_get_in_as_soon_as_the_kernel_listens(tmp_path: Path, launch: Any, sign: str) -> None:
     kernel = Sockets(tmp_path)
-    launch(kernel.argv(wait=1.3, sign=sign), connection=kernel.connection, relay=kernel.target)
+    launch(kernel.argv(wait=1.3, sign=sign), connection=kernel.connection, relay=kernel.relay)
     clients = [kernel.client(stream) for stream in envkernel.STREAMS]
     for client in clients:
         client.settimeout(5)
         client.sendall(b"hello")
     assert [client.recv(5) for client in clients] == [b"hello"] * 5
-    made = max(os.stat(f"{kernel.relay}{sign}{number}").st_mtime for number in range(1, 6))
+    made = max(os.stat(f"{kernel.path}{sign}{number}").st_mtime for number in range(1, 6))
     assert time.time() - made < 0.5  # a look once a second would come 0.7 s later
     for client in clients:
         client.close()
 
 
-def test_what_stands_beside_a_program_is_small(tmp_path: Path, launch: Any) -> None:
+def test_run_process_and_keeper_do_not_wake(tmp_path: Path, launch: Any) -> None:
     kernel = Sockets(tmp_path)
-    process = launch(kernel.argv(), connection=kernel.connection, relay=kernel.target)
+    process = launch(kernel.argv(), connection=kernel.connection, relay=kernel.relay)
     client = kernel.client("shell")
     client.sendall(b"hello")
     assert client.recv(5) == b"hello"
-    reapers = [other for other in psutil.process_iter() if is_reaper(other, tmp_path / "base" / "kernel")]
-    both = [psutil.Process(process.pid), *reapers]
+    both = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
     before = [sum(other.cpu_times()[:2]) for other in both]
     time.sleep(1.5)
     assert [sum(other.cpu_times()[:2]) for other in both] == before
@@ -354,9 +377,9 @@ def test_signals_can_go_to_the_members_of_the_group_alone(tmp_path: Path, launch
     kernel = f"import signal; {say % 'kernel '}; {SLEEPER.format(str(pid_file))}"
     code = f"import signal, subprocess, sys; {say % 'leader '}; "
     launch(python(code + f"subprocess.run([sys.executable, '-c', {kernel!r}])"), leader=False)
-    supervisor = psutil.Process(read_pid(pid_file)).parent().parent()
+    run_process = psutil.Process(read_pid(pid_file)).parent().parent().parent()
     for count in range(1, 4):
-        os.kill(supervisor.pid, signal.SIGINT)
+        os.kill(run_process.pid, signal.SIGINT)
         assert until(lambda count=count: mark.exists() and mark.read_text() == "kernel " * count)
 
 
