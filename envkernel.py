@@ -2098,35 +2098,25 @@ def absolute_value(token: str, facts: Facts, names: Sequence[str] = ("volume",))
 def refuse_options(step: Step) -> None:
     """Raise UserError (status 2) for options that a kernel can't live with, or that exclude each other."""
     options = step.options
-    shared = bool(options.get("shared"))
-    unshared = ("pwd", "copy-workdir", "mount") if step.mode in APPTAINER_PROGRAMS else ("copy-workdir",)
-    own = next((name for name in unshared if shared and options.get(name)), "")
-    shows = options.get("bind") or engine_values(step.engine, "--volume")
-    copied = any("copy" in split_csv(mount) for mount in options.get("mount", []))
-    for wrong, message, hint in (
-        (
-            engine_values(step.engine, "--detach"),
-            "--detach can't be used: the kernel stays in the foreground.",
-            "Leave it out.",
-        ),
-        (
-            own,
-            f"--{own} and --shared exclude each other: all kernels of a container see the same directories.",
-            "Use --bind, with --workdir where you like.",
-        ),
-        (
-            shared and options.get("pwd") and not shows,
+    if engine_values(step.engine, "--detach"):
+        raise usage_error("--detach can't be used: the kernel stays in the foreground.", "Leave it out.")
+    if not options.get("shared"):
+        return
+    for name in ("copy-workdir", *(("pwd", "mount") if step.mode in APPTAINER_PROGRAMS else ())):
+        if options.get(name):
+            raise usage_error(
+                f"--{name} and --shared exclude each other: all kernels of a container have the same files.",
+                "Use --bind, with --workdir where you like.",
+            )
+    if options.get("pwd") and not (options.get("bind") or engine_values(step.engine, "--volume")):
+        raise usage_error(
             "--pwd with --shared needs the directories of the notebooks: the container exists before them.",
             "Show them with --bind, for example: --bind ~/notebooks.",
-        ),
-        (
-            shared and options.get("keep") and copied,
-            "--mount ...,copy and --keep exclude each other: nobody would remove the copy.",
-            "Leave one out.",
-        ),
-    ):
-        if wrong:
-            raise usage_error(message, hint)
+        )
+    if options.get("keep") and any("copy" in split_csv(mount) for mount in options.get("mount", [])):
+        raise usage_error(
+            "--mount ...,copy and --keep exclude each other: nobody would remove the copy.", "Leave one out."
+        )
 
 
 # -- docker and podman --
@@ -2144,7 +2134,7 @@ def shares_host(step: Step) -> bool:
 
 def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     """Plan a kernel in a container of docker or podman.  Raises UserError for what can't be done."""
-    program = find_engine(step, [step.mode], plan.environ, facts)
+    program = find_engine(step, plan.environ, facts)
     if rest.legacy:
         step = step.but(options={"identity": "user", **step.options})
     on_host, network = shares_host(step), last_value(step, "--network", "--net")
@@ -2202,9 +2192,13 @@ def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[st
     return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
 
 
-def find_engine(step: Step, names: Sequence[str], environ: Mapping[str, str], facts: Facts) -> str:
+def find_engine(step: Step, environ: Mapping[str, str], facts: Facts) -> str:
     """Return the path of a step's engine.  Raises UserError (status 127)."""
-    wanted = [step.options["engine"]] if "engine" in step.options else names
+    wanted = (
+        [step.options["engine"]]
+        if "engine" in step.options
+        else APPTAINER_PROGRAMS.get(step.mode, (step.mode,))
+    )
     program = step.options.get("program") or find_program(wanted, environ, facts)
     if not program:
         raise UserError(
@@ -2214,6 +2208,16 @@ def find_engine(step: Step, names: Sequence[str], environ: Mapping[str, str], fa
             127,
         )
     return program
+
+
+def container_commands(
+    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
+) -> list[list[str]]:
+    """Return the engine's commands whose options may be given: run or exec, with --build also build."""
+    given = typed_value(tokens, "--engine")
+    program = find_engine(Step(mode, {"engine": given} if given else {}), environ, facts)
+    start = [program, "exec" if mode in APPTAINER_PROGRAMS else "run"]
+    return [start, *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
 def identity_tokens(step: Step, spec: ContainerSpec, facts: Facts) -> list[str]:
@@ -2307,19 +2311,19 @@ class ContainerEnd(Record):
         events = os.fsdecode(said.out).lower()
         events += '"action":"oom"' if facts.exists(self.mark) else ""
         engine = os.path.basename(self.program)
-        memory = "give it more (--memory), or use less."
-        reasons = [
-            ("oom", "ran out of memory and was killed", "G" + memory[1:]),
-            ("stop", f"was stopped ({engine} stop)", "Restart the kernel."),
-            ("kill", f"was killed ({engine} kill)", "Restart the kernel."),
-            ("", "was stopped (SIGTERM)", "Restart the kernel.")
-            if status == 143
-            else ("", "was killed (SIGKILL)", "If it ran out of memory, " + memory),
-        ]
-        for event, what, hint in reasons:
-            if not event or any(f'"{key}":"{event}"' in events for key in ("action", "status")):
-                return UserError(f"The kernel's container {self.name} {what}.", hint, status)
-        return None
+        more = "ive it more (--memory), or use less."
+        reasons = {
+            "oom": ("ran out of memory and was killed", "G" + more),
+            "stop": (f"was stopped ({engine} stop)", "Restart the kernel."),
+            "kill": (f"was killed ({engine} kill)", "Restart the kernel."),
+        }
+        found = [event for event in reasons for key in ("action", "status") if f'"{key}":"{event}"' in events]
+        what, hint = "was killed (SIGKILL)", "If it ran out of memory, g" + more
+        if found:
+            what, hint = reasons[found[0]]
+        elif status == 143:
+            what, hint = "was stopped (SIGTERM)", "Restart the kernel."
+        return UserError(f"The kernel's container {self.name} {what}.", hint, status)
 
 
 def engine_refuses(status: int, said: str) -> bool:
@@ -2335,22 +2339,28 @@ def engine_refuses(status: int, said: str) -> bool:
 def engine_error(program: str, image: str, status: int, said: str) -> UserError | None:
     """Return the error for what an engine's client says it could not do, None for anything else."""
     engine = os.path.basename(program)
-    error = None
-    if status in (1, 125) or engine_refuses(status, said):
-        error = explain("engine", said, engine=engine, image=image)
+    refuses = engine_refuses(status, said)
+    error = explain("engine", said, engine=engine, image=image) if refuses or status == 1 else None
     if error and image.startswith("sha256:") and error.message.startswith("There is no image"):
         error.message = "The image that was built for this kernel is gone."
         error.hint = "Build it again: envkernel update NAME"
-    if not error and engine_refuses(status, said):
-        error = UserError(f"{engine} can't start the container.", "Correct what it says.", 1, said.strip())
-    if not error and status in (126, 127):
-        error = UserError(
-            f"The image {image} can't run the kernel's program.",
-            "Add it to the image's Dockerfile, for example: RUN pip install ipykernel",
-            127,
-            said.strip(),
-        )
-    return error
+    if error or not (refuses or status in (126, 127)):
+        return error
+    if refuses:
+        return UserError(f"{engine} can't start the container.", "Correct what it says.", 1, said.strip())
+    return UserError(
+        f"The image {image} can't run the kernel's program.",
+        "Add it to the image's Dockerfile, for example: RUN pip install ipykernel",
+        127,
+        said.strip(),
+    )
+
+
+def setup_options(step: Step, program: str, facts: Facts) -> dict[str, Any]:
+    """Return the options of a container step with the paths of its engine and of its binds absolute."""
+    paths = {"program": program, "engine": program if "engine" in step.options else None}
+    options = {**step.options, **paths, "bind": setup_binds(step.options.get("bind", []), facts)}
+    return {name: value for name, value in options.items() if value not in (None, [])}
 
 
 def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -2358,19 +2368,15 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
 
     Builds or fetches the image where that was asked for.  Raises UserError for whatever is missing.
     """
-    program = find_engine(step.but(options={**step.options, "program": ""}), [step.mode], environ, facts)
+    program = find_engine(step, environ, facts)
     step = split_build(step, EngineOptions([[program, "run"]], facts, environ))
     refuse_options(step)
-    options = dict(step.options, program=program)
-    if "engine" in options:
-        options["engine"] = program
-    options["bind"] = setup_binds(step.options.get("bind", []), facts)
-    options.update(engine_info(step, program, facts, environ))
+    options = {**setup_options(step, program, facts), **engine_info(step, program, facts, environ)}
     if options.get("gpu"):
         options["gpu-kind"] = options.get("gpu-kind") or ("amd" if facts.exists("/dev/kfd") else "nvidia")
     usual = ("--interactive", "--tty", "--rm")  # from a command line for a terminal
     step = step.but(
-        options={name: value for name, value in options.items() if value not in (None, [])},
+        options=options,
         engine=[absolute_value(token, facts) for token in step.engine if token not in usual],
     )
     build = build_image if "build" in options else need_image
@@ -2399,15 +2405,6 @@ def split_build(step: Step, run: EngineOptions) -> Step:
     if step.targets and not step.targets[0].startswith("sha256:"):
         moved.append("--tag=" + step.targets[0])
     return step.but(engine=for_run, options={**step.options, "build-option": moved})
-
-
-def engine_commands(
-    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
-) -> list[list[str]]:
-    """Return the commands of docker or podman whose options may be given: run, with --build also build."""
-    given = typed_value(tokens, "--engine")
-    program = find_engine(Step(mode, {"engine": given} if given else {}), [mode], environ, facts)
-    return [[program, "run"], *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
 def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -2523,11 +2520,6 @@ def remove_built_image(step: Step, name: str, facts: Facts) -> None:
             facts.output([program, *words], launch_environ(facts))
 
 
-def build_source(command: Sequence[str]) -> str:
-    """Return what the image of a recorded setup command was built from, empty for none."""
-    return next((token.partition("=")[2] for token in command if token.startswith("--build=")), "")
-
-
 def show_build(argv: Sequence[str]) -> NoReturn:
     """Show what would be built, and end a dry run: the rest of the kernel.json is read from the image."""
     import shlex
@@ -2536,27 +2528,35 @@ def show_build(argv: Sequence[str]) -> NoReturn:
     raise SystemExit(0)
 
 
+def try_image(
+    step: Step, program: str, extra: Mapping[str, Any], facts: Facts, environ: Mapping[str, str]
+) -> Output:
+    """Start the image once with a program in place of the kernel; return what the engine said.
+
+    extra: options that are tried.
+    """
+    skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
+    options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
+    launch = Launch([], [], {"name": "probe"})
+    start = Plan([program], dict(environ))
+    return facts.try_plan(MODES[step.mode].plan(step.but(options=options), start, facts, launch))
+
+
 def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
-    """Start the image once with a program that does nothing; return the step with what that showed:
+    """Return the step with what a start of the image has shown:
 
     whether the engine takes the options, sees the private directory and the binds, and has an init.
     Raises UserError for what is wrong.
     """
-    skip = ("mount", "pwd", "copy-workdir", "shared")
     text, status = "", 0
     for extra in ({"init": True}, {}, {"init": True, "place": "home"}, {"place": "home"}):
-        options = {**step.options, **extra}
-        tried = step.but(options={name: value for name, value in options.items() if name not in skip})
-        launch = Launch([], [], {"name": "probe"})
-        said = facts.try_plan(plan_engine(tried, Plan(["true"], dict(environ)), facts, launch))
+        said = try_image(step, "true", extra, facts, environ)
         text, status = os.fsdecode(said.err), said.status
         if not engine_refuses(status, text) and "docker-init" not in text:
-            return container_user(step.but(options=options), facts, environ)
+            return container_user(step.but(options={**step.options, **extra}), facts, environ)
         if not any(word in text for word in ("init", "source path", "statfs", "mount")):
             break
-    raise engine_error(step.options["program"], step.targets[0], status, text) or UserError(
-        f"{step.mode} can't run the image {step.targets[0]}.", "Correct what it says.", 1, text.strip()
-    )
+    raise engine_error(step.options["program"], step.targets[0], status or 125, text) or UserError(text)
 
 
 def container_user(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
@@ -2620,16 +2620,6 @@ _LEAKS = (
 """How variables begin that would change a kernel in an image, or tell it what is Jupyter's own."""
 
 
-def apptainer_commands(
-    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
-) -> list[list[str]]:
-    """Return the commands of the engine whose options may be given: exec, with --build also build."""
-    given = typed_value(tokens, "--engine")
-    step = Step(mode, {"engine": given} if given else {})
-    program = find_engine(step, APPTAINER_PROGRAMS[mode], environ, facts)
-    return [[program, "exec"], *([[program, "build"]] if typed_value(tokens, "--build") else [])]
-
-
 def apptainer_step(step: Step, legacy: bool = False) -> Step:
     """Return a step with the binds of the engine's own options among envkernel's.
 
@@ -2646,11 +2636,6 @@ def apptainer_step(step: Step, legacy: bool = False) -> Step:
         options["bind"] = [str(bind) for bind in read_binds(binds, commas=True)]
     engine = [token for token in engine if not token.startswith("--bind=") and token != "--network=host"]
     return step.but(options=options, engine=engine)
-
-
-def is_uri(image: str) -> bool:
-    """Return whether an image is named by where it comes from (``docker://python:3.12``)."""
-    return "://" in image
 
 
 def bind_token(bind: Bind) -> str:
@@ -2683,11 +2668,11 @@ def apptainer_environ(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[s
 
 def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     """Plan a kernel in a container of Apptainer or Singularity.  Raises UserError for what is missing."""
-    program = find_engine(step, APPTAINER_PROGRAMS[step.mode], plan.environ, facts)
+    program = find_engine(step, plan.environ, facts)
     if "program" not in step.options:
         step = apptainer_step(step, rest.legacy)
     image = step.targets[0]
-    if not is_uri(image) and not facts.exists(image):
+    if "://" not in image and not facts.exists(image):
         raise UserError(
             f"There is no image {image}.",
             "Restore it; if it was fetched or built at setup: envkernel update NAME.",
@@ -2765,19 +2750,14 @@ def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common
     Raises UserError for whatever is missing.
     """
     step = apptainer_step(step)
-    without = step.but(options={**step.options, "program": ""})
-    program = find_engine(without, APPTAINER_PROGRAMS[step.mode], environ, facts)
-    options = dict(step.options, program=program)
+    program = find_engine(step, environ, facts)
+    options = setup_options(step, program, facts)
     tokens = [absolute_value(token, facts, _APPTAINER_PATHS) for token in step.engine]
     for_build = fetch_options(step.but(engine=tokens), program, facts, environ)
-    if "engine" in options:
-        options["engine"] = program
     if common.get("kernel") == OWN_COMMAND:
         options["runscript"] = True
     if for_build:
         options["build-option"] = [*options.get("build-option", []), *for_build]
-    if "bind" in options:
-        options["bind"] = setup_binds(options["bind"], facts)
     odd = [entry for entry in common.get("env", []) if any(c in entry for c in '$`\\"')]
     if odd:
         said = facts.output([program, "exec", "--help"], environ)
@@ -2793,7 +2773,7 @@ def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common
 
 def fetch_options(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> list[str]:
     """Return the options of the engine that are for building or fetching the image, which setup does."""
-    fetches = "build" in step.options or "uri" in step.options or any(map(is_uri, step.targets))
+    fetches = "build" in step.options or "uri" in step.options or "://" in "".join(step.targets)
     if not fetches or not step.engine:
         return []
     start = EngineOptions([[program, "exec"]], facts, environ)
@@ -2809,19 +2789,19 @@ def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mappi
     """
     options = dict(step.options)
     target = step.targets[0] if step.targets else ""
-    if is_uri(target) and not target.startswith("instance://"):
+    if "://" in target and not target.startswith("instance://"):
         options["uri"], target = target, ""
     source = options.get("build") or options.get("uri", "")
     if not target and not source:
         raise usage_error(f"{step.mode} needs IMAGE.", "Give an image file, a URI, or --build FILE.def.")
-    if not is_uri(target):
+    if "://" not in target:
         target = facts.absolute(target or image_path(source, common, environ))
     if "build" in options:
         options["build"] = facts.absolute(options["build"])
     step = step.but(options=options, targets=[target])
     if source:
         produce_sif(step, facts, environ, common)
-    elif not is_uri(target) and not facts.exists(target):
+    elif "://" not in target and not facts.exists(target):
         raise UserError(
             f"There is no image {target}.", "Correct its path, or fetch it: give a URI (docker://...)."
         )
@@ -2869,29 +2849,23 @@ def produce_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Ma
 
 
 def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
-    """Start the image once with a program that does not exist; return the step with what that showed:
+    """Return the step with what a start of the image, with a program that does not exist, has shown:
 
     whether the engine takes the options, the image, the binds and the private directory.
     Raises UserError for what is wrong.
     """
-    said = ""
-    skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
+    text = ""
     for extra in ({}, *([] if step.options.get("shared") else [{"place": "tmp"}])):
-        options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
-        start = Plan(["/no/such/program"], dict(environ))
-        output = facts.try_plan(
-            plan_apptainer(step.but(options=options), start, facts, Launch([], [], {"name": "probe"}))
-        )
-        said = os.fsdecode(output.err)
-        if not output.status or "/no/such/program" in said:
+        said = try_image(step, "/no/such/program", extra, facts, environ)
+        text = os.fsdecode(said.err)
+        if not said.status or "/no/such/program" in text:
             return step.but(options={**step.options, **extra})
-        if "exist in container" not in said:
+        if "exist in container" not in text:
             break
-    raise ApptainerEnd(step.targets[0])(255, said, facts) or UserError(
+    raise ApptainerEnd(step.targets[0])(255, text, facts) or UserError(
         f"{step.options['program']} can't run the image {step.targets[0]}.",
         "Correct what it says.",
-        1,
-        said.strip(),
+        detail=text.strip(),
     )
 
 
@@ -2946,33 +2920,30 @@ register(
     *(
         Mode(
             name,
-            f"Run the kernel in a container of {title}; options of `{name} run` may be given as they are.",
-            [*CONTAINER_OPTIONS, *DOCKER_OPTIONS],
-            setup_engine,
-            plan_engine,
+            f"Run the kernel in a container of {title}; options of `{name} {verb}` may be given as they are.",
+            [*CONTAINER_OPTIONS, *own],
+            setup,
+            plan,
             target="IMAGE",
             targets=(0, 1),
             container=True,
-            engine=engine_commands,
-            example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro python-image",
+            engine=container_commands,
+            example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro {image}",
         )
-        for name, title in (("docker", "Docker"), ("podman", "Podman"))
-    ),
-    *(
-        Mode(
-            name,
-            f"Run the kernel in a container of {title}; options of `{name} exec` may be given as they are.",
-            [*CONTAINER_OPTIONS, *APPTAINER_OPTIONS],
-            setup_apptainer,
-            plan_apptainer,
-            target="IMAGE",
-            targets=(0, 1),
-            container=True,
-            engine=apptainer_commands,
-            example=f"envkernel {name} --user --name=course --contain --bind /data:/coursedata:ro image.sif",
+        for names, verb, own, setup, plan, image in (
+            (("Docker", "Podman"), "run", DOCKER_OPTIONS, setup_engine, plan_engine, "python-image"),
+            (
+                ("Singularity", "Apptainer"),
+                "exec",
+                APPTAINER_OPTIONS,
+                setup_apptainer,
+                plan_apptainer,
+                "image.sif",
+            ),
         )
-        for name, title in (("singularity", "Singularity"), ("apptainer", "Apptainer"))
-    ),
+        for title in names
+        for name in [title.lower()]
+    )
 )
 
 

@@ -305,6 +305,10 @@ def test_what_is_missing(engine: Engine, tokens: list[str], message: str) -> Non
     [
         ("FATAL:   mount /a->/b error: mount source /a doesn't exist", "A directory to bind does not exist."),
         ("FATAL:   could not open image: image format not recognized", "/images/a.sif is no image."),
+        (
+            "FATAL:   Requesting capability set 0x00000020000100c7: operation not permitted",
+            "The engine may not take the rights",
+        ),
         ("FATAL:   anything else", "The container of /images/a.sif can't be started."),
     ],
 )

@@ -514,3 +514,107 @@ def test_relative_volumes_become_absolute() -> None:
     facts = FakeFacts()
     assert envkernel.absolute_value("--volume=./data:/data:ro", facts) == "--volume=/cwd/data:/data:ro"
     assert envkernel.absolute_value("--volume=named:/data", facts) == "--volume=named:/data"
+
+
+DAEMON = "docker: Error response from daemon: "
+DEVICE = 'error gathering device information while adding custom device "/dev/nosuch": no such file'
+REFUSED = 'exec: "/etc/passwd": permission denied: OCI permission denied'
+NOT_FOUND = (
+    "crun: executable file `python` not found in $PATH: OCI runtime attempted to invoke a command that"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "message"),
+    [
+        (126, "Error: setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=all", "the GPUs"),
+        (125, DAEMON + 'could not select device driver "" with capabilities: [[gpu]]', "the GPUs"),
+        (125, "Error: stat /dev/nosuch: no such file or directory", "it does not exist on this machine"),
+        (127, DAEMON + DEVICE, "it does not exist on this machine"),
+        (126, "Error: OCI runtime error: runc: unable to set memory limit to 1", "can't start the container"),
+        (126, "Error: runc: unable to start container process: " + REFUSED, "can't run the kernel's program"),
+        (127, f"Error: {NOT_FOUND} was not found", "can't run the kernel's program"),
+        (127, "sh: 1: exec: /no/such/kernel: not found", "can't run the kernel's program"),
+    ],
+)
+def test_an_engine_that_fails_is_told_from_a_program_that_is_missing(
+    status: int, said: str, message: str
+) -> None:
+    error = envkernel.engine_error("/usr/bin/docker", "x", status, said)
+    assert error is not None
+    assert message in error.message
+    assert error.detail == said
+
+
+def test_an_image_that_was_built_is_built_again() -> None:
+    error = envkernel.engine_error("/usr/bin/docker", "sha256:12", 125, "Error: No such image: sha256:12")
+    assert error is not None
+    assert error.message == "The image that was built for this kernel is gone."
+    assert "envkernel update NAME" in error.hint
+
+
+class Engine(FakeFacts):
+    """Docker with an image, of which everything works but what a test breaks."""
+
+    build_status = 0
+
+    def output(self, argv: list[str], environ: dict[str, str]) -> Output:
+        self.asked.append(list(argv))
+        return Output(0, b'{"SecurityOptions": ["x"]}' if argv[1] == "info" else b"")
+
+    def show(self, argv: list[str], environ: dict[str, str]) -> int:
+        self.asked.append(list(argv))
+        (file,) = (token.partition("=")[2] for token in argv if token.startswith("--iidfile="))
+        if not self.build_status:
+            self.files[file] = b"sha256:abc\n"
+        return self.build_status
+
+
+@pytest.fixture
+def docker() -> Engine:
+    return Engine(files={"/cwd/Dockerfile": b""}, programs=["/usr/bin/docker"])
+
+
+def set_up(facts: Engine, options: dict[str, Any], *targets: str, **common: Any) -> Step:
+    return envkernel.setup_engine(Step("docker", options, targets), facts, ENVIRON, common)
+
+
+def test_a_build_that_fails(docker: Engine) -> None:
+    docker.build_status = 1
+    with pytest.raises(UserError, match="The image of /cwd can't be built"):
+        set_up(docker, {"build": "."}, name="x")
+
+
+def test_a_built_image_is_tagged_and_removed_with_its_kernel(docker: Engine) -> None:
+    step = set_up(docker, {"build": "."}, name="My.Course")
+    assert step.targets == ["sha256:abc"]
+    (build,) = (argv for argv in docker.asked if argv[1] == "build")
+    assert build[3:] == ["--tag=envkernel/my-course:1000", "--label=envkernel.image=My.Course", "/cwd"]
+    docker.asked.clear()
+    envkernel.remove_built_image(step, "My.Course", docker)
+    assert [argv[1:] for argv in docker.asked] == [
+        ["rmi", "envkernel/my-course:1000"],
+        ["image", "prune", "--force", "--filter=label=envkernel.image=My.Course"],
+    ]
+    docker.asked.clear()
+    envkernel.remove_built_image(step.but(targets=["python"]), "My.Course", docker)
+    assert docker.asked == []
+
+
+@pytest.mark.parametrize(
+    ("options", "common", "warned"),
+    [
+        ({}, {}, True),
+        ({"pwd": True}, {}, False),
+        ({"workdir": "/srv"}, {}, False),
+        ({"copy-workdir": True}, {}, False),
+        ({}, {"dry-run": True}, False),
+    ],
+)
+def test_files_that_are_lost_with_the_container(
+    docker: Engine, capsys: pytest.CaptureFixture[str], options: Any, common: Any, warned: bool
+) -> None:
+    set_up(docker, options, "image", **common)
+    said = capsys.readouterr().out
+    assert ("--pwd" in said) == warned
+    assert len(said.splitlines()) == warned

@@ -498,6 +498,60 @@ class EngineCases:
         for image in (first, place.spec("built")["argv"]):
             engine.call("rmi", next(word for word in image if word.startswith("sha256:")))
 
+    def test_a_built_image_stays_and_a_failing_build_is_said(
+        self, place: Jupyter, engine: Engine, tmp_path: Path
+    ) -> None:
+        """A tag keeps it from `image prune`; it goes with the kernel."""
+        (tmp_path / "Dockerfile").write_text(f"FROM {self.image}\nENV BUILT=one\n")
+        words = [engine.name, "--name=Kept", "--user", "--python=python3", "--build", tmp_path]
+        said = place.envkernel(*words, "-f", tmp_path / "none", status=1).stderr
+        assert f"The image of {tmp_path} can't be built." in said
+        assert "Traceback" not in said
+        self.setup(place, engine, "Kept", "--build", tmp_path)
+        engine.call("image", "prune", "-f")
+        with place.kernel("Kept") as kernel:
+            assert kernel.value("__import__('os').environ['BUILT']") == "one"
+        tag = f"envkernel/kept:{os.getuid()}"
+        assert tag in engine.call("images", "--format={{.Repository}}:{{.Tag}}")
+        launch = envkernel.launch_from_argv(envkernel.run_tokens(place.spec("Kept")["argv"]))
+        envkernel.remove_built_image(launch.steps[0], "Kept", envkernel.Facts())
+        assert tag not in engine.call("images", "--format={{.Repository}}:{{.Tag}}")
+
+    @pytest.mark.parametrize(
+        ("option", "words"),
+        [
+            ("--device=/dev/nosuch", "it does not exist on this machine"),
+            ("--gpu", "the GPUs of this machine"),
+        ],
+    )
+    def test_what_the_engine_lacks_is_named(
+        self, place: Jupyter, engine: Engine, option: str, words: str
+    ) -> None:
+        said = place.envkernel(engine.name, "--name=no", "--user", option, self.image, status=1).stderr
+        assert words in said
+        assert "No shell" not in said
+
+    def test_a_kernel_that_only_knows_tcp(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+        """Setup sees that; the kernel's ports are its own, and Jupyter's are not its to take."""
+        script = tmp_path / "tcp.py"
+        script.write_text(
+            "import json, sys\n"
+            "assert json.load(open(sys.argv[2]))['transport'] == 'tcp'\n"
+            "from ipykernel.kernelapp import launch_new_instance\n"
+            "launch_new_instance()\n"
+        )
+        words = [f"--bind={script}:/tcp.py:ro", self.image]
+        place.setup(engine.name, "tcp", *words, "--", "python3", "/tcp.py", "-f", "{connection_file}")
+        with place.kernel("tcp") as kernel:
+            told = json.loads(Path(kernel.manager.connection_file).read_text())
+            mine = {ip for ip, port in listeners() if port == told["shell_port"]}
+            assert "127.0.0.1" in mine
+            assert len(mine) == 2
+            assert all(ip.startswith("127.") for ip in mine)
+            assert kernel.value("6 * 7") == "42"
+            assert kernel.restart(now=True) < 8
+            assert kernel.value("6 * 7") == "42"
+
     def test_files_belong_to_the_user(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
         """A plain user who may talk to root's daemon; without network, so through sockets of the user's."""
         with short_folder("user") as folder:
