@@ -1805,6 +1805,7 @@ CONTAINER_OPTIONS = [
         many=True,
         group="engine",
     ),
+    Option("--reach", "How setup reached the kernel.", metavar="HOW", run=True, setup=False),
     Option(
         "--mount",
         "A mount of the engine's; with `,copy` the directory is copied first.",
@@ -1856,31 +1857,16 @@ def read_binds(texts: Sequence[str], commas: bool = False) -> list[Bind]:
     return binds
 
 
-def setup_binds(texts: Sequence[str], facts: Facts, commas: bool = False) -> list[str]:
+def setup_binds(texts: Sequence[str], facts: Facts) -> list[str]:
     """Return binds with absolute sources.  Raises UserError for a source that does not exist."""
     binds = []
-    for bind in read_binds(texts, commas):
+    for bind in read_binds(texts):
         source = facts.absolute(bind.source)
         target = source if bind.target == bind.source else os.path.normpath(bind.target)
         if not facts.exists(source):
             raise UserError(f"--bind: there is no {source}.", "Create it, or correct its path.")
         binds.append(str(Bind(source, target, bind.options)))
     return binds
-
-
-def find_program(names: Sequence[str], environ: Mapping[str, str], facts: Facts) -> str:
-    """Return the path of the first program that is there, empty where none is.
-
-    Names without a slash are looked for on the PATH of `environ`.
-    """
-    for name in names:
-        if "/" in name:
-            found = facts.absolute(name) if facts.is_executable(facts.absolute(name)) else ""
-        else:
-            found = search_program(name, environ.get("PATH", os.defpath).split(":"), facts)
-        if found:
-            return facts.absolute(found)
-    return ""
 
 
 def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
@@ -1893,13 +1879,7 @@ def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
 
 DOCKER_OPTIONS = [
     Option("--identity", "Who the kernel is inside.", metavar="WHO", run=True, setup=False),
-    Option(
-        "--guest",
-        "Number of the other user that it is on this machine.",
-        metavar="UID",
-        run=True,
-        setup=False,
-    ),
+    Option("--guest", "Number of the other user on this machine.", metavar="UID", run=True, setup=False),
     Option("--gpu-kind", "Kind of GPU.", metavar="KIND", run=True, setup=False),
     Option("--no-host-network", "The engine does not share the host's network.", run=True, setup=False),
     Option("--no-selinux", "Switch SELinux labels off.", run=True, setup=False),
@@ -1949,19 +1929,25 @@ def container_spec(
     shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
     directory = "/".join([base, *([shared] if shared else []), key])
     inside = (f"{inside}/{key}" if shared else inside) or directory
-    spec = ContainerSpec(directory, Care(directory, connection=connection), inside, shared)
+    file = f"{inside}/connection.json"
+    spec = ContainerSpec(
+        directory,
+        Care(directory, connection=connection),
+        inside=inside,
+        shared=shared,
+        binds=[Bind(os.path.dirname(directory), INSIDE) if shared else Bind(directory, inside)],
+        workdir=step.options.get("workdir", ""),
+        environ={"ENVKERNEL_CONNECTION_FILE": file},
+        secret=plan.given,
+        command=[token.replace(CONNECTION_FILE, file) for token in plan.argv],
+    )
+    spec.binds += read_binds(step.options.get("bind", []))
     if connection:
-        own = kernel_connection(spec, host_network, step.options.get("transport", ""), facts)
+        transport = step.options.get("transport") or step.options.get("reach", "")
+        own = kernel_connection(spec, host_network, transport, facts)
         spec.care.files.append((spec.path("connection.json"), to_json(own)))
         if connection.get("transport") == "ipc":
             spec.care.remove += [f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS]
-    file = f"{inside}/connection.json"
-    spec.command = [token.replace(CONNECTION_FILE, file) for token in plan.argv]
-    spec.environ["ENVKERNEL_CONNECTION_FILE"] = file
-    spec.secret = dict(plan.given)
-    spec.binds = [Bind(os.path.dirname(directory), INSIDE) if shared else Bind(directory, inside)]
-    spec.binds += read_binds(step.options.get("bind", []))
-    spec.workdir = step.options.get("workdir", "")
     if step.options.get("pwd") or step.options.get("copy-workdir"):
         use_workdir(spec, step, plan, facts)
     return spec
@@ -2168,15 +2154,9 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         care.init = [program, "inspect", "--format={{.State.Pid}}", name] if podman and init else []
         care.cleanup.append(remove)
         argv = [*head, *options, *step.engine, image, *spec.command]
-    return plan.but(
-        argv=argv,
-        environ=environ,
-        search=None,
-        where=f"the image {image}",
-        install="RUN pip install %s (a line for its Dockerfile)",
-        care=care,
-        inside=look,
-    )
+    install = "RUN pip install %s (a line for its Dockerfile)"
+    plan = plan.but(where=f"the image {image}", install=install, inside=look, search=None)
+    return plan.but(argv=argv, environ=environ, care=care)
 
 
 def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[str]) -> list[str]:
@@ -2194,20 +2174,22 @@ def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[st
 
 def find_engine(step: Step, environ: Mapping[str, str], facts: Facts) -> str:
     """Return the path of a step's engine.  Raises UserError (status 127)."""
-    wanted = (
-        [step.options["engine"]]
-        if "engine" in step.options
-        else APPTAINER_PROGRAMS.get(step.mode, (step.mode,))
+    if "program" in step.options:
+        return str(step.options["program"])
+    names = APPTAINER_PROGRAMS.get(step.mode, (step.mode,))
+    wanted = (step.options["engine"],) if "engine" in step.options else names
+    for name in wanted:
+        path = facts.absolute(name) if "/" in name else ""
+        if not path:
+            path = search_program(name, environ.get("PATH", os.defpath).split(":"), facts) or ""
+        if path and facts.is_executable(path):
+            return facts.absolute(path)
+    raise UserError(
+        "There is no {} on this machine.".format(" and no ".join(wanted)),
+        f"Install {step.mode}, load its module first (envkernel lmod ... -- {step.mode} ...), "
+        "or name the program: --engine=PATH.",
+        127,
     )
-    program = step.options.get("program") or find_program(wanted, environ, facts)
-    if not program:
-        raise UserError(
-            "There is no {} on this machine.".format(" and no ".join(wanted)),
-            f"Install {step.mode}, load its module first (envkernel lmod ... -- {step.mode} ...), "
-            "or name the program: --engine=PATH.",
-            127,
-        )
-    return program
 
 
 def container_commands(
@@ -2311,17 +2293,15 @@ class ContainerEnd(Record):
         events = os.fsdecode(said.out).lower()
         events += '"action":"oom"' if facts.exists(self.mark) else ""
         engine = os.path.basename(self.program)
-        more = "ive it more (--memory), or use less."
         reasons = {
-            "oom": ("ran out of memory and was killed", "G" + more),
+            "oom": ("ran out of memory and was killed", "Give it more (--memory), or use less."),
             "stop": (f"was stopped ({engine} stop)", "Restart the kernel."),
             "kill": (f"was killed ({engine} kill)", "Restart the kernel."),
+            "": ("was killed (SIGKILL)", "If it ran out of memory, give it more (--memory), or use less."),
         }
         found = [event for event in reasons for key in ("action", "status") if f'"{key}":"{event}"' in events]
-        what, hint = "was killed (SIGKILL)", "If it ran out of memory, g" + more
-        if found:
-            what, hint = reasons[found[0]]
-        elif status == 143:
+        what, hint = reasons[found[0] if found else ""]
+        if status == 143 and not found:
             what, hint = "was stopped (SIGTERM)", "Restart the kernel."
         return UserError(f"The kernel's container {self.name} {what}.", hint, status)
 
@@ -2375,10 +2355,8 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
     if options.get("gpu"):
         options["gpu-kind"] = options.get("gpu-kind") or ("amd" if facts.exists("/dev/kfd") else "nvidia")
     usual = ("--interactive", "--tty", "--rm")  # from a command line for a terminal
-    step = step.but(
-        options=options,
-        engine=[absolute_value(token, facts) for token in step.engine if token not in usual],
-    )
+    engine = [absolute_value(token, facts) for token in step.engine if token not in usual]
+    step = step.but(options=options, engine=engine)
     build = build_image if "build" in options else need_image
     step = step.but(targets=[build(step, program, facts, environ, common)])
     step = probe_engine(step, facts, environ)
@@ -2428,16 +2406,14 @@ def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, st
     rootless = host.get("security", {}).get("rootless", "name=rootless" in security)
     desktop = "Docker Desktop" in str(info.get("OperatingSystem")) or host.get("serviceIsRemote", False)
     selinux = host.get("security", {}).get("selinuxEnabled", "name=selinux" in security)
-    identity = "user"
+    identity = ("keep-id" if podman else "root") if rootless else "user"
     if engine_values(step.engine, "--user", "--userns"):
         identity = "given"
-    elif rootless:
-        identity = "keep-id" if podman else "root"
     recorded = {
         "no-selinux": bool(selinux),
         "is-podman": podman and step.mode != "podman",
         "no-host-network": bool(desktop or (rootless and not podman)),
-        "transport": "tcp" if desktop else "",
+        "reach": "tcp" if desktop else "",
     }
     return {"identity": identity, **{name: value for name, value in recorded.items() if value}}
 
@@ -2531,10 +2507,7 @@ def show_build(argv: Sequence[str]) -> NoReturn:
 def try_image(
     step: Step, program: str, extra: Mapping[str, Any], facts: Facts, environ: Mapping[str, str]
 ) -> Output:
-    """Start the image once with a program in place of the kernel; return what the engine said.
-
-    extra: options that are tried.
-    """
+    """Start the image once, with options to be tried and a program for the kernel; return what it said."""
     skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
     options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
     launch = Launch([], [], {"name": "probe"})
@@ -2581,10 +2554,10 @@ def container_user(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step
         guest = {"guest": str(outside[0])}
     elif uid and is_podman(step) and not last_value(step, "--userns"):
         guest = {"identity": f"keep-id:uid={uid}" + (f",gid={gid}" if gid else "")}  # gid=0 fails
-    elif outside[0] or not shares_host(step):
+    elif outside[0] or last_value(step, "--network", "--net") == "none":
         raise UserError(
             f"The kernel would be another user than you (number {outside[0]}) and could not be reached.",
-            "Leave --user and --userns out, or use podman; --user=root can be had on the host's network.",
+            "Leave --user and --userns out, or use podman; --user=root can be had with a network.",
         )
     else:
         return step
@@ -2678,12 +2651,10 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
             "Restore it; if it was fetched or built at setup: envkernel update NAME.",
         )
     inside = INSIDE
-    if (
-        step.options.get("place") == "tmp"
-    ):  # a writable image gets no mount points: /tmp is the host's, or new
+    if step.options.get("place") == "tmp":  # no mount points in a writable image; /tmp is the host's, or new
         inside = "/tmp/envkernel" * bool(engine_values(step.engine, "--contain", "--containall", "--compat"))
     on_host = apptainer_shares_host(step.engine, plan.environ)
-    if not on_host and step.options.get("transport"):  # it publishes no ports
+    if not on_host:  # it publishes no ports
         step = step.but(options={**step.options, "transport": "ipc"})
     spec = container_spec(step, plan, facts, rest, host_network=on_host, inside=inside)
     gpu = "--rocm" if facts.exists("/dev/kfd") and not facts.exists("/dev/nvidiactl") else "--nv"
@@ -2702,15 +2673,10 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         argv += [*workdir, "instance://" + name, *spec.command]
     else:
         argv += [*head, *mounts, *workdir, image, *spec.command]
-    return plan.but(
-        argv=argv,
-        environ=apptainer_environ(spec, plan.environ),
-        search=None,
-        where=f"the image {image}",
-        install="pip install %s (a line for %%post of its definition file)",
-        care=spec.care,
-        inside=[program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image],
-    )
+    look = [program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image]
+    install = "pip install %s (a line for %%post of its definition file)"
+    plan = plan.but(where=f"the image {image}", install=install, inside=look, search=None)
+    return plan.but(argv=argv, environ=apptainer_environ(spec, plan.environ), care=spec.care)
 
 
 def oom_kills(facts: Facts) -> int:
@@ -2862,10 +2828,9 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
             return step.but(options={**step.options, **extra})
         if "exist in container" not in text:
             break
+    message = f"{step.options['program']} can't run the image {step.targets[0]}."
     raise ApptainerEnd(step.targets[0])(255, text, facts) or UserError(
-        f"{step.options['program']} can't run the image {step.targets[0]}.",
-        "Correct what it says.",
-        detail=text.strip(),
+        message, "Correct what it says.", 1, text
     )
 
 
@@ -2898,21 +2863,18 @@ def find_transport(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> 
     this process connects to them), that is how, else by TCP.
     """
     step = launch.steps[-1]
-    if not MODES[step.mode].container or step.options.get("transport"):
+    if not MODES[step.mode].container or {"transport", "reach"} & step.options.keys():
         return step
     skip = ("mount", "pwd", "copy-workdir", "shared", "keep")
     options = {name: value for name, value in step.options.items() if name not in skip}
     tried = step.but(options={**options, "transport": "ipc"})
     if facts.listens(launch.but(steps=[*launch.steps[:-1], tried]), environ):
-        return step.but(options={**step.options, "transport": "ipc"})
+        return step.but(options={**step.options, "reach": "ipc"})
     apart = step.mode in APPTAINER_PROGRAMS and not apptainer_shares_host(step.engine, environ)
     if not apart and last_value(step, "--network", "--net") != "none":
-        return step.but(options={**step.options, "transport": "tcp"})
-    os.write(
-        2,
-        b"The kernel was not seen listening on unix sockets, and without a network there is no other way to "
-        b"reach it. Test it with envkernel check, or leave the network option out.\n",
-    )
+        return step.but(options={**step.options, "reach": "tcp"})
+    text = "The kernel was not seen listening on unix sockets, and a container without network has no others."
+    print(text, "Test it (envkernel check), or let it have a network.", file=sys.stderr)
     return step
 
 
@@ -2938,7 +2900,7 @@ register(
                 APPTAINER_OPTIONS,
                 setup_apptainer,
                 plan_apptainer,
-                "image.sif",
+                "a.sif",
             ),
         )
         for title in names

@@ -185,9 +185,14 @@ def test_values_of_engine_options() -> None:
     assert envkernel.engine_values(tokens, "--contain") == []
 
 
-def test_find_program() -> None:
-    facts = FakeFacts(programs=["/opt/bin/engine", "/else/engine"])
-    environ = {"PATH": "/opt/bin:/else"}
-    assert envkernel.find_program(["no", "engine"], environ, facts) == "/opt/bin/engine"
-    assert envkernel.find_program(["/else/engine"], environ, facts) == "/else/engine"
-    assert envkernel.find_program(["no"], environ, facts) == ""
+def test_find_engine() -> None:
+    facts = FakeFacts(programs=["/opt/bin/singularity", "/else/engine"])
+
+    def find(mode: str, **options: str) -> str:
+        return envkernel.find_engine(envkernel.Step(mode, options), {"PATH": "/opt/bin:/else"}, facts)
+
+    assert find("singularity") == find("apptainer") == "/opt/bin/singularity"
+    assert find("docker", engine="/else/engine") == find("docker", engine="engine") == "/else/engine"
+    assert find("docker", program="/recorded") == "/recorded"
+    with pytest.raises(UserError, match="no docker"):
+        find("docker")

@@ -48,7 +48,7 @@ def own_connection(made: Plan) -> Any:
 
 
 def test_docker_on_the_hosts_network() -> None:
-    made = plan(identity="user", init=True, transport="ipc")
+    made = plan(identity="user", init=True, reach="ipc")
     assert made.argv == [
         *["/usr/bin/docker", "run", "--rm", "--pull=never", "--init", "--name=envkernel-x-cafe0123"],
         *LABELS,
@@ -87,7 +87,7 @@ LOOPBACK = "127.203.1.2"
 """The kernel's own loopback address, from what `FakeFacts` has for random."""
 
 
-@pytest.mark.parametrize("options", [{"transport": "tcp"}, {}])
+@pytest.mark.parametrize("options", [{"transport": "tcp"}, {"reach": "tcp"}, {}])
 def test_on_the_hosts_network_a_kernel_of_tcp_has_a_loopback_address_of_its_own(
     options: dict[str, str],
 ) -> None:
@@ -144,10 +144,9 @@ def test_how_a_kernel_is_reached_is_what_setup_has_seen(
     facts.listening = listens
     step = Step(mode, {"shared": True}, ["image"], engine)
     found = envkernel.find_transport(Launch([step], COMMAND), facts, {})
-    assert found.options == {"shared": True, **({"transport": transport} if transport else {})}
-    assert envkernel.find_transport(Launch([found.but(options={"transport": "x"})], []), facts, {}) == (
-        found.but(options={"transport": "x"})
-    )
+    assert found.options == {"shared": True, **({"reach": transport} if transport else {})}
+    given = step.but(options={"transport": "tcp"})
+    assert envkernel.find_transport(Launch([given], []), facts, {}) == given
 
 
 @pytest.mark.parametrize(
@@ -302,7 +301,7 @@ ROOTLESS = {"security": {"rootless": True}}
         (
             "docker",
             {"OperatingSystem": "Docker Desktop"},
-            {"identity": "user", "no-host-network": True, "transport": "tcp"},
+            {"identity": "user", "no-host-network": True, "reach": "tcp"},
         ),
         ("docker", {"SecurityOptions": ["name=selinux"]}, {"identity": "user", "no-selinux": True}),
         ("podman", {"host": {"security": {"rootless": False}}}, {"identity": "user"}),
@@ -311,7 +310,7 @@ ROOTLESS = {"security": {"rootless": True}}
         (
             "podman",
             {"host": {**ROOTLESS, "serviceIsRemote": True}},
-            {"identity": "keep-id", "no-host-network": True, "transport": "tcp"},
+            {"identity": "keep-id", "no-host-network": True, "reach": "tcp"},
         ),
     ],
 )
