@@ -2467,7 +2467,7 @@ def build_image(
         options += [f"--file={directory}/{names[0]}"] if names[0] != "Dockerfile" else []
     if common.get("dry-run"):
         show_build([program, "build", *options, directory])
-    name = common.get("name", "kernel")
+    name = common.get("name", "kernel").lower()  # as Jupyter has it
     marks = [f"--tag={image_tag(name, facts)}", f"--label=envkernel.image={name}"]
     with tempfile.TemporaryDirectory() as scratch:  # a build that fails removes the file
         words = [program, "build", f"--iidfile={scratch}/id", *marks, *options, directory]
@@ -2491,7 +2491,7 @@ def remove_built_image(step: Step, name: str, facts: Facts) -> None:
     program = step.options.get("program", "")
     built = step.mode in ("docker", "podman") and "".join(step.targets).startswith("sha256:")
     if built and facts.is_executable(program):
-        mine = f"--filter=label=envkernel.image={name}"
+        mine = f"--filter=label=envkernel.image={name.lower()}"
         for words in (["rmi", image_tag(name, facts)], ["image", "prune", "--force", mine]):
             facts.output([program, *words], launch_environ(facts))
 

@@ -588,12 +588,12 @@ def test_a_built_image_is_tagged_and_removed_with_its_kernel(docker: Engine) -> 
     step = set_up(docker, {"build": "."}, name="My.Course")
     assert step.targets == ["sha256:abc"]
     (build,) = (argv for argv in docker.asked if argv[1] == "build")
-    assert build[3:] == ["--tag=envkernel/my-course:1000", "--label=envkernel.image=My.Course", "/cwd"]
+    assert build[3:] == ["--tag=envkernel/my-course:1000", "--label=envkernel.image=my.course", "/cwd"]
     docker.asked.clear()
     envkernel.remove_built_image(step, "My.Course", docker)
     assert [argv[1:] for argv in docker.asked] == [
         ["rmi", "envkernel/my-course:1000"],
-        ["image", "prune", "--force", "--filter=label=envkernel.image=My.Course"],
+        ["image", "prune", "--force", "--filter=label=envkernel.image=my.course"],
     ]
     docker.asked.clear()
     envkernel.remove_built_image(step.but(targets=["python"]), "My.Course", docker)

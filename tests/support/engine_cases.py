@@ -503,18 +503,18 @@ class EngineCases:
     ) -> None:
         """A tag keeps it from `image prune`; it goes with the kernel."""
         (tmp_path / "Dockerfile").write_text(f"FROM {self.image}\nENV BUILT=one\n")
-        words = [engine.name, "--name=Kept", "--user", "--python=python3", "--build", tmp_path]
+        words = [engine.name, "--name=stays", "--user", "--python=python3", "--build", tmp_path]
         said = place.envkernel(*words, "-f", tmp_path / "none", status=1).stderr
         assert f"The image of {tmp_path} can't be built." in said
         assert "Traceback" not in said
-        self.setup(place, engine, "Kept", "--build", tmp_path)
+        self.setup(place, engine, "stays", "--build", tmp_path)
         engine.call("image", "prune", "-f")
-        with place.kernel("Kept") as kernel:
+        with place.kernel("stays") as kernel:
             assert kernel.value("__import__('os').environ['BUILT']") == "one"
-        tag = f"envkernel/kept:{os.getuid()}"
+        tag = f"envkernel/stays:{os.getuid()}"
         assert tag in engine.call("images", "--format={{.Repository}}:{{.Tag}}")
-        launch = envkernel.launch_from_argv(envkernel.run_tokens(place.spec("Kept")["argv"]))
-        envkernel.remove_built_image(launch.steps[0], "Kept", envkernel.Facts())
+        launch = envkernel.launch_from_argv(envkernel.run_tokens(place.spec("stays")["argv"]))
+        envkernel.remove_built_image(launch.steps[0], "stays", envkernel.Facts())
         assert tag not in engine.call("images", "--format={{.Repository}}:{{.Tag}}")
 
     @pytest.mark.parametrize(
