@@ -559,7 +559,8 @@ class Engine(FakeFacts):
 
     def output(self, argv: list[str], environ: dict[str, str]) -> Output:
         self.asked.append(list(argv))
-        return Output(0, b'{"SecurityOptions": ["x"]}' if argv[1] == "info" else b"")
+        said = {"info": b'{"SecurityOptions": ["x"]}', "run": b"  -c, --cpus decimal   how many\n"}
+        return Output(0, said.get(argv[1], b""))
 
     def show(self, argv: list[str], environ: dict[str, str]) -> int:
         self.asked.append(list(argv))
