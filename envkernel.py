@@ -350,7 +350,8 @@ def register(*modes: Mode) -> None:
 # ---- kernelspec tokens --------------------------------------------------------------------------
 
 _ESCAPE = "%:"
-_PLACEHOLDERS = ((CONNECTION_FILE, "%(connection_file)"), (RESOURCE_DIR, "%(resource_dir)"))
+_PLACEHOLDERS = ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
+"""Jupyter's placeholders, each with the option that gives what Jupyter has put in its place."""
 
 
 def encode_token(text: str, force: bool = False, unsafe: str = "{") -> str:
@@ -393,6 +394,11 @@ def broken_kernelspec(reason: str) -> UserError:
     )
 
 
+def escaped(placeholder: str) -> str:
+    """Return how a placeholder inside of a longer token is written: Jupyter does not read it."""
+    return "%({})".format(placeholder.strip("{}"))
+
+
 def encode_command_token(text: str, force: bool = False) -> str:
     """Return a token of the kernel command: like `encode_token`, with Jupyter's placeholders kept.
 
@@ -401,10 +407,10 @@ def encode_command_token(text: str, force: bool = False) -> str:
     """
     if text in (CONNECTION_FILE, RESOURCE_DIR):
         return text
-    for placeholder, escape in _PLACEHOLDERS:
+    for placeholder, _ in _PLACEHOLDERS:
         if placeholder in text:
             parts = [encode_command_token(part, True) for part in text.split(placeholder)]
-            return _ESCAPE + escape.join(part[len(_ESCAPE) :] for part in parts)
+            return _ESCAPE + escaped(placeholder).join(part[len(_ESCAPE) :] for part in parts)
     return encode_token(text, force)
 
 
@@ -416,9 +422,9 @@ def decode_command_token(token: str, known: Sequence[tuple[str, str]]) -> str:
     for placeholder, value in known:
         if token == value:
             return placeholder
-    for placeholder, escape in _PLACEHOLDERS:
-        if token.startswith(_ESCAPE) and escape in token:
-            parts = token[len(_ESCAPE) :].split(escape)
+    for placeholder, _ in _PLACEHOLDERS:
+        if token.startswith(_ESCAPE) and escaped(placeholder) in token:
+            parts = token[len(_ESCAPE) :].split(escaped(placeholder))
             return placeholder.join(decode_command_token(_ESCAPE + part, ()) for part in parts)
     return decode_token(token)
 
@@ -434,8 +440,11 @@ def launch_to_argv(launch: Launch) -> list[str]:
             tokens += ["run", "--format=" + FORMAT, "--connection-file", CONNECTION_FILE]
             if any(RESOURCE_DIR in token for token in launch.command):
                 tokens += ["--resource-dir", RESOURCE_DIR]
-            tokens += _option_tokens(COMMON_OPTIONS, launch.options)
-        tokens += _option_tokens(mode.options, step.options)
+            names = ("format", "connection-file", "resource-dir")
+            shared = [option for option in COMMON_OPTIONS if option.run and option.name not in names]
+            tokens += option_tokens(shared, launch.options, encode_token)
+        own = [option for option in mode.options if option.run]
+        tokens += option_tokens(own, step.options, encode_token)
         tokens += ["--pass=" + encode_token(token) for token in step.engine]
         tokens += [encode_token(target, target.startswith("-")) for target in step.targets]
     tokens += ["--"]
@@ -444,18 +453,25 @@ def launch_to_argv(launch: Launch) -> list[str]:
     return tokens
 
 
-def _option_tokens(options: Sequence[Option], values: Mapping[str, Any]) -> list[str]:
+def option_tokens(
+    options: Sequence[Option], values: Mapping[str, Any], encode: Callable[[str], str] = str
+) -> list[str]:
+    """Return the options that have a value as ``--flag`` and ``--flag=value``."""
     tokens: list[str] = []
     for option in options:
-        if not option.run or option.name in ("format", "connection-file", "resource-dir"):
-            continue
         value = values.get(option.name)
-        if value is True:
-            tokens.append("--" + option.name)
-        elif value is not None:
-            for one in value if option.many else [value]:
-                tokens.append(f"--{option.name}={encode_token(one)}")
+        for one in value or () if option.many else [value]:
+            tokens += ["--" + option.name] if one is True else []
+            tokens += [f"--{option.name}={encode(one)}"] if isinstance(one, str) else []
     return tokens
+
+
+def split_chain(tokens: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Return what is before the first ``--`` and what is after it; None where there is no ``--``."""
+    if "--" not in tokens:
+        return list(tokens), None
+    place = list(tokens).index("--")
+    return list(tokens[:place]), list(tokens[place + 1 :])
 
 
 def launch_from_argv(tokens: Sequence[str]) -> Launch:
@@ -472,29 +488,18 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
             f"This kernelspec was written by another version of envkernel ({tokens[2]}).",
             "Make it again with this one: envkernel update NAME.",
         )
-    mode = MODES.get(tokens[0]) or find_mode(tokens[0])
     common: dict[str, Any] = {}
     steps: list[Step] = []
-    rest = [mode.name, *tokens[2:]]
+    rest: list[str] | None = [find_mode(tokens[0]).name, *tokens[2:]]
     while rest and rest[0] in MODES:
         mode = MODES[rest[0]]
-        own = rest[1:]
-        rest = []
-        if "--" in own:
-            cut = own.index("--")
-            own, rest = own[:cut], own[cut + 1 :]
-        step = _read_step(mode, own, common)
-        if not mode.targets[0] <= len(step.targets) <= mode.targets[1] or "" in step.targets:
-            check_targets(mode, step)
-        steps.append(step)
-    known = [
-        (placeholder, common[name])
-        for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
-        if name in common
-    ]
+        own, rest = split_chain(rest[1:])
+        steps.append(_read_step(mode, own, common))
+        check_targets(mode, steps[-1])
+    known = [(placeholder, common[name]) for placeholder, name in _PLACEHOLDERS if name in common]
     if not rest and not MODES[steps[-1].mode].container:  # an image may have a command of its own
         raise broken_kernelspec("the kernel command is missing")
-    return Launch(steps, [decode_command_token(token, known) for token in rest], common)
+    return Launch(steps, [decode_command_token(token, known) for token in rest or ()], common)
 
 
 def _read_step(mode: Mode, tokens: Sequence[str], common: dict[str, Any]) -> Step:
@@ -629,8 +634,7 @@ def parse_setup(tokens: Sequence[str], facts: Facts, environ: Mapping[str, str] 
     rest: list[str] | None = list(tokens)
     while rest and (not steps or rest[0] in MODES):
         mode = find_mode(rest[0])
-        own = rest[1 : rest.index("--")] if "--" in rest else rest[1:]
-        rest = rest[rest.index("--") + 1 :] if "--" in rest else None
+        own, rest = split_chain(rest[1:])
         step = parse_step(mode, own, facts, before, common, first=not steps)
         check_targets(mode, step, own, common)
         steps.append(step)
@@ -732,19 +736,17 @@ def parse_step(
 def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
     """Read the arguments of a management command.  Raises UserError (status 2) for wrong ones."""
     command = COMMANDS[name]
-    own = list(tokens[: tokens.index("--")] if "--" in tokens else tokens)
+    own, rest = split_chain(tokens)
     step = Step(name)
     normal = normalise(name, own, command.options, lambda: EngineOptions([], Facts(), {}), step)
     values = vars(make_parser().parse_args([name, *normal]))
     usage = f"Usage: envkernel {name} {command.argument}".rstrip()
-    if len(step.targets) > bool(command.argument):
-        raise usage_error(f"envkernel {name} can't do anything with {step.targets[-1]!r}.", usage)
+    surplus = step.targets[1 if command.argument else 0 :] + (rest or [] if name != "completion" else [])
+    if surplus:
+        raise usage_error(f"envkernel {name} can't do anything with {surplus[0]!r}.", usage)
     if command.argument and not step.targets:
         raise usage_error(f"envkernel {name} needs {command.argument}.", usage)
-    values.update(zip([command.argument], step.targets))
-    if "--" in tokens:
-        values["rest"] = list(tokens[tokens.index("--") + 1 :])
-    return values
+    return {**values, **dict(zip([command.argument], step.targets)), "rest": rest}
 
 
 def normalise(
@@ -923,8 +925,7 @@ def legacy_launch(tokens: Sequence[str], facts: Facts | None = None) -> Launch:
     mode = find_mode(tokens[0])
     common: dict[str, Any] = {}
     facts = facts or Facts()
-    own = list(tokens[2 : tokens.index("--")] if "--" in tokens else tokens[2:])
-    command = list(tokens[len(own) + 3 :])
+    own, command = split_chain(tokens[2:])
     step = parse_step(mode, own, facts, lambda: launch_environ(facts), common)
     check_targets(mode, step)
     if not command:
@@ -943,14 +944,15 @@ def make_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise usage_error(f"{self.prog}: {message}.", f"See: {self.prog} -h")
+            raise usage_error(message[:1].upper() + message[1:] + ".", f"See: {self.prog} -h")
 
     def layout(prog: str) -> argparse.HelpFormatter:
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
 
     style: dict[str, Any] = {"formatter_class": layout, "add_help": False, "allow_abbrev": False}
     style["argument_default"] = argparse.SUPPRESS
-    top = Parser("envkernel", usage=USAGE, description=overview(), epilog=examples(), **style)
+    examples = "\n  ".join(dict.fromkeys(["examples:", *(mode.example for mode in MODES.values())]))
+    top = Parser("envkernel", usage=USAGE, description=overview(), epilog=examples, **style)
     version = top.add_argument_group("options")
     version.add_argument("-V", "--version", action="version", version=__version__, help="Show the version.")
     version.add_argument("-h", "--help", action="help", help="Show this help.")
@@ -1016,11 +1018,6 @@ def overview() -> str:
     lines += ["", "commands for existing kernels:"]
     lines += [fill(command.summary, f"{name} {command.argument}") for name, command in COMMANDS.items()]
     return "\n".join(lines)
-
-
-def examples() -> str:
-    """Return an example of each mode, for ``envkernel -h``."""
-    return "\n  ".join(dict.fromkeys(["examples:", *(mode.example for mode in MODES.values())]))
 
 
 def called_as() -> str:
@@ -3796,22 +3793,12 @@ def setup_command(request: Request, steps: Sequence[Step]) -> list[str]:
         words.append(step.mode)
         given = [(COMMON_OPTIONS, request.common)] if index == 0 else []
         for options, values in [*given, (mode.options, step.options)]:
-            words += _typed_options(options, values)
+            lasting = [
+                one for one in options if one.setup and one.name not in ("replace", "dry-run", "check")
+            ]
+            words += option_tokens(lasting, values)
         words += [*step.engine, *step.targets]
     return words + (["--", *request.command] if request.command is not None else [])
-
-
-def _typed_options(options: Sequence[Option], values: Mapping[str, Any]) -> list[str]:
-    words: list[str] = []
-    for option in options:
-        value = values.get(option.name)
-        if not option.setup or value is None or option.name in ("replace", "dry-run", "check"):
-            continue
-        if value is True:
-            words.append("--" + option.name)
-        else:
-            words += [f"--{option.name}={one}" for one in (value if option.many else [value])]
-    return words
 
 
 def launcher(python: str, script: str) -> list[str]:
@@ -3965,7 +3952,7 @@ def name_taken(folder: str) -> UserError:
     """Return the error for a kernelspec's folder that is there already."""
     return UserError(
         f"There is a kernel named {os.path.basename(folder)} already, in {folder}.",
-        "Add --replace to replace it, or choose another name.",
+        "Add --replace to replace it, or give another name: --name=NAME.",
     )
 
 
@@ -10808,7 +10795,7 @@ def finish_plan(plan: Plan, launch: Launch, facts: Facts) -> Plan:
     Raises UserError where the kernel's program or module is missing.
     """
     argv = plan.argv
-    for placeholder, name in ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir")):
+    for placeholder, name in _PLACEHOLDERS:
         if name in launch.options:
             argv = [token.replace(placeholder, launch.options[name]) for token in argv]
     plan = plan.but(argv=argv)
