@@ -541,7 +541,7 @@ _GROUPS = {
         Option("--name", "Name of the kernel in Jupyter (default: that of the target).", "NAME", run=True),
         Option("--display-name", "Name shown in menus.", "TEXT"),
         Option("--kernel", "ipykernel (default), ir, imatlab, or a kernelspec in the environment.", "NAME"),
-        Option("--kernel-cmd", "Kernel command in one string, with {connection_file} in it.", "COMMAND"),
+        Option("--kernel-cmd", "Kernel command, quoted as in a shell, with {connection_file}.", "COMMAND"),
         Option("--kernel-template", "Take command, metadata and logos from an installed kernel.", "NAME"),
         Option("--kernel-make-path-relative", "Look for the kernel's program in the environment."),
         Option("--python", "Python in the environment (default: python; SELF: this one).", "PROGRAM"),
@@ -561,7 +561,9 @@ _GROUPS = {
         ),
     ],
     "other": [
-        Option("--no-error-kernel", "Don't show in the notebook why the kernel can't start; end.", run=True),
+        Option(
+            "--no-error-kernel", "If the kernel can't start, end; don't show why in the notebook.", run=True
+        ),
         Option("--check", "Test the new kernel, as `envkernel check` does."),
         Option("--dry-run", "Print the kernel.json and write nothing."),
         Option("--verbose -v", "Say more, at setup and at each start.", run=True),
@@ -813,7 +815,7 @@ def read_option(option: Option, token: str, queue: list[str]) -> str:
         if not queue or queue[0].startswith("-"):
             raise usage_error(f"--env {text} has no value.", f"Write it as --env {text}=VALUE.")
         text += "=" + queue.pop(0)
-    if not text:
+    if text in ("", "--"):  # argparse would drop the dashes
         raise usage_error(f"{flag} was given an empty value.", "Leave it out, or give it one.")
     return f"{flag}={text}"
 
@@ -989,15 +991,14 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: Sequence[O
     group.add_argument("-h", "--help", action="help", help="Show this help.")
 
 
-USAGE = """envkernel MODE [options] TARGET [-- KERNEL COMMAND | -- MODE ...]
+USAGE = """envkernel MODE [--name=NAME] [options] TARGET [-- KERNEL COMMAND | -- MODE ...]
        envkernel COMMAND [options] [NAME]"""
 
 
 def usage_line(mode: Mode) -> str:
     """Return the one-line usage of a mode."""
     target = " " + mode.target if mode.target else ""
-    engine = f" [options of {mode.name}]" if mode.engine else ""
-    return f"envkernel {mode.name} [options]{engine}{target} [-- KERNEL COMMAND | -- MODE ...]"
+    return f"envkernel {mode.name} [--name=NAME] [options]{target} [-- KERNEL COMMAND | -- MODE ...]"
 
 
 def fill(text: str, name: str = "") -> str:

@@ -51,6 +51,12 @@ def test_options_stand_before_and_after_the_target():
     assert parse("conda", "/e", "--user", "--name", "x") == expected
 
 
+@pytest.mark.parametrize("value", ["-c 'x y' {connection_file}", "--user", "--user --", "=", "%s"])
+def test_values_may_begin_with_anything(value):
+    given = parse("conda", f"--kernel-cmd={value}", "--display-name", "-1", "/e").common
+    assert given == {"kernel-cmd": value, "display-name": "-1"}
+
+
 def test_a_chain_and_a_kernel_command():
     words = [
         "lmod",
@@ -144,6 +150,7 @@ def test_an_option_that_neither_knows_is_refused_with_a_suggestion():
         ),
         (["conda", "--name=x", "--env", "A"], "--env A has no value.", "--env A=VALUE"),
         (["conda", "--name=x", "--env", "A", "--env=B=1", "/e"], "--env A has no value.", "--env A=VALUE"),
+        (["conda", "--name=x", "--prefix=--", "/e"], "--prefix was given an empty value.", "Leave it out"),
         (["conda", "--name=x", "--prefix=", "/e"], "--prefix was given an empty value.", "Leave it out"),
         (["conda", "--name=x", ""], "conda was given an empty PREFIX-OR-NAME.", "Usage"),
         (["conda", "--name=science"], "conda needs", "--name=science is the name that the kernel gets."),

@@ -71,7 +71,7 @@ def test_the_first_session(terminal, jupyter, kernel_venv, tmp_path):
     """Looks for help, mistypes, sets up, tests, breaks, asks why, removes."""
     said, status = terminal.type("envkernel")
     assert status == 2
-    assert "usage: envkernel MODE --name=NAME" in said
+    assert "usage: envkernel MODE [--name=NAME]" in said
     assert "virtualenv" in said
 
     said, status = terminal.type("envkernel virtualenv -h")
