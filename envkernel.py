@@ -6788,6 +6788,14 @@ def write_patiently(file: int, text: bytes) -> None:
         return
 
 
+def tcp_socket(address: str) -> socket.socket:
+    """Return a TCP socket of an address's family; with its protocol named asyncio sets TCP_NODELAY."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+
+
 class Program:
     """What a keeper holds.  Subclasses say how it is started, reached, signalled and ended.
 
@@ -6893,7 +6901,7 @@ class LocalProgram(Program):
 
         ip = self.care.relay["ip"]
         is_unix = self.care.relay["transport"] == "ipc"
-        sock = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET)
+        sock = socket.socket(socket.AF_UNIX) if is_unix else tcp_socket(ip)
         sock.setblocking(False)
         try:
             if is_unix:
@@ -7195,7 +7203,8 @@ class Keeper:
 
     def leave(self) -> None:
         """Serve the present run process no longer."""
-        self.loop.remove_reader(self.channel.sock)
+        if self.channel.sock.fileno() >= 0:
+            self.loop.remove_reader(self.channel.sock)
         self.leaving.set()
 
     def take_signal(self, number: int) -> None:
@@ -7226,11 +7235,12 @@ class Keeper:
         if self.front:
             self.front.close()
         drop_stdio((1, 2))
-        self.loop.remove_reader(self.channel.sock)
+        self.leave()
         self.channel.sock.close()
 
     def listen(self) -> socket.socket:
         """Listen for the run process of a restart."""
+        import asyncio
         import socket
 
         listener = socket.socket(socket.AF_UNIX)
@@ -7288,8 +7298,11 @@ class Keeper:
         self.aside(write_patiently, 2, f"envkernel: {text}\n".encode(errors="replace"))
         append_log(self.launch.options.get("log", ""), text)
 
-    async def copy(self, file: int, target: int, learn: Callable[[bytes], None]) -> None:
-        """Pass on what a program says, to its end.  A target that is blocked holds the program up."""
+    async def copy(self, file: int, target: int, learn: Callable[[bytes], bytes | None]) -> None:
+        """Pass on what a program says, to its end.  A target that is blocked holds the program up.
+
+        learn: called with each piece; returns what to pass on instead, None for all of it.
+        """
         import asyncio
 
         reader = asyncio.StreamReader(1 << 13)
@@ -7299,9 +7312,8 @@ class Keeper:
             text = await reader.read(1 << 13)
             if not text:
                 return
-            learn(text)
-            if target > 0:
-                await self.aside(write_patiently, target, text)
+            passed = learn(text)
+            await self.aside(write_patiently, target, text if passed is None else passed)
 
     def on_stderr(self, text: bytes) -> None:
         """Keep beginning and end of what the program says on stderr."""
@@ -7316,17 +7328,17 @@ class Keeper:
         """Return the exit status of a child, as in `Output`, when it has ended."""
         import asyncio
 
-        self.children.setdefault(pid, self.loop.create_future())
+        future = self.children.setdefault(pid, self.loop.create_future())
         self.collect()
-        return await asyncio.shield(self.children[pid])
+        return await asyncio.shield(future)
 
     def collect(self) -> None:
         """Reap the children that have ended, and only those that somebody waits for."""
-        for pid, future in self.children.items():
-            if not future.done():
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    future.set_result(exit_status(status))
+        for pid, future in list(self.children.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self.children[pid]
+                future.set_result(exit_status(status))
 
 
 def become_keeper(program: Program, launch: Launch, channel: Channel) -> NoReturn:
@@ -7416,22 +7428,25 @@ class RunProcess:
         jupyter = JupyterProcess()
         if jupyter.file >= 0:
             poller.register(jupyter.file, select.POLLIN)
-        while True:
+        asked = 0
+        while asked < 3:  # seconds that the keeper has for ending, where Jupyter is gone
             poller.register(self.channel.sock, select.POLLIN)
-            ready = dict(poller.poll(1000 if jupyter.pid and jupyter.file < 0 else None))
+            ready = dict(poller.poll(1000 if asked or (jupyter.pid and jupyter.file < 0) else None))
             if self.wake in ready:
                 for number in os.read(self.wake, 64):
                     self.channel.send({"signal": number})
+            end = self.receive() if self.channel.sock.fileno() in ready else None
+            if end:
+                if end["error"]:
+                    raise UserError(**end["error"])
+                status = int(end["exit"])
+                return status if status >= 0 else 128 - status
             if jupyter.is_gone(ready):
+                if jupyter.file in ready:
+                    poller.unregister(jupyter.file)
                 self.channel.send({"end": True})
-                return 143
-            if self.channel.sock.fileno() in ready:
-                end = self.receive()
-                if end:
-                    if end["error"]:
-                        raise UserError(**end["error"])
-                    status = int(end["exit"])
-                    return status if status >= 0 else 128 - status
+                asked += 1
+        return 143
 
     def receive(self) -> dict[str, Any] | None:
         """Follow the keeper; return its last message, or one in its place where it was killed."""
@@ -10386,8 +10401,10 @@ class Ports:
 
         ip = str(connection["ip"])
         if connection.get("transport") != "ipc":
-            family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-            return socket.create_server((ip, int(port)), family=family, backlog=64)
+            sock = tcp_socket(ip)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((ip, int(port)))
+            return sock
         path = f"{ip}-{port}"
         remove_tree(path)
         sock = socket.socket(socket.AF_UNIX)

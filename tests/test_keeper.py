@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -21,13 +22,32 @@ import envkernel
 DRIVER = """
 import json, os, sys
 import envkernel
+
+class Lingering(envkernel.LocalProgram):
+    # Survives its run process as a job does; a restart is a new process.
+
+    linger, digest, what = 8.0, "digest", "job"
+
+    async def attach(self, connection):
+        os.kill(self.pid, 9)
+        read, end = os.pipe()
+        self.stderr = read
+        self.pid = envkernel.spawn(self.plan.argv, self.plan.environ, err=end)
+        os.close(end)
+
+    async def wait(self):
+        end = await super().wait()
+        self.over = False
+        return end
+
 told = json.loads(sys.argv[1])
 care = envkernel.Care(told.pop("folder"), **told.pop("care"))
 plan = envkernel.Plan(told.pop("argv"), {**os.environ, **told.pop("environ", {})}, where="a test")
 care.files = [(path, text.encode()) for path, text in care.files]
 try:
     launch = envkernel.Launch([], [], told["options"])
-    sys.exit(envkernel.keep(envkernel.LocalProgram(plan, care, envkernel.Facts()), launch))
+    program = Lingering if launch.options.get("linger") else envkernel.LocalProgram
+    sys.exit(envkernel.keep(program(plan, care, envkernel.Facts()), launch))
 except envkernel.UserError as error:
     envkernel.tell_error(error)
     sys.exit(77)
@@ -391,3 +411,71 @@ def test_a_private_folder_whose_parent_is_being_removed(tmp_path: Path) -> None:
     with pytest.raises(envkernel.UserError, match="can't be made"):
         envkernel.private_folder(str(tmp_path / "no" / "no" / "no"), str(tmp_path / "no" / "no"))
     assert not (tmp_path / "no").exists()
+
+
+def test_a_restart_finds_the_keeper_that_lingers(tmp_path: Path, launch: Any) -> None:
+    """The second run process has other ports and another stderr; the keeper is the same."""
+    keepers = []
+    for _ in range(3):
+        kernel = Sockets(tmp_path)
+        first = "sys.stderr.write('hello'); sys.stderr.flush(); open(%r, 'w').write(str(os.getpid()))"
+        first += "; [os.path.exists(p) and os.unlink(p) for p in [{!r} + str(n) for n in range(1, 6)]]"
+        pid_file = tmp_path / "pid"
+        argv = kernel.argv(first=(first % str(pid_file)).format(kernel.path + "-"))
+        options = {"linger": True}
+        process = launch(argv, connection=kernel.connection, relay=kernel.relay, options=options)
+        client = kernel.client("shell")
+        client.settimeout(10)
+        client.sendall(b"hello")
+        assert client.recv(5) == b"hello"
+        keepers.append(psutil.Process(read_pid(pid_file)).ppid())
+        process.kill()
+        err = process.stderr.read()  # to its end: the keeper has let go of it
+
+        assert err == b"hello"
+        assert client.recv(5) == b""
+        client.close()
+    assert len(set(keepers)) == 1
+    assert until(lambda: not psutil.pid_exists(keepers[0]), 15)
+
+
+def test_the_end_of_jupyter_does_not_wait_for_a_restart(tmp_path: Path, launch: Any) -> None:
+    pid_file = tmp_path / "pid"
+    jupyter = subprocess.Popen(["sleep", "60"])
+    environ = {"JPY_PARENT_PID": str(jupyter.pid)}
+    with unittest.mock.patch.dict(os.environ, environ):
+        process = launch(python(SLEEPER.format(str(pid_file))), options={"linger": True})
+    program = psutil.Process(read_pid(pid_file))
+    jupyter.kill()
+    jupyter.wait()
+    began = time.monotonic()
+    assert process.wait(5) == 143
+    assert until(lambda: not program.is_running())
+    assert time.monotonic() - began < 2
+
+
+def test_jupyter_and_keeper_killed_at_once(tmp_path: Path, launch: Any) -> None:
+    pid_file, mark = tmp_path / "pid", tmp_path / "mark"
+    cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
+    jupyter = subprocess.Popen(["sleep", "60"])
+    with unittest.mock.patch.dict(os.environ, {"JPY_PARENT_PID": str(jupyter.pid)}):
+        process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup)
+    program = psutil.Process(read_pid(pid_file))
+    os.kill(process.pid, signal.SIGSTOP)
+    jupyter.kill()
+    program.parent().kill()
+    jupyter.wait()
+    os.kill(process.pid, signal.SIGCONT)
+    process.wait(5)
+    assert until(lambda: not program.is_running() and mark.exists())
+
+
+def test_jupyter_that_was_gone_at_the_start(tmp_path: Path, launch: Any) -> None:
+    """Whoever is the parent now (a subreaper) is not taken for it."""
+    pid_file = tmp_path / "pid"
+    jupyter = subprocess.Popen(["true"])
+    jupyter.wait()
+    with unittest.mock.patch.dict(os.environ, {"JPY_PARENT_PID": str(jupyter.pid)}):
+        process = launch(python(SLEEPER.format(str(pid_file))))
+    assert process.wait(5) == 143
+    assert until(lambda: not pid_file.exists() or not psutil.pid_exists(read_pid(pid_file)))
