@@ -4428,53 +4428,45 @@ def completion_command(options: Mapping[str, Any], facts: Facts) -> int:
 
 def candidates(typed: Sequence[str], facts: Facts) -> dict[str, str]:
     """Return what can replace the last of some arguments, which it completes, with its help."""
-    *before, current = typed
-    chained = "--" in before
-    while "--" in before:
-        before = before[before.index("--") + 1 :]
+    before, rest = split_chain(typed[:-1])
+    current, chained = typed[-1], rest is not None
+    while rest is not None:
+        before, rest = split_chain(rest)
+    found: dict[str, str] = {}
     if not before:
         found = {name: mode.summary for name, mode in MODES.items()}
         found.update({} if chained else {name: command.summary for name, command in COMMANDS.items()})
-    else:
-        rows = known_options(before[0], chained)
-        options = {flag: option for option in rows for flag in option.flags}
-        flag, equals, _ = current.partition("=")
-        asked = options.get(flag if equals else before[-1])
-        argument = COMMANDS[before[0]].argument if before[0] in COMMANDS and not chained else ""
-        if asked and asked.metavar:
-            found = dict.fromkeys(((flag + equals) * bool(equals) + choice for choice in asked.choices), "")
-        elif current.startswith("-"):
-            rows += engine_rows(before[0], {*options}, facts)
-            ends = [(flag, option) for option in rows for flag in option.flags]
-            found = {
-                flag + "=" * bool(option.metavar and flag[1] == "-"): option.help for flag, option in ends
-            }
-        elif argument == "NAME":
-            found = dict.fromkeys((kernel.name for kernel in our_kernels(facts)), "")
-        else:
-            found = dict.fromkeys(SHELLS if argument == "SHELL" else (), "")
+        return {name: help for name, help in found.items() if name.startswith(current)}
+    mode, command = MODES.get(before[0]), None if chained else COMMANDS.get(before[0])
+    options = list(command.options) if command else []
+    if mode:
+        options = mode.options + [option for option in COMMON_OPTIONS if not chained or option.kind == "env"]
+    flags = {flag: option for option in options if option.setup for flag in option.flags}
+    flag, equals, _ = current.partition("=")
+    asked = flags.get(flag if equals else before[-1])
+    if asked and asked.metavar:
+        found = dict.fromkeys(((flag + equals) * bool(equals) + choice for choice in asked.choices), "")
+    elif current.startswith("-"):
+        found = engine_candidates(mode, facts) if mode else {}
+        found.update(
+            {flag + "=" * bool(row.metavar and flag[1] == "-"): row.help for flag, row in flags.items()}
+        )
+    elif command and command.argument == "NAME":
+        found = dict.fromkeys((kernel.name for kernel in our_kernels(facts)), "")
+    elif command and command.argument == "SHELL":
+        found = dict.fromkeys(SHELLS, "")
     return {name: help for name, help in found.items() if name.startswith(current)}
 
 
-def known_options(name: str, chained: bool) -> list[Option]:
-    """Return the options of envkernel's own that a user may give to a mode or command."""
-    if name not in MODES:
-        return [] if chained or name not in COMMANDS else list(COMMANDS[name].options)
-    shared = [option for option in COMMON_OPTIONS if not chained or option.kind == "env"]
-    return [option for option in [*MODES[name].options, *shared] if option.setup]
-
-
-def engine_rows(name: str, own: set[str], facts: Facts) -> list[Option]:
-    """Return the options of a mode's engine, as it lists them, without those that are envkernel's `own`."""
-    ask = MODES[name].engine if name in MODES else None
+def engine_candidates(mode: Mode, facts: Facts) -> dict[str, str]:
+    """Return the long options that a mode's engine lists."""
     environ = launch_environ(facts)
     try:
-        known = EngineOptions(ask(name, [], environ, facts) if ask else [], facts, environ).known
+        commands = mode.engine(mode.name, [], environ, facts) if mode.engine else []
+        known = EngineOptions(commands, facts, environ).known
     except UserError:  # without an engine there are no options of it
-        return []
-    rows = {flag: "VALUE" if takes == "=" else "" for flag, (_, takes) in sorted(known.items())}
-    text = f"Option of {name}."
-    return [Option(flag, text, value) for flag, value in rows.items() if flag[1] == "-" and flag not in own]
+        return {}
+    return {long + "=" * (takes == "="): f"Option of {mode.name}." for long, takes in known.values()}
 
 
 # ---- managing -----------------------------------------------------------------------------------

@@ -120,6 +120,32 @@ def test_what_is_the_engines_goes_to_the_engine(typed, engine, targets):
 
 
 @pytest.mark.usefixtures("engine_mode")
+def test_an_engine_is_asked_in_the_environment_of_the_modes_before_it(monkeypatch):
+    """A module may bring the engine."""
+    seen = []
+    modules = Mode(
+        "modules",
+        "",
+        [],
+        setup=lambda step, *_: step.but(targets=["set up"]),
+        plan=lambda step, plan, *_: plan.but(environ={**plan.environ, "PATH": f"/{step.targets[0]}"}),
+        target="MODULE",
+    )
+    monkeypatch.setitem(envkernel.MODES, "modules", modules)
+    box = envkernel.MODES["box"]
+    asked = box.but(engine=lambda *words: seen.append(words[2]["PATH"]) or [["/bin/box", "start"]])
+    monkeypatch.setitem(envkernel.MODES, "box", asked)
+    start = {"PATH": "/start"}
+    chain = ["modules", "m", "--", "box", "--rm", "-i", "img"]
+    assert parse_setup(chain, FakeFacts(), start).steps[1].engine == ["--rm", "--interactive"]
+    assert seen == ["/set up"]
+    parse_setup(["box", "--rm", "img"], FakeFacts(), start)
+    assert seen == ["/set up", "/start"]
+    parse_setup(["modules", "m", "--", "box", "--gpu", "img"], FakeFacts(), start)
+    assert len(seen) == 2  # nobody asks an engine for an option of envkernel's own
+
+
+@pytest.mark.usefixtures("engine_mode")
 def test_user_alone_is_envkernels():
     request = parse("box", "--name=x", "--user", "img")
     assert request.common == {"name": "x", "user": True}
