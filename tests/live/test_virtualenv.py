@@ -105,7 +105,9 @@ def test_any_folder_name(creator: str, folder: str, jupyter: Jupyter, tmp_path: 
     assert "does not quote the name of its directory" in said.stderr
 
 
-@pytest.mark.parametrize("name", ["new\nline", b"caf\xe9 \xff", b"\x01\x1b[0m\x7f"])
+@pytest.mark.parametrize(
+    "name", ["new\nline", b"caf\xe9 \xff", b"\x01\x1b[0m\x7f"], ids=["new line", "latin", "control"]
+)
 def test_a_moved_environment_with_any_name(name: str | bytes, jupyter: Jupyter, tmp_path: Path) -> None:
     made = create_venv(creators()[0], tmp_path / "made").parents[1]
     target = os.path.join(os.fsencode(tmp_path), os.fsencode(name))
