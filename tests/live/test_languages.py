@@ -45,9 +45,9 @@ def r_environment(tmp_path_factory):
 
 
 CASES = {
-    "bash": ("bash", "echo $((6 * 7))", "42\n", "sleep 60", ""),
+    "bash": ("bash", "echo $((6 * 7))", "42\n", "echo now; sleep 60", ""),
     "xpython": ("python", "print(6 * 7)", "42\n", "", ""),
-    "ir": ("R", "cat(6 * 7)", "42", "Sys.sleep(60)", ""),
+    "ir": ("R", "cat(6 * 7)", "42", "cat('now')\nSys.sleep(60)", ""),
 }
 """By kernel: language, code, what it prints, code that an interrupt ends, and the error's name."""
 
@@ -92,9 +92,8 @@ def check_kernel(jupyter, name, case):
         if not sleep:
             return
         message = kernel.client.execute(sleep)
-        while kernel.client.get_iopub_msg(timeout=20)["msg_type"] != "execute_input":
-            pass
-        time.sleep(0.5)
+        while kernel.client.get_iopub_msg(timeout=20)["msg_type"] != "stream":
+            pass  # IRkernel ends where the signal comes before it evaluates the code
         start = time.monotonic()
         kernel.manager.interrupt_kernel()
         while True:

@@ -151,9 +151,13 @@ class Kernel:
         return frame["name"], frame["line"], {row["name"]: row["value"] for row in rows}["m"]
 
     def interrupt_r(self) -> None:
-        """Interrupt R while it sleeps: it has to reply within 10 seconds."""
-        request = self.client.execute("Sys.sleep(60)")
-        time.sleep(1)
+        """Interrupt R while it sleeps: it has to reply within 10 seconds.
+
+        IRkernel ends where the signal comes before it evaluates the code, so that code has to be heard first.
+        """
+        request = self.client.execute("cat('now')\nSys.sleep(60)")
+        while self.client.get_iopub_msg(timeout=20)["msg_type"] != "stream":
+            pass
         self.manager.interrupt_kernel()
         assert self.client.get_shell_msg(timeout=10)["parent_header"]["msg_id"] == request
 
