@@ -9375,6 +9375,11 @@ PROGRESS_INTERVAL = 5.0
 """Seconds after which a waiting cell shows again for how long it has waited."""
 
 
+if TYPE_CHECKING:
+    Answer = tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]
+    """Type of the reply (empty for none), its content, types and contents of what is published."""
+
+
 class PeerError(Exception):
     """A peer sent what is neither ZMTP nor a message that Jupyter has signed."""
 
@@ -9658,11 +9663,10 @@ class FrontKernel(Record):
     kernel_info_reply, empty for none.
     """
 
-    def __init__(self, name: str, language: str = "", debugger: bool = False, cache: str = "") -> None:
-        self.name = name
-        self.language = language
-        self.debugger = debugger
-        self.cache = cache
+    name: str
+    language: str = ""
+    debugger: bool = False
+    cache: str = ""
 
 
 def front_kernel(name: str, command: Sequence[str], environ: Mapping[str, str]) -> FrontKernel:
@@ -9830,30 +9834,33 @@ def save_info(path: str, content: Mapping[str, Any]) -> None:
         return
 
 
-def execute_answer(
-    request: Mapping[str, Any], failure: Failure, count: int
-) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
-    """Return the execute_reply's content and what goes to all clients: the failure in text and HTML.
+def execute_answer(request: Mapping[str, Any], failure: Failure, count: int) -> Answer:
+    """Return the answer to an execution: the failure in text and HTML.
 
     The error that is shown below it has only its name: a notebook shows both.
     """
     error = error_content(failure)
     reply = {**error, "status": "error", "execution_count": count, "payload": [], "user_expressions": {}}
     if request.get("silent"):
-        return reply, []
+        return "execute_reply", reply, []
     if str(request.get("code", "")).strip() in ("exit", "exit()", "quit", "quit()", "q()"):
         # in jupyter console this is the way out
         leave = {"source": "ask_exit", "keepkernel": False}
-        return {"status": "ok", "execution_count": count, "payload": [leave], "user_expressions": {}}, []
+        reply = {"status": "ok", "execution_count": count, "payload": [leave], "user_expressions": {}}
+        return "execute_reply", reply, []
     shown = {
         "text/plain": "\n".join([failure.heading, *failure_lines(failure)]),
         "text/html": failure_html(failure),
     }
-    return reply, [
-        ("execute_input", {"code": request.get("code", ""), "execution_count": count}),
-        ("display_data", {"data": shown, "metadata": {}, "transient": {}}),
-        ("error", {**error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
-    ]
+    return (
+        "execute_reply",
+        reply,
+        [
+            ("execute_input", {"code": request.get("code", ""), "execution_count": count}),
+            ("display_data", {"data": shown, "metadata": {}, "transient": {}}),
+            ("error", {**error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
+        ],
+    )
 
 
 def empty_reply(
@@ -9877,14 +9884,13 @@ def empty_reply(
 
 def answer(
     kind: str, request: Mapping[str, Any], failure: Failure, count: int, connection: Mapping[str, Any]
-) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]:
-    """Return what the error kernel says to one message: the reply's type, its content, what it publishes.
+) -> Answer:
+    """Return what a kernel that has failed says to one message: no type where there is no reply.
 
     kind: type of the message; request: its content; count: the execution's number.
-    The type is empty where the protocol knows no reply.
     """
     if kind == "execute_request":
-        return ("execute_reply", *execute_answer(request, failure, count))
+        return execute_answer(request, failure, count)
     if kind == "comm_open":  # the protocol's answer where nobody is at the other end
         return "", {}, [("comm_close", {"comm_id": request.get("comm_id", ""), "data": {}})]
     if not kind.endswith("_request"):
@@ -9906,9 +9912,7 @@ def answer(
     return kind[: -len("request")] + "reply", content or {"status": "error", **error_content(failure)}, []
 
 
-def refusal(
-    message: Message, name: str, value: str
-) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+def refusal(message: Message, name: str, value: str) -> Answer:
     """Return the reply to a request that is given up, and what is published for it."""
     error = {"ename": name, "evalue": value, "traceback": [f"\x1b[0;31m{name}\x1b[0m: {value}"]}
     reply = {"status": "error", "execution_count": 0, **error, "payload": [], "user_expressions": {}}
@@ -10027,7 +10031,7 @@ class Client(End):
         self.reader.buffer += data
         try:
             while not self.is_joined and not self.transport.is_closing():
-                event = self.reader.next(self.front.room())
+                event = self.reader.next(self.front.mailbox.room())
                 if event is None:
                     break
                 kind, parts = event
@@ -10066,6 +10070,22 @@ class Client(End):
                 self.upstream.write(zmtp_message(parts))
         else:
             self.front.on_message(self, self.front.session.decode(parts))
+
+    def respond(self, message: Message, answer: Answer) -> None:
+        """Answer a message as a kernel does."""
+        reply, content, published = answer
+        self.front.mailbox.publish("status", {"execution_state": "busy"}, message.header)
+        for kind, data in published:
+            self.front.mailbox.publish(kind, data, message.header)
+        if reply:
+            self.send(reply, content, message.header, message.idents)
+        self.front.mailbox.publish("status", {"execution_state": "idle"}, message.header)
+
+    def send(
+        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], idents: Sequence[bytes]
+    ) -> None:
+        """Send a message of the front's own."""
+        self.write(zmtp_message(self.front.session.encode(kind, content, parent, idents)))
 
     def drop_upstream(self) -> None:
         """Part from the kernel; a client that was joined with it has to go as well."""
@@ -10135,8 +10155,7 @@ class Upstream(End):
 class Mailbox:
     """What Jupyter sends to a kernel that is not there: answered, kept for it, or answered with the failure.
 
-    send: called with a client and the frames of a message for it.  publish: with type, content and parent
-    header of a message for all clients.  failure: why there will be no kernel, once that is known.
+    failure: why there will be no kernel, once that is known.  size: bytes that are kept.
     has_subscriber: nothing is answered before, for at most `SUBSCRIBER_PATIENCE`.
     """
 
@@ -10145,7 +10164,7 @@ class Mailbox:
         self.kernel = kernel
         self.kept: list[tuple[Client, Message]] = []
         self.size = 0
-        self.progress = Progress(front.publish)
+        self.progress = Progress(self.publish)
         self.failure: Failure | None = None
         self.count = 0
         self.has_subscriber = False
@@ -10159,16 +10178,16 @@ class Mailbox:
             return
         reply = self.answer(message)
         if reply:
-            self.front.respond(client, message, *reply)
+            client.respond(message, reply)
         elif self.keep(client, message) and message.is_visible:
-            self.front.publish("status", {"execution_state": "busy"}, message.header)
+            self.publish("status", {"execution_state": "busy"}, message.header)
             self.progress.add(message.header)
         if message.kind == "shutdown_request":
             self.empty()
             self.front.restart = bool(message.content.get("restart"))
             self.front.shutdown.set()
 
-    def answer(self, message: Message) -> tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]] | None:
+    def answer(self, message: Message) -> Answer | None:
         """Return reply, its content and what is published; None for what only a kernel can answer."""
         content, kind = message.content, message.kind
         if self.failure:
@@ -10185,9 +10204,7 @@ class Mailbox:
     def keep(self, client: Client, message: Message) -> bool:
         """Keep a message for the kernel; return whether there is room."""
         if self.size + message.size > KEPT_LIMIT // 2:
-            self.front.respond(
-                client, message, *refusal(message, "MemoryError", "Too much waits for the kernel.")
-            )
+            client.respond(message, refusal(message, "MemoryError", "Too much waits for the kernel."))
             return False
         self.kept.append((client, message))
         self.size += message.size
@@ -10224,8 +10241,7 @@ class Mailbox:
         """End the executions that wait as an interrupted kernel would."""
         for client, message in self.empty():
             if message.kind == "execute_request":
-                reply = refusal(message, "KeyboardInterrupt", "The kernel had not started.")
-                self.front.respond(client, message, *reply)
+                client.respond(message, refusal(message, "KeyboardInterrupt", "It had not started."))
             else:
                 self.keep(client, message)
 
@@ -10235,12 +10251,34 @@ class Mailbox:
         if self.timer:
             self.timer.cancel()
 
+    def room(self) -> int:
+        """Return how many bytes may still be kept."""
+        return KEPT_LIMIT - self.size - sum(client.reader.size for client in self.front.clients)
+
+    def forward(self, client: Client, message: Message) -> None:
+        """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
+        if self.front.notice and message.is_visible:
+            self.publish("display_data", notice_content(self.front.notice), message.header)
+            self.front.notice = ""
+        target = client.upstream or (self.front.handover and self.front.handover.own)
+        if target:
+            target.write(zmtp_message(message.parts))
+
+    def publish(
+        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], clients: Any = None
+    ) -> None:
+        """Send a message to all subscribers, or to some."""
+        topic = f"kernel.{self.front.session.name}.{kind}".encode()
+        data = zmtp_message(self.front.session.encode(kind, content, parent, [topic]))
+        for client in self.front.clients if clients is None else clients:
+            if any(topic.startswith(wanted) for wanted in client.topics):
+                client.write(data)
+
     def subscribed(self, client: Client, topic: bytes) -> None:
         """Welcome a subscriber (JEP 65); cells that wait show it their state."""
-        welcome = {"subscription": topic.decode("utf-8", "replace")}
-        client.write(zmtp_message(self.front.session.encode("iopub_welcome", welcome, {}, [topic])))
+        client.send("iopub_welcome", {"subscription": topic.decode("utf-8", "replace")}, {}, [topic])
         for header in self.progress.cells:
-            self.front.publish("display_data", self.progress.content(header), header, [client])
+            self.publish("display_data", self.progress.content(header), header, [client])
         if not self.has_subscriber:
             self.open()
 
@@ -10473,8 +10511,6 @@ class Front:
         self.ports = Ports(self)
         self.tasks: set[Any] = set()
 
-    # What the keeper calls:
-
     async def listen(self) -> None:
         """Open Jupyter's addresses.  Raises UserError where another program keeps them."""
         await self.ports.open(self.connection)
@@ -10499,12 +10535,14 @@ class Front:
             self.handover = handover
         self.state, self.connect = "live", connect
         for client, message in self.mailbox.empty():
-            self.forward(client, message)
+            self.mailbox.forward(client, message)
         self.settle()
 
     def fail(self, failure: Failure) -> None:
         """Be a kernel whose every answer is the failure.  Raises ImportError where encryption needs pyzmq."""
-        if self.is_encrypted and self.state != "failed":
+        for task in self.tasks:
+            task.cancel()
+        if self.is_encrypted:
             self.ports.close()
             plain = encrypted_relay(self.connection)
             self.is_encrypted = False
@@ -10553,8 +10591,6 @@ class Front:
         for end in [*self.clients, *([self.handover.own] if self.handover else [])]:
             end.transport.abort()
 
-    # What clients call:
-
     def admitted(self, client: Client) -> None:
         """Take in a new client."""
         self.clients.add(client)
@@ -10572,17 +10608,11 @@ class Front:
         if self.state != "live":
             self.mailbox.take(client, message)
         elif client.upstream:
-            self.forward(client, message)
+            self.mailbox.forward(client, message)
             if not self.notice:
                 self.settle()
         else:
             self.mailbox.keep(client, message)
-
-    def room(self) -> int:
-        """Return how many bytes may still be kept."""
-        return KEPT_LIMIT - self.mailbox.size - sum(client.reader.size for client in self.clients)
-
-    # What the front itself calls:
 
     def settle(self, clients: Sequence[Client] | None = None) -> None:
         """Do with all clients, or with some, what the state calls for."""
@@ -10615,50 +10645,18 @@ class Front:
                 upstream = Upstream(_ignore)
                 upstream.receive = upstream.reader.buffer.extend
                 await attach(upstream, await self.connect(client.stream))
-                client.upstream = upstream
+                if client.transport.is_closing():
+                    upstream.transport.abort()
+                else:
+                    client.upstream = upstream
             elif self.handover:
                 await self.handover.bridge(client)
         except OSError:
             client.transport.abort()  # ZeroMQ tries again
         if client.upstream:
             for message in self.mailbox.take_out(client):
-                self.forward(client, message)
+                self.mailbox.forward(client, message)
             self.settle()
-
-    def forward(self, client: Client, message: Message) -> None:
-        """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
-        if self.notice and message.is_visible:
-            self.publish("display_data", notice_content(self.notice), message.header)
-            self.notice = ""
-        target = client.upstream or (self.handover and self.handover.own)
-        if target:
-            target.write(zmtp_message(message.parts))
-
-    def respond(
-        self,
-        client: Client,
-        message: Message,
-        reply: str,
-        content: Mapping[str, Any],
-        published: Sequence[tuple[str, Mapping[str, Any]]],
-    ) -> None:
-        """Answer a message as a kernel does."""
-        self.publish("status", {"execution_state": "busy"}, message.header)
-        for kind, data in published:
-            self.publish(kind, data, message.header)
-        if reply:
-            client.write(zmtp_message(self.session.encode(reply, content, message.header, message.idents)))
-        self.publish("status", {"execution_state": "idle"}, message.header)
-
-    def publish(
-        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], clients: Any = None
-    ) -> None:
-        """Send a message to all subscribers, or to some."""
-        topic = f"kernel.{self.session.name}.{kind}".encode()
-        data = zmtp_message(self.session.encode(kind, content, parent, [topic]))
-        for client in self.clients if clients is None else clients:
-            if any(topic.startswith(wanted) for wanted in client.topics):
-                client.write(data)
 
 
 async def serve_failure(connection: Mapping[str, Any], failure: Failure) -> None:

@@ -1,6 +1,14 @@
 """Jupyter's five ports in front of a kernel: what is answered there, as data."""
 
+import asyncio
+import contextlib
+import random
+import socket
+import threading
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jupyter_kernel_test.msgspec_v5 import validate_message
 
 import envkernel
@@ -233,3 +241,245 @@ def test_a_broken_kernelspec_still_tells_where_jupyter_is(tokens):
     assert envkernel.salvage_launch(tokens).options == {"connection-file": "/run/k.json", "name": "x"}
     assert envkernel.salvage_launch([*tokens, "--no-error-kernel"]).options["no-error-kernel"] is True
     assert envkernel.salvage_launch([]).options == {}
+
+
+# ---- the protocols ------------------------------------------------------------------------------
+
+CONNECTION = {"key": "secret", "signature_scheme": "hmac-sha256"}
+FRAMES = st.lists(st.binary(max_size=600), min_size=1, max_size=6)
+
+
+def read_all(reader, data, step, room=None):
+    """Feed a reader in pieces; return its events."""
+    events = []
+    for start in range(0, len(data), step):
+        reader.buffer += data[start : start + step]
+        event = reader.next(room)
+        while event:
+            events.append(event)
+            event = reader.next(room)
+    return events
+
+
+@given(st.lists(FRAMES, max_size=4), st.integers(1, 700), st.integers(0, 50))
+def test_messages_are_read_in_pieces_and_the_rest_is_returned_unchanged(messages, step, cut):
+    data = envkernel.GREETING + envkernel.zmtp_frame(b"\x05READY", envkernel.COMMAND)
+    data += b"".join(map(envkernel.zmtp_message, messages))
+    reader = envkernel.ZmtpReader()
+    events = read_all(reader, data, step)
+    assert events[:2] == [("greeting", [envkernel.GREETING]), ("command", [b"\x05READY"])]
+    assert events[2:] == [("message", parts) for parts in messages]
+    assert (reader.size, reader.rest()) == (0, b"")
+    whole = envkernel.zmtp_message([b"first", b"second" * 60])
+    reader.buffer += whole[:cut]
+    assert reader.next() is None
+    assert reader.rest() == whole[:cut]
+
+
+@given(st.binary(max_size=300), st.integers(1, 80))
+def test_garbage_is_refused_or_awaited_but_never_more_than_there_is_room_for(data, step):
+    for start in (b"", envkernel.GREETING):
+        reader = envkernel.ZmtpReader()
+        try:
+            events = read_all(reader, start + data, step, room=1000)
+        except envkernel.PeerError:
+            continue
+        assert reader.size <= len(start + data) + 64 * len(data)
+        assert all(len(part) <= 1000 for _, parts in events for part in parts)
+
+
+@pytest.mark.parametrize("size", [1001, 1 << 40, (1 << 64) - 1])
+def test_a_huge_size_is_refused_before_anything_is_awaited(size):
+    reader = envkernel.ZmtpReader()
+    reader.is_greeted = True
+    reader.buffer += bytes((envkernel.LONG,)) + size.to_bytes(8, "big")
+    with pytest.raises(envkernel.PeerError, match="bytes"):
+        reader.next(1000)
+
+
+@given(FRAMES, st.lists(st.binary(max_size=20), max_size=2))
+def test_only_signed_messages_are_read(garbage, idents):
+    session = envkernel.Session(CONNECTION)
+    idents = [ident for ident in idents if ident != envkernel.DELIMITER]
+    parts = session.encode("execute_request", {"code": "1"}, {"msg_id": "0"}, idents)
+    message = session.decode([*parts, b"buffer"])
+    assert (message.kind, message.content, message.idents) == ("execute_request", {"code": "1"}, idents)
+    for wrong in (garbage, [*idents, envkernel.DELIMITER, *garbage], parts[:-1], [*parts[:-1], b"{}"]):
+        with pytest.raises(envkernel.PeerError):
+            session.decode(wrong)
+    with pytest.raises(envkernel.PeerError):
+        envkernel.Session({**CONNECTION, "key": "other"}).decode(parts)
+
+
+@given(
+    st.binary(max_size=50) | st.just(b"[" * 5000) | st.just(b'{"msg_id": 1}') | st.just(b'{"msg_id": "a"}')
+)
+def test_a_signed_message_may_be_anything(text):
+    session = envkernel.Session(CONNECTION)
+    for signed in ([text] * 4, [b'{"msg_id": "a", "msg_type": "x"}', b"{}", b"{}", text]):
+        with contextlib.suppress(envkernel.PeerError):
+            session.decode([envkernel.DELIMITER, session.signature(signed), *signed])
+
+
+# ---- connections --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def front_on_sockets(tmp_path, state="waiting"):
+    """Serve a front on unix sockets in a thread; yields it and a function that connects with a stream."""
+    ports = {name + "_port": number for number, name in enumerate(envkernel.STREAMS)}
+    connection = {**CONNECTION, "transport": "ipc", "ip": str(tmp_path / "s"), **ports}
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    made = []
+
+    async def serve():
+        made.append(envkernel.Front(connection, envkernel.FrontKernel("late", "python")))
+        await made[0].listen()
+        if state == "waiting":
+            made[0].wait("It waits.")
+        if state == "failed":
+            made[0].fail(FAILURE)
+        started.set()
+
+    def run():
+        loop.create_task(serve())
+        loop.run_forever()
+
+    def connect(stream):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(5)
+        sock.connect(f"{connection['ip']}-{stream}")
+        return sock
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(5)
+    try:
+        yield made[0], connect
+    finally:
+        loop.call_soon_threadsafe(made[0].close)
+        loop.call_soon_threadsafe(loop.call_later, 0.05, loop.stop)
+        thread.join()
+        loop.close()
+    assert not list(tmp_path.iterdir())
+
+
+HELLO = envkernel.GREETING + envkernel.zmtp_frame(envkernel.ready_command(b"DEALER"), envkernel.COMMAND)
+
+
+def closed(sock):
+    """Return whether the other side hangs up."""
+    try:
+        while sock.recv(1000):
+            pass
+    except ConnectionError:
+        return True
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("state", ["waiting", "failed"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(64),
+        HELLO[:64] + b"\x00\x05hello",  # a message before the handshake
+        HELLO + b"\xff\xff",
+        HELLO + b"\x02" + b"\xff" * 8,
+        HELLO + b"\x02" + (65 << 20).to_bytes(8, "big"),
+        HELLO + envkernel.zmtp_message([b"no", b"message"]),
+        HELLO + envkernel.zmtp_message([envkernel.DELIMITER, b"0" * 64, b"{}", b"{}", b"{}", b"{}"]),
+        HELLO[:64].replace(b"NULL", b"PLAI"),
+        HELLO[:10] + b"\1" + HELLO[11:],
+    ],
+)
+def test_a_stranger_is_not_heard(tmp_path, state, data):
+    with front_on_sockets(tmp_path, state) as (front, connect):
+        for stream in (0, 3):
+            sock = connect(stream)
+            sock.sendall(data)
+            assert closed(sock)
+            sock.close()
+        assert (front.mailbox.kept, front.shutdown.is_set()) == ([], False)
+        beat = connect(4)  # others are served all the same
+        ping = envkernel.zmtp_frame(b"\x04PING\0\1context", envkernel.COMMAND)
+        beat.sendall(HELLO + ping + envkernel.zmtp_message([b"", b"beat"]))
+        expected = envkernel.zmtp_frame(b"\x04PONGcontext", envkernel.COMMAND) + b"\x01\x00\x00\x04beat"
+        heard = b""
+        while not heard.endswith(expected):
+            heard += beat.recv(1000)
+        beat.close()
+
+
+def test_what_is_kept_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(envkernel, "KEPT_LIMIT", 100_000)
+    with front_on_sockets(tmp_path) as (front, connect):
+        iopub, shell = connect(1), connect(0)
+        iopub.sendall(HELLO + envkernel.zmtp_message([b"\1"]))
+        shell.sendall(HELLO)
+        for _ in range(4):
+            parts = front.session.encode("execute_request", {"code": "#" * 20_000}, {})
+            shell.sendall(envkernel.zmtp_message(parts))
+        heard = b""
+        while heard.count(b"Too much waits") < 2:
+            heard += shell.recv(10_000)
+        assert len(front.mailbox.kept) == 2
+        iopub.close()
+        shell.close()
+
+
+async def joined_sockets():
+    near, left = socket.socketpair()
+    right, far = socket.socketpair()
+    left.setblocking(False)
+    right.setblocking(False)
+    return near, await envkernel.Join.sockets(left, right), far
+
+
+def receive(sock, count):
+    data = b""
+    while len(data) < count:
+        part = sock.recv(1 << 16)
+        if not part:
+            break
+        data += part
+    return data
+
+
+def test_a_join_passes_bytes_and_ends_both_ways():
+    async def check():
+        near, join, far = await joined_sockets()
+        loop = asyncio.get_running_loop()
+        data = random.Random(1).randbytes(3_000_000)
+        for source, target in ((near, far), (far, near)):
+            sending = loop.run_in_executor(None, source.sendall, data)
+            assert await loop.run_in_executor(None, receive, target, len(data)) == data
+            await sending
+        assert join.heard == len(data)
+        near.sendall(b"question")
+        near.shutdown(socket.SHUT_WR)
+        assert await loop.run_in_executor(None, receive, far, 9) == b"question"
+        far.sendall(b"answer")
+        far.close()
+        assert await loop.run_in_executor(None, receive, near, 7) == b"answer"
+        await asyncio.wait_for(join.ended, 5)
+        near.close()
+
+    asyncio.run(check())
+
+
+def test_a_slow_reader_holds_the_sender_up():
+    async def check():
+        near, join, far = await joined_sockets()
+        near.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            await asyncio.get_running_loop().run_in_executor(None, near.sendall, bytes(50_000_000))
+        assert join.right.transport.get_write_buffer_size() < 1_000_000
+        join.close()
+        await asyncio.wait_for(join.ended, 5)
+        near.close()
+        far.close()
+
+    asyncio.run(check())
