@@ -30,6 +30,8 @@ class Lingering(envkernel.LocalProgram):
 
     async def attach(self, connection):
         os.kill(self.pid, 9)
+        for number in range(1, 6):  # a kernel that is slow to die still listens
+            os.unlink(f"{self.care.relay['ip']}-{number}")
         read, end = os.pipe()
         self.stderr = read
         self.pid = envkernel.spawn(self.plan.argv, self.plan.environ, err=end)
