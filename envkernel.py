@@ -2002,10 +2002,8 @@ def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, facts: Facts) -> No
         spec.binds.append(Bind(source, directory))
         spec.workdir = spec.workdir or directory
     elif spec.care.connection:
-        raise UserError(
-            "The kernel was started in /, which can't be bound into a container.",
-            "Open the notebook from a directory of yours, or leave --pwd out.",
-        )
+        hint = "Open the notebook from a directory of yours, or leave --pwd out."
+        raise UserError("The kernel was started in /, which can't be bound into a container.", hint)
 
 
 def add_copy(spec: ContainerSpec, directory: str, plan: Plan, facts: Facts) -> str:
@@ -2098,9 +2096,8 @@ def refuse_options(step: Step) -> None:
             "Show them with --bind, for example: --bind ~/notebooks.",
         )
     if options.get("keep") and any("copy" in split_csv(mount) for mount in options.get("mount", [])):
-        raise usage_error(
-            "--mount ...,copy and --keep exclude each other: nobody would remove the copy.", "Leave one out."
-        )
+        message = "--mount ...,copy and --keep exclude each other: nobody would remove the copy."
+        raise usage_error(message, "Leave one out.")
 
 
 # -- docker and podman --
@@ -2361,8 +2358,7 @@ def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: M
     chosen = {"pwd", "copy-workdir", "workdir"} & options.keys() or last_value(step, "--workdir")
     if not (chosen or common.get("dry-run")):
         print(
-            "The kernel will start in the image's own directory, and files written there are lost with "
-            "the container: --pwd lets it work in the notebook's directory."
+            "Files that the kernel writes into its directory are lost with the container (keep them: --pwd)."
         )
     return step
 
@@ -2411,7 +2407,7 @@ def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, st
         "no-selinux": bool(selinux),
         "is-podman": podman and step.mode != "podman",
         "no-host-network": bool(desktop or (rootless and not podman)),
-        "reach": "tcp" if desktop else "",
+        "reach": "tcp" * bool(desktop),
     }
     return {"identity": identity, **{name: value for name, value in recorded.items() if value}}
 
@@ -2459,9 +2455,7 @@ def build_image(
     if not any(token.split("=")[0] in ("-f", "--file") for token in options):
         names = [name for name in ("Dockerfile", "Containerfile") if facts.exists(f"{directory}/{name}")]
         if not names:
-            raise UserError(
-                f"There is no Dockerfile or Containerfile in {directory}.", "Correct --build DIR."
-            )
+            raise UserError(f"There is no Dockerfile or Containerfile in {directory}.", "Correct --build.")
         options += [f"--file={directory}/{names[0]}"] if names[0] != "Dockerfile" else []
     if common.get("dry-run"):
         show_build([program, "build", *options, directory])
@@ -2472,9 +2466,7 @@ def build_image(
         status = facts.show(words, environ)
         image = os.fsdecode(facts.read(scratch + "/id") or b"").strip()
     if status or not image:
-        raise UserError(
-            f"The image of {directory} can't be built.", "Correct what the build says above, and try again."
-        )
+        raise UserError(f"The image of {directory} can't be built.", "Correct what the build says above.")
     return image
 
 
@@ -2546,19 +2538,20 @@ def container_user(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step
         return step
     outside = [there + uid - here for here, there, n in zip(*[iter(rows)] * 3) if here <= uid < here + n]
     me = facts.ids()[0]
+    offline = last_value(step, "--network", "--net") == "none"
     if not outside or outside[0] == me:
         return step
     if not me:
         guest = {"guest": str(outside[0])}
     elif uid and is_podman(step) and not last_value(step, "--userns"):
         guest = {"identity": f"keep-id:uid={uid}" + (f",gid={gid}" if gid else "")}  # gid=0 fails
-    elif outside[0] or last_value(step, "--network", "--net") == "none":
+    elif not outside[0] and not offline:  # root can read all; its sockets are closed to others, but not TCP
+        return step
+    else:
         raise UserError(
             f"The kernel would be another user than you (number {outside[0]}) and could not be reached.",
             "Leave --user and --userns out, or use podman; --user=root can be had with a network.",
         )
-    else:
-        return step
     if step.options.get("shared"):
         raise usage_error("--shared is for kernels that run as you.", "Leave --user or --shared out.")
     return step.but(options={**step.options, **guest})
@@ -2766,9 +2759,7 @@ def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mappi
     if source:
         produce_sif(step, facts, environ, common)
     elif "://" not in target and not facts.exists(target):
-        raise UserError(
-            f"There is no image {target}.", "Correct its path, or fetch it: give a URI (docker://...)."
-        )
+        raise UserError(f"There is no image {target}.", "Correct its path, or give a URI (docker://...).")
     return step
 
 

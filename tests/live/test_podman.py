@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import done
+from support import ROOT, done
 from support.containers import USER, Engine, PlainUser
 from support.engine_cases import AS_USER, EngineCases
+from support.jupyter import Jupyter
 from support.podman import podman_environ
 
 pytestmark = pytest.mark.live
+
+
+README = ROOT / "README.md"
 
 
 class TestPodman(EngineCases):
@@ -21,6 +26,14 @@ class TestPodman(EngineCases):
     @pytest.fixture
     def engine(self, podman: Engine) -> Engine:
         return podman
+
+    def test_the_options_of_the_rocm_example(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
+        """As README has them, without the GPU."""
+        (line,) = [line for line in README.read_text().splitlines() if "--group-add keep-groups" in line]
+        (tmp_path / "Dockerfile").write_text(f"FROM {self.image}\n")
+        self.setup(place, engine, "rocm", "--build", tmp_path, *line.split())
+        with place.kernel("rocm") as kernel:
+            assert kernel.value("6 * 7") == "42"
 
     def as_user(self, user: PlainUser, engine: Engine) -> Any:
         """Podman is rootless here: the user has one of their own, with an own image store."""
