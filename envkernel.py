@@ -221,7 +221,6 @@ class Option(Record):
     """One option of envkernel's own: the definition that setup, run, help and completion share.
 
     spelling: ``"--bind -B"``, the long flag first.  metavar: empty for a flag that takes no value.
-    kind: ``text``, ``path`` (made absolute at setup) or ``env`` (NAME=VALUE or NAME VALUE).
     many: may be given more than once.  run: stands in the kernelspec's argv, for the run phase.
     setup: may be typed by a user.  group: under which title the help shows it; empty: the mode's own.
     """
@@ -229,12 +228,10 @@ class Option(Record):
     spelling: str
     help: str
     metavar: str = ""
-    kind: str = "text"
     many: bool = False
     run: bool = False
     setup: bool = True
     choices: Sequence[str] = ()
-    example: str = ""
     group: str = ""
 
     @property
@@ -536,6 +533,12 @@ def _read_step(mode: Mode, tokens: Sequence[str], common: dict[str, Any]) -> Ste
 
 # ---- options ------------------------------------------------------------------------------------
 
+
+def recorded(spelling: str, help: str, metavar: str = "", many: bool = False) -> Option:
+    """Return an option that setup writes into the kernelspec and nobody types."""
+    return Option(spelling, help, metavar, many=many, run=True, setup=False)
+
+
 _GROUPS = {
     "kernel": [
         Option("--name", "Name of the kernel in Jupyter (default: that of the target).", "NAME", run=True),
@@ -546,19 +549,17 @@ _GROUPS = {
         Option("--kernel-make-path-relative", "Look for the kernel's program in the environment."),
         Option("--python", "Python in the environment (default: python; SELF: this one).", "PROGRAM"),
         Option("--language", "Language that the kernel is tagged with.", "LANG"),
-        Option("--logo", "PNG or SVG file to show in launchers.", "FILE", kind="path"),
+        Option("--logo", "PNG or SVG file to show in launchers.", "FILE"),
     ],
     "location": [
         Option("--user", "Install for this user only, below the home directory."),
         Option("--sys-prefix", "Install into the Python that runs envkernel."),
-        Option("--prefix", "Install in DIR/share/jupyter/kernels.", "DIR", kind="path"),
+        Option("--prefix", "Install in DIR/share/jupyter/kernels.", "DIR"),
         Option("--replace", "Replace the kernel that has this name."),
         Option("--self-contained", "Copy envkernel.py into the kernelspec."),
     ],
     "environment": [
-        Option(
-            "--env", "Set a variable for the kernel (repeatable).", "NAME=VALUE", "env", many=True, run=True
-        ),
+        Option("--env", "Set a variable for the kernel (repeatable).", "NAME=VALUE", many=True, run=True),
     ],
     "other": [
         Option(
@@ -567,9 +568,9 @@ _GROUPS = {
         Option("--check", "Test the new kernel, as `envkernel check` does."),
         Option("--dry-run", "Print the kernel.json and write nothing."),
         Option("--verbose -v", "Say more, at setup and at each start.", run=True),
-        Option("--format", "", "N", run=True, setup=False),
-        Option("--connection-file", "", "FILE", run=True, setup=False),
-        Option("--resource-dir", "", "DIR", run=True, setup=False),
+        recorded("--format", "Form of this command line.", "N"),
+        recorded("--connection-file", "Jupyter's connection file.", "FILE"),
+        recorded("--resource-dir", "Directory of the kernelspec.", "DIR"),
     ],
 }
 COMMON_OPTIONS = [option.but(group=group) for group, options in _GROUPS.items() for option in options]
@@ -725,7 +726,7 @@ def parse_step(
             mode.engine(mode.name, tokens, around, facts) if mode.engine else [], facts, around
         )
 
-    options = [option for option in COMMON_OPTIONS if first or option.kind == "env"] + mode.options
+    options = [option for option in COMMON_OPTIONS if first or option.name == "env"] + mode.options
     step = Step(mode.name)
     own = normalise(mode.name, tokens, options, engine, step)
     names = {option.name for option in mode.options}
@@ -811,7 +812,7 @@ def read_option(option: Option, token: str, queue: list[str]) -> str:
         if not queue or queue[0] == "--":
             raise usage_error(f"{flag} needs a value.", f"For example: {flag} {option.metavar}.")
         text = queue.pop(0)
-    if option.kind == "env" and "=" not in text:
+    if option.name == "env" and "=" not in text:
         if not queue or queue[0].startswith("-"):
             raise usage_error(f"--env {text} has no value.", f"Write it as --env {text}=VALUE.")
         text += "=" + queue.pop(0)
@@ -985,8 +986,7 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: Sequence[O
                 keywords = {"action": "append" if option.many else "store", "metavar": option.metavar}
             if option.choices:
                 keywords.update(choices=option.choices, metavar=None)
-            example = f" Example: {option.example}" if option.example else ""
-            text = (option.help + example).replace("%", "%%") if option.setup else argparse.SUPPRESS
+            text = option.help.replace("%", "%%") if option.setup else argparse.SUPPRESS
             group.add_argument(*option.flags, dest=option.name, help=text, **keywords)
     group.add_argument("-h", "--help", action="help", help="Show this help.")
 
@@ -1683,7 +1683,7 @@ register(
     Mode(
         "conda",
         "Activate a conda environment: PATH, variables and activate.d scripts, as `conda activate` does.",
-        [Option("--root", "Root prefix of conda.", metavar="DIR", kind="path", run=True, setup=False)],
+        [recorded("--root", "Root prefix of conda.", "DIR")],
         setup_conda,
         plan_conda,
         target="PREFIX-OR-NAME",
@@ -1692,13 +1692,7 @@ register(
     Mode(
         "virtualenv",
         "Activate a virtualenv, as `source PATH/bin/activate` does.",
-        [
-            Option(
-                "--create",
-                "Make the virtualenv (with --python, where given) and install ipykernel into it.",
-                example="envkernel virtualenv --user --name=new --create ~/new",
-            )
-        ],
+        [Option("--create", "Create the virtualenv (with --python if given) and install ipykernel into it.")],
         setup_virtualenv,
         plan_virtualenv,
         aliases=("venv",),
@@ -1710,9 +1704,9 @@ register(
         "Load modules of Lmod or Environment Modules, as `module load` does; -MODULE unloads one.",
         [
             Option("--purge", "Unload all modules first.", run=True),
-            Option("--use", "Add a folder of modulefiles.", metavar="DIR", many=True, run=True),
-            Option("--restore", "Restore a saved collection.", metavar="COLLECTION", run=True),
-            Option("--recorded", "", metavar="NAME=VALUE", many=True, run=True, setup=False),
+            Option("--use", "Add a directory of modulefiles; repeatable.", "DIR", many=True, run=True),
+            Option("--restore", "Restore a saved collection.", "COLLECTION", run=True),
+            recorded("--recorded", "A variable of the module system at setup.", "NAME=VALUE", many=True),
         ],
         setup_lmod,
         plan_lmod,
@@ -1732,88 +1726,42 @@ INSIDE = "/run/envkernel"
 CONTAINER_OPTIONS = [
     Option(
         "--bind",
-        "Show a directory or file of this machine in the container (DST: default SRC).",
-        metavar="SRC[:DST[:ro]]",
+        "Show a directory or file of this machine in the container, by default at the same path; repeatable.",
+        "SRC[:DST[:ro]]",
         many=True,
         run=True,
-        example="--bind /data/course:/coursedata:ro",
     ),
     Option("--pwd", "Show the notebook's directory in the container and start the kernel there.", run=True),
-    Option(
-        "--workdir",
-        "Directory inside the container to start the kernel in.",
-        metavar="DIR",
-        run=True,
-        example="--workdir /srv",
-    ),
-    Option(
-        "--copy-workdir",
-        "Like --pwd with a copy of the notebook's directory, which is removed with the kernel.",
-        run=True,
-    ),
+    Option("--workdir", "Directory inside the container to start the kernel in.", "DIR", run=True),
+    Option("--copy-workdir", "Like --pwd, with a copy that is removed with the kernel.", run=True),
     Option("--gpu", "Let the kernel use this machine's GPUs.", run=True),
-    Option(
-        "--engine",
-        "Program that runs the container (default: the mode's own on PATH).",
-        metavar="PROGRAM",
-        run=True,
-        example="--engine /opt/apptainer/bin/apptainer",
-        group="engine",
-    ),
-    Option(
-        "--build",
-        "Build the image now, and at each `envkernel update`: a directory with a Dockerfile, or FILE.def.",
-        metavar="PATH",
-        kind="path",
-        example="--build ./image",
-        group="engine",
-    ),
-    Option(
-        "--pull",
-        "Fetch the image: if it is missing, always, or never (default: a missing one, asked at a terminal).",
-        metavar="WHEN",
-        choices=("missing", "always", "never"),
-        example="--pull=never",
-        group="engine",
-    ),
-    Option(
-        "--shared",
-        "Run all kernels of this kernelspec in one container, which ends with the last.",
-        run=True,
-        group="engine",
-    ),
-    Option(
-        "--keep",
-        "With --shared: leave the container running after the last kernel.",
-        run=True,
-        group="engine",
-    ),
-    Option(
-        "--transport",
-        "How the kernel is reached: ipc (unix sockets; default where setup sees that it works) or tcp.",
-        metavar="HOW",
-        choices=("ipc", "tcp"),
-        run=True,
-        group="engine",
-    ),
-    Option(
-        "--build-option",
-        "One more argument for the engine's build; may be repeated.",
-        metavar="TOKEN",
-        many=True,
-        group="engine",
-    ),
-    Option("--reach", "How setup reached the kernel.", metavar="HOW", run=True, setup=False),
-    Option(
-        "--mount",
-        "A mount of the engine's; with `,copy` the directory is copied first.",
-        metavar="SPEC",
-        many=True,
-        run=True,
-        group="engine",
-    ),
-    Option("--program", "The engine's program.", metavar="PATH", run=True, setup=False),
-    Option("--place", "Where private folders go.", metavar="WHERE", run=True, setup=False),
+    recorded("--program", "The engine's program.", "PATH"),
+    recorded("--place", "Where private directories go.", "WHERE"),
+    recorded("--reach", "How setup reached the kernel.", "HOW"),
+]
+CONTAINER_OPTIONS += [
+    option.but(group="engine")
+    for option in (
+        Option("--engine", "Program that runs the container (default: the mode's own).", "PROGRAM", run=True),
+        Option("--build", "Build the image of this directory or FILE.def, at each update again.", "PATH"),
+        Option(
+            "--pull",
+            "When to fetch the image (default: a missing one, after a question at a terminal).",
+            "WHEN",
+            choices=("missing", "always", "never"),
+        ),
+        Option("--shared", "Run all kernels of this kernelspec in one container.", run=True),
+        Option("--keep", "With --shared: leave it running after the last kernel.", run=True),
+        Option(
+            "--transport",
+            "How the kernel is reached: unix sockets (default where setup sees that they work) or tcp.",
+            "HOW",
+            choices=("ipc", "tcp"),
+            run=True,
+        ),
+        Option("--build-option", "One argument for the engine's build; repeatable.", "TOKEN", many=True),
+        Option("--mount", "As the engine's; `,copy` mounts a copy; repeatable.", "SPEC", many=True, run=True),
+    )
 ]
 """Options of all container modes."""
 
@@ -1876,13 +1824,13 @@ def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
 
 
 DOCKER_OPTIONS = [
-    Option("--identity", "Who the kernel is inside.", metavar="WHO", run=True, setup=False),
-    Option("--guest", "Number of the other user on this machine.", metavar="UID", run=True, setup=False),
-    Option("--gpu-kind", "Kind of GPU.", metavar="KIND", run=True, setup=False),
-    Option("--no-host-network", "The engine does not share the host's network.", run=True, setup=False),
-    Option("--no-selinux", "Switch SELinux labels off.", run=True, setup=False),
-    Option("--init", "The engine has an init.", run=True, setup=False),
-    Option("--is-podman", "The engine is podman by another name.", run=True, setup=False),
+    recorded("--identity", "Who the kernel is inside.", "WHO"),
+    recorded("--guest", "Number of the other user on this machine.", "UID"),
+    recorded("--gpu-kind", "Kind of GPU.", "KIND"),
+    recorded("--no-host-network", "The engine does not share the host's network."),
+    recorded("--no-selinux", "Switch SELinux labels off."),
+    recorded("--init", "The engine has an init."),
+    recorded("--is-podman", "The engine is podman by another name."),
 ]
 """Options of docker and podman beside `CONTAINER_OPTIONS`."""
 
@@ -2566,14 +2514,8 @@ _APPTAINER_PATHS = ("overlay", "env-file", "workdir", "apply-cgroups", "pem-path
 """Options of ``exec`` whose value is a path on the host, up to a colon."""
 
 APPTAINER_OPTIONS = [
-    Option(
-        "--uri",
-        "Where IMAGE is fetched from, if it is missing and at each `envkernel update`.",
-        metavar="URI",
-        example="--uri=docker://python:3.12 ~/python.sif",
-        group="engine",
-    ),
-    Option("--runscript", "Run what the image runs by itself.", run=True, setup=False),
+    Option("--uri", "Where to fetch IMAGE from, at each update again.", "URI", group="engine"),
+    recorded("--runscript", "Run what the image runs by itself."),
 ]
 """Options of singularity and apptainer beside `CONTAINER_OPTIONS`."""
 
@@ -2911,43 +2853,24 @@ NODE_BOOT = (
 The bytecode comes before the source: a node with the same Python need not compile (45 ms)."""
 
 NODE_OPTIONS = [
-    Option(
-        "--queue-timeout",
-        "Give up when the job has not started after so many seconds.",
-        metavar="SECONDS",
-        run=True,
-        example="--queue-timeout=600",
-    ),
-    Option(
-        "--linger",
-        "Keep the job for so many seconds after a kernel has ended, so that a restart gets it (default: 5).",
-        metavar="SECONDS",
-        run=True,
-    ),
+    Option("--queue-timeout", "Give up when the job has not started by then.", "SECONDS", run=True),
+    Option("--linger", "Keep the job so long for a restart of its kernel (default: 5).", "SECONDS", run=True),
     Option(
         "--tunnel",
-        "Encrypt what passes between here and the node: lead it through ssh, which has to work without "
-        "a password.",
-        metavar="PROGRAM",
+        "Encrypt what passes between here and the node, through ssh without a password.",
+        "PROGRAM",
         choices=("ssh",),
         run=True,
-        example="--tunnel=ssh",
     ),
-    Option(
-        "--node-ports",
-        "Ports on a node that can be reached from here (default: any).",
-        metavar="FIRST-LAST",
-        run=True,
-        example="--node-ports=50000-51000",
-    ),
+    Option("--node-ports", "Ports on the nodes that can be reached (default: any).", "FIRST-LAST", run=True),
     Option(
         "--node-transport",
-        "What the kernel listens on, on its node: unix sockets that no other user can reach (ipc), or "
-        "ports on the node's loopback, for a kernel that can't do that (tcp).",
-        metavar="ipc|tcp",
+        "How the kernel is reached on its node: unix sockets (default), or tcp on loopback.",
+        "HOW",
         choices=("ipc", "tcp"),
         run=True,
     ),
+    recorded("--tunnel-program", "The program of the tunnel.", "PATH"),
 ]
 """Options that both cluster modes have."""
 
@@ -3494,17 +3417,11 @@ def plan_yarn(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
 register(
     Mode(
         "slurm",
-        "Run the rest of the chain in a job of Slurm, on a node.",
+        "Run the rest of the chain in a job of Slurm; options of `srun` may be given as they are.",
         [
             *NODE_OPTIONS,
-            Option(
-                "--node-python",
-                "Python >= 3.8 of the node, for envkernel itself (default: python3).",
-                metavar="PROGRAM",
-                run=True,
-            ),
-            Option("--srun", "", metavar="PATH", run=True, setup=False),
-            Option("--tunnel-program", "", metavar="PATH", run=True, setup=False),
+            Option("--node-python", "Python >= 3.8 of the node (default: python3).", "PROGRAM", run=True),
+            recorded("--srun", "The program srun.", "PATH"),
         ],
         setup_slurm,
         plan_slurm,
@@ -3517,19 +3434,17 @@ register(
         "yarn",
         "Run the kernel in a container of YARN, in a packed environment, through Skein.",
         [
-            Option("--memory", "Memory of the container in MiB (default: 1024).", metavar="MIB", run=True),
-            Option("--vcores", "Virtual cores of the container (default: 1).", metavar="N", run=True),
-            Option("--queue", "Queue to submit to (default: default).", metavar="NAME", run=True),
+            Option("--memory", "Memory of the container in MiB (default: 1024).", "MIB", run=True),
+            Option("--vcores", "Virtual cores of the container (default: 1).", "N", run=True),
+            Option("--queue", "Queue to submit to (default: default).", "NAME", run=True),
             Option(
                 "--file",
-                "Send a file along, into the container's own directory, where the kernel then starts.",
-                metavar="NAME=PATH",
+                "Send a file along to the container's directory, where the kernel then starts; repeatable.",
+                "NAME=PATH",
                 many=True,
                 run=True,
-                example="--file settings.ini=~/settings.ini",
             ),
             *NODE_OPTIONS,
-            Option("--tunnel-program", "", metavar="PATH", run=True, setup=False),
         ],
         setup_yarn,
         plan_yarn,
@@ -4431,7 +4346,7 @@ def candidates(typed: Sequence[str], facts: Facts) -> dict[str, str]:
     mode, command = MODES.get(before[0]), None if chained else COMMANDS.get(before[0])
     options = list(command.options) if command else []
     if mode:
-        options = mode.options + [option for option in COMMON_OPTIONS if not chained or option.kind == "env"]
+        options = mode.options + [option for option in COMMON_OPTIONS if not chained or option.name == "env"]
     flags = {flag: option for option in options if option.setup for flag in option.flags}
     flag, equals, _ = current.partition("=")
     asked = flags.get(flag if equals else before[-1])
