@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import socket
-    from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Sequence
+    from typing import Any, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, NoReturn, Sequence
 
     from typing_extensions import Self, dataclass_transform
 else:
@@ -2843,14 +2843,13 @@ register(
 # ---- cluster modes ------------------------------------------------------------------------------
 
 NODE_BOOT = (
-    "import marshal,sys;from _frozen_importlib_external import MAGIC_NUMBER as M;f=sys.stdin.buffer;"
-    "g,a,b=f.readline().split();c=f.read(int(a));s=f.read(int(b));m=type(sys)('envkernel');"
-    "sys.modules['envkernel']=m;p=map(marshal.loads,marshal.loads(c)) if g==M.hex().encode() else "
-    "[compile(s,'envkernel.py','exec')];[exec(x,m.__dict__) for x in p];c=s=p=0;sys.exit(m.agent_main(f))"
+    "import marshal,sys,zlib;from importlib.util import MAGIC_NUMBER as M;f=sys.stdin.buffer;"
+    "g,*n=f.readline().split();c,s=(zlib.decompress(f.read(int(x))) for x in n);"
+    "m=sys.modules['envkernel']=type(sys)('envkernel');"
+    "exec(marshal.loads(c) if g==M.hex().encode() else compile(s,'envkernel.py','exec'),m.__dict__);"
+    "c=s=0;sys.exit(m.agent_main(f))"
 )
-"""What a node's Python gets with ``-c``: read this file from stdin and be the agent.
-
-The bytecode comes before the source: a node with the same Python need not compile (45 ms)."""
+"""What a node's Python gets with ``-c``: read this file from stdin (see `own_code`) and be the agent."""
 
 NODE_OPTIONS = [
     Option("--queue-timeout", "Give up when the job has not started by then.", "SECONDS", run=True),
@@ -2878,6 +2877,11 @@ SRUN_REFUSED = ("--multi-prog", "--ntasks", "--nodes", "--pty", "--input", "--ou
 """What would break the one task and its stdin and stdout, on which the agent depends."""
 
 
+if TYPE_CHECKING:
+    Ask = Callable[[Sequence[str]], Awaitable["Output"]]
+    """Runs a command of the cluster's; its status is 127 where it can't be run, or says nothing for long."""
+
+
 class Job(Record):
     """A kernel that another machine runs: the program that holds the job, and what travels to the node.
 
@@ -2903,7 +2907,7 @@ class Job(Record):
         self.node_ports = options.get("node-ports", "")
         self.transport = options.get("node-transport", "ipc")
 
-    def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
+    def feed(self, orders: Mapping[str, Any], own: Callable[[], bytes]) -> bytes:
         """Return what the program gets on stdin.  own: returns this file, see `own_code`."""
         raise NotImplementedError
 
@@ -2918,26 +2922,23 @@ class Job(Record):
         """Return the job's id and whether it waits, from what the program said on stderr."""
         raise NotImplementedError
 
-    def pending(self, known: str, facts: Facts) -> str:
-        """Return what the job waits for, in words; empty where the program says so itself."""
-        return ""
-
-    def forget(self, known: str, facts: Facts) -> None:
-        """Cancel the job, if it is still there; nothing where its agent ends it."""
-
-    def report(self, known: str) -> list[str]:
-        """Return the command that says why a job ended whose program has ended before it."""
+    async def pending(self, known: str, ask: Ask) -> str:
+        """Return what the job waits for, in words; empty where that is not known."""
         raise NotImplementedError
 
-    def cancel(self, known: str) -> list[str]:
-        """Return the command that ends a job whose program has ended before it."""
+    def cancel(self, session: int, known: str) -> list[str]:
+        """Return the command that ends a job; it has to succeed for one that has ended.
+
+        session: that of the program that submits it.  known: its id; while that is empty, so may be the
+        command.
+        """
         raise NotImplementedError
 
-    def explain(self, status: int, said: str, known: str, facts: Facts) -> UserError:
+    async def explain(self, status: int, said: str, known: str, ask: Ask) -> UserError:
         """Return why the job ended, from the program's exit status and the end of its stderr."""
         raise NotImplementedError
 
-    def lost(self, node: str, said: str, known: str, facts: Facts) -> UserError:
+    async def lost(self, node: str, said: str, known: str, ask: Ask) -> UserError:
         """Return why the agent on a node is gone while the program that holds the job lives on."""
         raise NotImplementedError
 
@@ -2988,12 +2989,9 @@ def cluster_environ(environ: Mapping[str, str]) -> dict[str, str]:
 class SlurmJob(Job):
     """A job of Slurm, held by srun."""
 
-    def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
+    def feed(self, orders: Mapping[str, Any], own: Callable[[], bytes]) -> bytes:
         """Return this file and the agent's orders."""
-        magic, code, source = own()
-        return (
-            b"%s %d %d\n" % (magic.encode(), len(code), len(source)) + code + source + to_json(orders) + b"\n"
-        )
+        return own() + to_json(orders) + b"\n"
 
     def directories(self, notebook: str) -> list[str]:
         """Return the notebook's directory and HOME, unless srun is given a directory."""
@@ -3011,57 +3009,60 @@ class SlurmJob(Job):
                 known, waits = words[2], False
         return known, waits
 
-    def pending(self, number: str, facts: Facts) -> str:
+    async def pending(self, number: str, ask: Ask) -> str:
         """Return what the job waits for, in words; empty where squeue does not say."""
-        said = facts.output([self.tool("squeue"), "-h", "-j", number, "-o", "%T|%r|%S"], self.environ)
+        said = await ask([self.tool("squeue"), "-h", "-j", number, "-o", "%T|%r|%S"])
         fields = os.fsdecode(said.out).strip().split("|")
         if said.status or len(fields) != 3 or fields[0] != "PENDING":
             return ""
         return pending_text(number, fields[1], fields[2])
 
-    def forget(self, number: str, facts: Facts) -> None:
-        """Cancel the job, if it is still there."""
-        try:
-            facts.output([self.tool("scancel"), "--quiet", number], self.environ)
-        except UserError:  # no scancel: srun was killed, which ends the job too
-            return
+    def cancel(self, session: int, number: str) -> list[str]:
+        """Return the command that cancels the job, if it is there, even if srun did not live to name it.
 
-    def explain(self, status: int, said: str, number: str, facts: Facts) -> UserError:
+        A job stays when its srun is killed.  Slurm knows the session and the time of its submission.
+        """
+        import time
+
+        if any(token.startswith("--jobid") for token in self.argv):
+            return []  # srun starts a step in a job of the user's
+        if number:
+            return [self.tool("scancel"), "--quiet", number]
+        since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 5))
+        tools = [self.tool("squeue"), self.tool("scancel")]
+        return ["/bin/sh", "-c", CANCEL_OF_SESSION, "sh", *tools, str(os.getuid()), str(session), since]
+
+    async def explain(self, status: int, said: str, number: str, ask: Ask) -> UserError:
         """Return why the job ended; Slurm itself is asked where srun has not said it."""
         told = srun_lines(said)
-        if not slurm_reason(told)[0]:
-            told += self.outcome(number, facts)
+        if number and not slurm_reason(told)[0]:
+            told += await self.outcome(number, ask)
         return slurm_end(status, told, number)
 
-    def outcome(self, number: str, facts: Facts, waits: Sequence[float] = (0.1, 0.2, 0.5, 1)) -> str:
+    async def outcome(self, number: str, ask: Ask, waits: Sequence[float] = (0.1, 0.2, 0.5, 1)) -> str:
         """Return a line with the state in which a job has ended; empty where Slurm can't say it.
 
         waits: seconds between the times that it is asked again while the job is about to end.
         """
-        import time
+        import asyncio
 
         argv = [self.tool("squeue"), "-h", "-t", "all", "-j", number, "-o", "%T"]
         for wait in (*waits, 0):
-            try:
-                said = facts.output(argv, self.environ)
-            except UserError:
-                return ""
+            said = await ask(argv)
             state = os.fsdecode(said.out).strip()
             if said.status or not wait or state not in ("RUNNING", "COMPLETING"):
                 break
-            time.sleep(wait)
+            await asyncio.sleep(wait)
         return f"\nstate of the job: {state}" if state else ""
 
-    def lost(self, node: str, said: str, number: str, facts: Facts) -> UserError:
+    async def lost(self, node: str, said: str, number: str, ask: Ask) -> UserError:
         """Return why the agent is gone while srun lives on: what Slurm thinks of the job and the node."""
-        told = (srun_lines(said) + self.outcome(number, facts, ())).strip()
+        told = (srun_lines(said) + await self.outcome(number, ask, ())).strip()
         if slurm_reason(told)[0]:
             return slurm_end(1, told, number)
-        try:
-            sinfo = facts.output([self.tool("sinfo"), "-h", "-n", node, "-o", "%T"], self.environ).out
-        except UserError:
-            sinfo = b""
-        state = os.fsdecode(sinfo).split("\n")[0]
+        state = os.fsdecode((await ask([self.tool("sinfo"), "-h", "-n", node, "-o", "%T"])).out).split("\n")[
+            0
+        ]
         about = f" (Slurm: {state})" if state else ""
         return UserError(
             f"The node {node} broke off the connection without a word{about}.",
@@ -3073,6 +3074,14 @@ class SlurmJob(Job):
         """Return the path of another of Slurm's programs."""
         return os.path.join(os.path.dirname(self.argv[0]), name)
 
+
+CANCEL_OF_SESSION = """
+jobs=$("$1" -h -u "$3" -O JobID,AllocSID,SubmitTime) || exit 1
+echo "$jobs" | while read -r job session time; do
+    if [ "$session" = "$4" ] && expr "$time" '>' "$5" > /dev/null; then "$2" --quiet "$job"; fi
+done
+"""
+"""Cancels what was submitted in a session since a time; the paths and numbers are its arguments."""
 
 PENDING = {
     "Priority": "others are before it",
@@ -3272,7 +3281,7 @@ class YarnJob(Job):
         super().__init__(argv, environ, launch, options)
         self.spec = dict(spec)
 
-    def feed(self, orders: Mapping[str, Any], own: Callable[[], tuple[str, bytes, bytes]]) -> bytes:
+    def feed(self, orders: Mapping[str, Any], own: Callable[[], bytes]) -> bytes:
         """Return what the helper gets on stdin: the application, and the orders for its agent."""
         return to_json({"spec": self.spec, "orders": dict(orders)}) + b"\n"
 
@@ -3287,21 +3296,25 @@ class YarnJob(Job):
                 known = line[line.index("application_") :].split()[0].rstrip(":.")
         return known, False
 
-    def report(self, known: str) -> list[str]:
-        """Return the command that says what became of the application."""
-        return [*self.argv[:-1], "report", known]
+    async def pending(self, known: str, ask: Ask) -> str:
+        """Return nothing: the helper itself says what the application waits for."""
+        return ""
 
-    def cancel(self, known: str) -> list[str]:
+    def cancel(self, session: int, known: str) -> list[str]:
         """Return the command that kills the application."""
-        return [*self.argv[:-1], "kill", known]
+        return [*self.argv[:-1], "kill", known] if known else []
 
-    def explain(self, status: int, said: str, known: str, facts: Facts) -> UserError:
+    async def explain(self, status: int, said: str, known: str, ask: Ask) -> UserError:
         """Return why the application ended, where the helper could not say."""
         return UserError(
             f"The YARN application {known} has ended.".replace("  ", " "),
             f"Its logs may tell why: yarn logs -applicationId {known or 'ID'}.",
             detail=said.strip(),
         )
+
+    async def lost(self, node: str, said: str, known: str, ask: Ask) -> UserError:
+        """Return what became of the application."""
+        return client_error(await ask([*self.argv[:-1], "report", known]))
 
 
 YARN_SAYS = "envkernel: YARN"
@@ -7424,25 +7437,20 @@ def keep(program: Program, launch: Launch) -> int:
         run_process.close()
 
 
-# ---- node agent and keeper ----------------------------------------------------------------------
+# ---- node agent ---------------------------------------------------------------------------------
 #
-# Four processes carry a kernel on a cluster:
+#   keeper --(control connection, one connection per stream)-- agent -- starter -- kernel
 #
-#   run process   Jupyter's child: listens on Jupyter's five ports, joins each client with the agent.
-#   keeper        below it in a session of its own: parent of srun (or of Skein's client), holds the
-#                 lock of the connection file.  It outlives a SIGKILL of the run process for `linger`
-#                 seconds: the next run process of the same connection file (a restart) gets the job.
-#   agent         on the node: this file, sent over srun's stdin.  Starts the kernel on unix sockets in
-#                 a private folder and listens on one port, where each connection proves that it knows
-#                 the secret that came with the file.
-#   kernel        below the agent.
+# On a node this file is two processes.  The *starter* is what srun or YARN runs.  It forks the agent, and
+# the kernel whenever the agent asks for one: nothing forks below a running event loop.  The *agent*
+# listens on one port, where each connection proves that it knows the secret that came with the file.
 #
-# The run process connects to the agent, not the other way round: login nodes reach compute nodes (it
-# is how `ssh -L` and Skein's client do it), nothing but loopback listens on the login node, and a
-# stream costs no round trip to ask for it.
+# The keeper connects to the agent, not the other way round: login nodes reach compute nodes (it is how
+# `ssh -L` and Skein's client do it), nothing but loopback listens on the login node, and a stream costs
+# no round trip to ask for it.
 
 HELLO = b"envkernel-agent "
-"""How the line begins on which an agent says where it listens."""
+"""How the line begins on which the starter says where the agent listens."""
 
 FAILED = b"envkernel-failure "
 """How the line begins on which a helper says what went wrong."""
@@ -7450,179 +7458,68 @@ FAILED = b"envkernel-failure "
 PING, LOST = 5.0, 20.0
 """Seconds between two heartbeats, and without one until the other side counts as lost."""
 
-CONTROL = len(STREAMS)
-"""Number of the stream that carries orders to the agent, beside the kernel's five."""
+ORDERS = len(STREAMS)
+"""Number of the connection that carries orders to the agent, after those of the kernel's five streams."""
 
 TAIL = 4000
 """Bytes of what a program said that are kept for an explanation."""
 
+HANDSHAKE = b"envkernel3"
 
-def mac(secret: bytes, *parts: bytes) -> bytes:
-    """Return the HMAC-SHA256 of some parts of known length."""
+
+def proof(secret: bytes, side: bytes, hello: bytes, nonce: bytes) -> bytes:
+    """Return what proves that a side knows the secret; both nonces are new, so that it serves only once."""
     import hmac
 
-    return hmac.new(secret, b"".join(parts), "sha256").digest()
+    return hmac.new(secret, side + hello + nonce, "sha256").digest()
 
 
-def is_same(one: bytes, other: bytes) -> bool:
-    """Compare two proofs in a time that reveals nothing of them."""
+def check_proof(given: bytes, *expected: bytes) -> None:
+    """Raise ConnectionRefusedError unless a proof is what `proof` returns."""
     import hmac
 
-    return hmac.compare_digest(one, other)
+    if not hmac.compare_digest(given, proof(*expected)):
+        raise ConnectionRefusedError("The other side does not know the secret.")
 
 
-class Handshake:
-    """Lets two sides prove that they know the secret, then hands the socket over.
+async def receive_exactly(sock: socket.socket, count: int) -> bytes:
+    """Receive so many bytes: what follows belongs to the stream.  Raises OSError where fewer come."""
+    import asyncio
 
-    role: number of the stream for the side that connected, None for the side that listens.
-    done: called with the socket and the stream number; the socket is None where the proof failed or
-    did not come within 10 s.  Both sides send a fresh nonce, so that no proof can be used again.
-    """
-
-    MAGIC = b"envkernel2"
-
-    def __init__(
-        self, loop: Loop, sock: Any, secret: bytes, role: int | None, done: Callable[[Any, int], None]
-    ) -> None:
-        self.loop, self.sock, self.secret, self.done = loop, sock, secret, done
-        self.role = role
-        self.nonce = os.urandom(32)
-        self.got = b""
-        sock.setblocking(False)
-        self.timer = loop.after(10, self.fail)
-        if role is None:
-            self.steps = [(len(self.MAGIC) + 33, self.answer), (32, self.check)]
-            loop.watch(sock.fileno(), READ, self.event)
-        else:
-            self.hello = self.MAGIC + bytes((role,)) + self.nonce
-            self.steps = [(64, self.verify)]
-            loop.watch(sock.fileno(), WRITE, self.connected)
-
-    def connected(self, mask: int) -> None:
-        """Begin as soon as the connection stands."""
-        try:
-            no_delay(self.sock)
-            self.sock.send(self.hello)
-        except OSError:
-            self.fail()
-            return
-        self.loop.watch(self.sock.fileno(), READ, self.event)
-
-    def event(self, mask: int) -> None:
-        """Read exactly what the next step needs: what follows belongs to the stream."""
-        need, step = self.steps[0]
-        try:
-            part = self.sock.recv(need - len(self.got))
-        except BlockingIOError:
-            return
-        except OSError:
-            part = b""
-        self.got += part
+    data = b""
+    while len(data) < count:
+        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
         if not part:
-            self.fail()
-        elif len(self.got) == need:
-            got, self.got = self.got, b""
-            self.steps.pop(0)
-            try:
-                step(got)
-            except OSError:
-                self.fail()
-
-    def answer(self, hello: bytes) -> None:
-        """Listening side: prove to know the secret."""
-        self.hello = hello
-        self.role = hello[len(self.MAGIC)]
-        if not hello.startswith(self.MAGIC) or self.role > CONTROL:
-            self.fail()
-        else:
-            self.sock.send(self.nonce + mac(self.secret, b"agent", hello, self.nonce))
-
-    def verify(self, answer: bytes) -> None:
-        """Connecting side: check the agent's proof and give the own one."""
-        if not is_same(answer[32:], mac(self.secret, b"agent", self.hello, answer[:32])):
-            self.fail()
-            return
-        self.sock.send(mac(self.secret, b"relay", self.hello, answer[:32]))
-        self.finish(self.sock)
-
-    def check(self, proof: bytes) -> None:
-        """Listening side: check the other's proof."""
-        if is_same(proof, mac(self.secret, b"relay", self.hello, self.nonce)):
-            self.finish(self.sock)
-        else:
-            self.fail()
-
-    def fail(self) -> None:
-        """Hang up."""
-        self.finish(None)
-
-    def finish(self, sock: Any) -> None:
-        """Hand the socket over, or close it and say so."""
-        self.loop.cancel(self.timer)
-        self.loop.forget(self.sock.fileno())
-        if sock is None:
-            self.sock.close()
-        self.done(sock, self.role or 0)
+            raise ConnectionResetError("The other side hung up.")
+        data += part
+    return data
 
 
-class Lines:
-    """Messages over a connected socket: a line of JSON each.
+async def open_stream(sock: socket.socket, secret: bytes, number: int) -> None:
+    """Agree with the agent, over a connected socket, on the stream that this is.  Raises OSError."""
+    import asyncio
 
-    heard: called with each message.  ended: called once when the other side has hung up.
-    """
+    loop = asyncio.get_running_loop()
+    hello = HANDSHAKE + bytes((number,)) + os.urandom(32)
+    await loop.sock_sendall(sock, hello)
+    answer = await receive_exactly(sock, 64)
+    nonce = answer[:32]
+    check_proof(answer[32:], secret, b"agent", hello, nonce)
+    await loop.sock_sendall(sock, proof(secret, b"keeper", hello, nonce))
 
-    def __init__(
-        self, loop: Loop, sock: Any, heard: Callable[[dict[str, Any]], None], ended: Callable[[], None]
-    ) -> None:
-        self.loop, self.sock, self.heard, self.ended = loop, sock, heard, ended
-        self.coming = self.going = b""
-        sock.setblocking(False)
-        loop.watch(sock.fileno(), READ, self.event)
 
-    def event(self, mask: int) -> None:
-        """Read and write what can be."""
-        try:
-            if mask & WRITE:
-                self.flush()
-            if mask & ~WRITE:
-                part = self.sock.recv(1 << 16)
-                self.coming += part
-                if not part or len(self.coming) > 1 << 20:
-                    raise ConnectionResetError
-        except BlockingIOError:
-            return
-        except OSError:
-            self.close()
-            self.ended()
-            return
-        *lines, self.coming = self.coming.split(b"\n")
-        for line in lines:
-            self.heard(from_json(line))
+async def accept_stream(sock: socket.socket, secret: bytes) -> int:
+    """Return which stream a new connection is, after it has proved to be the keeper's.  Raises OSError."""
+    import asyncio
 
-    def tell(self, **message: Any) -> None:
-        """Send a message; one that can't be sent any more is dropped."""
-        if self.sock:
-            self.going += to_json(message) + b"\n"
-            try:
-                self.flush()
-            except OSError:  # the event that follows closes it
-                self.going = b""
-
-    def flush(self) -> None:
-        """Send what can be sent now."""
-        try:
-            sent = self.sock.send(self.going)
-        except BlockingIOError:
-            sent = 0
-        self.going = self.going[sent:]
-        self.loop.watch(self.sock.fileno(), READ | (WRITE if self.going else 0), self.event)
-
-    def close(self) -> None:
-        """Hang up; `ended` is not called."""
-        if self.sock:
-            self.loop.forget(self.sock.fileno())
-            self.sock.close()
-            self.sock = None
+    hello = await receive_exactly(sock, len(HANDSHAKE) + 33)
+    number, nonce = hello[len(HANDSHAKE)], os.urandom(32)
+    if not hello.startswith(HANDSHAKE) or number > ORDERS:
+        raise ConnectionRefusedError("This is another protocol.")
+    answer = nonce + proof(secret, b"agent", hello, nonce)
+    await asyncio.get_running_loop().sock_sendall(sock, answer)
+    check_proof(await receive_exactly(sock, 32), secret, b"keeper", hello, nonce)
+    return number
 
 
 def launch_to_data(launch: Launch) -> dict[str, Any]:
@@ -7645,7 +7542,7 @@ def write_all(file: int, data: bytes) -> None:
 
 
 def report_failure(error: UserError) -> None:
-    """Tell the keeper, or setup, why something failed."""
+    """Report to the keeper, or to setup, why something failed."""
     write_all(1, FAILED + to_json(vars(error)) + b"\n")
 
 
@@ -7661,119 +7558,180 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-# ---- the agent's side -----------------------------------------------------------------------------
+def agent_main(stdin: Any) -> int:
+    """What `NODE_BOOT` runs on the node: read the orders, say where the agent listens, serve.
+
+    It says that on stdout, or (YARN) on the descriptor that the orders name.
+    """
+    import signal
+    import socket
+
+    orders = from_json(stdin.readline())
+    place = orders.get("place", -1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, Starter.signals())
+    try:
+        address = agent_address(orders, os.environ)
+        listener = listen_at(address, orders["node-ports"])
+    except UserError as error:
+        tell_error(error) if place >= 0 else report_failure(error)
+        return error.status
+    channel, agent_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stderr, stderr_end = os.pipe()
+    where = {"address": address, "port": listener.getsockname()[1], "node": node_name(os.environ)}
+    where["job"] = os.environ.get("SLURM_JOB_ID", "")
+    if place >= 0:
+        write_all(place, to_json(where))
+        os.close(place)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # this file was there
+    else:
+        say_hello(where)
+    agent = os.fork()
+    if not agent:
+        channel.close()
+        os.close(stderr_end)
+        become_agent(orders, listener, agent_end, stderr)
+    for end in (listener, agent_end):
+        end.close()
+    os.close(stderr)
+    return Starter(orders, channel, agent, stderr_end).run()
 
 
-class NodeKernel:
-    """The kernel below the agent: its connection file, sockets, process and the end of its stderr.
+def say_hello(place: Mapping[str, Any]) -> None:
+    """Say on stdout where the agent listens."""
+    write_all(1, HELLO + to_json(place) + b"\n")
 
-    Its unix sockets are bound in a private folder (0700), which no other user of the node can enter.
-    As soon as all five are there, the agent opens their inodes and removes the folder; from then on
-    they are reached through /proc/self/fd (unix(7) looks up the inode, not the name).  The
-    connection file is in memory only.  So whatever kills the agent, nothing stays on the node.
+
+class Starter:
+    """The process that the cluster runs: parent of the agent, and of the kernel, which the agent asks for.
+
+    It sleeps until a signal comes; the agent rings with SIGUSR1 for its messages.  The kernel's unix sockets
+    are bound in a private directory (0700), which no other user of the node can enter, and the connection
+    file is in memory only: whatever kills this process, nothing stays on the node.
+
+    orders: see `agent_orders`.  channel: messages from and to the agent.  stderr: what the kernel writes to.
     """
 
-    def __init__(self, orders: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-        self.orders = orders
-        self.environ = environ
-        self.folder = ""
-        self.pid = 0
-        self.file = -1
-        self.sockets: list[int] = []
-        self.tail = b""
-        self.killed = 0
-        self.problem: dict[str, Any] | None = None
+    @staticmethod
+    def signals() -> set[int]:
+        """Return the signals that it waits for."""
+        import signal
 
-    def start(self, connection: Mapping[str, Any]) -> tuple[int, int]:
-        """Start the kernel; return the ends of pipes with what went wrong before it and its stderr."""
-        self.tail, self.problem = b"", None
-        self.killed = memory_kills(Facts())
-        transport = self.orders.get("transport", "ipc")
-        self.folder = make_node_folder() if transport == "ipc" else ""
-        self.connection = node_connection(connection, transport, self.folder)
+        return {signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP}
+
+    def __init__(self, orders: Mapping[str, Any], channel: socket.socket, agent: int, stderr: int) -> None:
+        self.orders, self.channel, self.agent, self.stderr = orders, channel, agent, stderr
+        self.kernel = self.launch = 0
+        self.file = -1
+        self.directory = ""
+
+    def run(self) -> int:
+        """Serve until the agent has ended; return its exit status."""
+        import signal
+
+        self.start(self.orders["connection"], 0)
+        while True:
+            number = signal.sigwait(self.signals())
+            if number == signal.SIGUSR1:
+                self.receive()
+            elif number != signal.SIGCHLD:
+                os.kill(self.agent, number)
+            else:
+                status = self.reap()
+                if status is not None:
+                    return status
+
+    def send(self, **message: Any) -> None:
+        """Send the agent a message."""
+        try:
+            self.channel.send(to_json(message))
+        except OSError:  # it has ended
+            return
+
+    def receive(self) -> None:
+        """Do what the agent asks for."""
+        import socket
+
+        while True:
+            try:
+                text = self.channel.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            if not text:
+                return
+            message = from_json(text)
+            if "signal" in message:
+                self.signal(message["signal"])
+            else:
+                self.start(message["start"], message["launch"])
+
+    def start(self, connection: Mapping[str, Any], launch: int) -> None:
+        """Start a kernel; one that still runs is killed first."""
+        self.end()
+        transport = self.orders["transport"]
+        self.launch = launch
+        self.directory = make_node_directory() if transport == "ipc" else ""
+        own = node_connection(connection, transport, self.directory)
         self.file = os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
-        os.write(self.file, to_json(self.connection))
-        problem, problem_end = os.pipe()
-        stderr, stderr_end = os.pipe()
-        path = f"/proc/{os.getpid()}/fd/{self.file}"
-        self.pid = os.fork()
-        if not self.pid:
-            become_node_kernel(self.orders, path, self.environ, problem_end, stderr_end)
-        os.close(problem_end)
-        os.close(stderr_end)
-        return problem, stderr
-
-    def reap(self) -> int | None:
-        """Return the exit status if the kernel has ended, and remove what it leaves."""
-        try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
-        except ChildProcessError:
-            pid, status = self.pid, 0
-        if not pid:
-            return None
-        self.signal(9)
-        self.pid = 0
-        self.clean()
-        return exit_status(status)
+        os.write(self.file, to_json(own))
+        self.kernel = os.fork()
+        if not self.kernel:
+            become_node_kernel(self)
+        place = {name: own[name] for name in own if name in ("ip", "transport") or name.endswith("_port")}
+        self.send(started=launch, directory=self.directory, **place)
 
     def signal(self, number: int) -> None:
         """Send a signal to the kernel's process group, as Jupyter would."""
         try:
-            if self.pid:
-                os.killpg(self.pid, number)
+            if self.kernel:
+                os.killpg(self.kernel, number)
         except OSError:  # it is about to end
-            pass
+            return
+
+    def reap(self) -> int | None:
+        """Reap children; return the agent's exit status if it has ended."""
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == self.agent:
+                self.end()
+                status = exit_status(status)
+                return status if status >= 0 else 128 - status
+            if not pid:
+                return None
+            if pid == self.kernel:
+                self.signal(9)
+                self.kernel = 0
+                self.clean()
+                self.send(ended=exit_status(status), launch=self.launch)
+
+    def end(self) -> None:
+        """End the kernel at once."""
+        if self.kernel:
+            self.signal(9)
+            os.waitpid(self.kernel, 0)
+            self.signal(9)
+            self.kernel = 0
+        self.clean()
 
     def clean(self) -> None:
-        """Remove the folder, and forget the connection file and the sockets."""
-        if self.folder:
-            remove_tree(self.folder)
-        for file in (self.file, *self.sockets):
-            if file >= 0:
-                os.close(file)
-        self.folder, self.file, self.sockets = "", -1, []
-
-    def capture(self) -> bool:
-        """Open the kernel's sockets and remove their folder, if all are bound; tell whether all is done."""
-        if not self.folder or not self.pid:
-            return True
-        names = [name for name in os.listdir(self.folder) if name[-1] in "12345"]
-        if len(names) < len(STREAMS):
-            return False
-        names.sort(key=lambda name: name[-1])
-        self.sockets = [os.open(f"{self.folder}/{name}", os.O_PATH) for name in names]
-        remove_tree(self.folder)
-        self.folder = ""
-        return True
-
-    def connect(self, number: int) -> Any:
-        """Return a socket to the kernel's stream, or None while it does not listen."""
-        import _socket
-
-        place: Any = ("127.0.0.1", self.connection[STREAMS[number] + "_port"])
-        if self.connection["transport"] == "ipc":
-            if not self.sockets:
-                return None
-            place = f"/proc/self/fd/{self.sockets[number]}"
-        sock = _socket.socket(_socket.AF_UNIX if isinstance(place, str) else _socket.AF_INET)
-        try:
-            sock.connect(place)
-        except OSError:
-            sock.close()
-            return None
-        return sock
+        """Remove what the kernel leaves."""
+        if self.directory:
+            remove_tree(self.directory)
+        if self.file >= 0:
+            os.close(self.file)
+        self.directory, self.file = "", -1
 
 
-def node_connection(connection: Mapping[str, Any], transport: str, folder: str) -> dict[str, Any]:
+def node_connection(connection: Mapping[str, Any], transport: str, directory: str) -> dict[str, Any]:
     """Return what the node's connection file says: Jupyter's own keys, sockets of the node."""
+    import socket
+
     own = dict(connection)
     if transport == "ipc":
         own.update({name + "_port": number for number, name in enumerate(STREAMS, 1)})
-        return {**own, "transport": "ipc", "ip": folder + "/kernel"}
-    import _socket
-
-    socks = [_socket.socket() for _ in STREAMS]
+        return {**own, "transport": "ipc", "ip": directory + "/kernel"}
+    socks = [socket.socket() for _ in STREAMS]
     for name, sock in zip(STREAMS, socks):
         sock.bind(("127.0.0.1", 0))
         own[name + "_port"] = sock.getsockname()[1]
@@ -7782,28 +7740,33 @@ def node_connection(connection: Mapping[str, Any], transport: str, folder: str) 
     return {**own, "transport": "tcp", "ip": "127.0.0.1"}
 
 
-def become_node_kernel(
-    orders: Mapping[str, Any], path: str, environ: Mapping[str, str], problem: int, stderr: int
-) -> NoReturn:
-    """In the agent's child: run the rest of the chain on the node.  An error goes to `problem`."""
-    import _signal
+def make_node_directory() -> str:
+    """Make the private directory in which a node's kernel binds its sockets; it is gone when it has."""
+    root = os.environ.get("TMPDIR", "/tmp")
+    if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
+        root = "/tmp"
+    path = f"{root}/envkernel-node-{os.urandom(8).hex()}"
+    os.mkdir(path, 0o700)
+    return path
 
-    status = 1
+
+def become_node_kernel(starter: Starter) -> NoReturn:
+    """In the starter's child: run the rest of the chain on the node.  An error goes to the agent."""
+    import signal
+
+    status, parent, environ = 1, os.getppid(), dict(os.environ)
     try:
-        agent = os.getppid()
         os.setsid()
-        die_with_parent(agent)
-        _signal.set_wakeup_fd(-1)
-        for number in AGENT_SIGNALS:
-            _signal.signal(number, _signal.SIG_DFL)
-        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+        die_with_parent(parent)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, starter.signals())
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(stderr, 2)
-        enter_directory(orders["directories"], node_name(environ))
-        launch = launch_from_data(orders["launch"])
-        launch.options["connection-file"] = path
+        os.dup2(starter.stderr, 2)
+        enter_directory(starter.orders["directories"], node_name(environ))
+        launch = launch_from_data(starter.orders["launch"])
+        launch.options.update({"connection-file": f"/proc/{parent}/fd/{starter.file}", "nested": True})
         # ipykernel ends itself when its parent is not the one that is named here
-        environ = {**environ, **orders["environ"], "JPY_PARENT_PID": str(agent)}
+        environ.update(starter.orders["environ"], JPY_PARENT_PID=str(parent))
         facts = Facts()
         plan = plan_launch(launch, facts, environ)
         if not launch.steps:
@@ -7813,11 +7776,11 @@ def become_node_kernel(
         status = execute(finish_plan(plan, launch, facts), launch, facts)
     except UserError as error:
         status = error.status
-        os.write(problem, to_json(vars(error)))
+        starter.send(problem=vars(error), launch=starter.launch)
     except BaseException:
         import traceback
 
-        os.write(2, traceback.format_exc().encode(errors="replace"))
+        write_all(2, traceback.format_exc().encode(errors="replace"))
     finally:
         os._exit(status if 0 <= status < 256 else 1)
 
@@ -7837,211 +7800,325 @@ def enter_directory(directories: Sequence[str], node: str) -> None:
         return
 
 
-AGENT_SIGNALS = (1, 2, 15, 17)  # HUP, INT, TERM, CHLD
+def become_agent(
+    orders: Mapping[str, Any], listener: socket.socket, starter: socket.socket, stderr: int
+) -> NoReturn:
+    """In the starter's child: be the agent."""
+    status, parent = 1, os.getppid()
+    try:
+        die_with_parent(parent)
+        import asyncio
+
+        async def serve() -> int:
+            return await Agent(orders, listener, starter, stderr, parent).run()
+
+        status = asyncio.run(serve())
+    except BaseException:
+        import traceback
+
+        write_all(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(status)
 
 
 class Agent:
-    """The node's side: starts the kernel and carries its streams over authenticated connections.
+    """Carries the kernel's streams over authenticated connections, and the keeper's orders to the starter.
 
-    orders: ``secret``, ``connection`` (Jupyter's), ``launch``, ``environ``, ``linger`` and more (see
-    `agent_orders`).  stdin: the file whose end means that srun has gone, -1 where there is none.
+    orders: see `agent_orders`.  starter: messages from and to the starter, which is the process `parent`.
+    stderr: the end of a pipe with what kernels say there.
     """
 
-    def __init__(self, orders: Mapping[str, Any], stdin: int, said: Callable[[dict[str, Any]], None]) -> None:
+    PATIENCE, SLOW_PATIENCE = 8.0, 30.0
+    """Seconds in which the keeper has to come, the latter behind ssh or Skein: srun may have been killed."""
 
-        self.orders = orders
-        self.secret = bytes.fromhex(orders["secret"])
-        self.loop = Loop()
-        self.control: Lines | None = None
+    GRACE = 3.0
+    """Seconds that a kernel has for ending after it was asked to with a signal."""
+
+    STRANGERS = 64
+    """Connections that may be about to prove themselves; one more, and the oldest of them is closed."""
+
+    def __init__(
+        self,
+        orders: Mapping[str, Any],
+        listener: socket.socket,
+        starter: socket.socket,
+        stderr: int,
+        parent: int,
+    ) -> None:
+        import asyncio
+
+        self.loop = asyncio.get_running_loop()
+        self.orders, self.listener, self.starter = orders, listener, starter
+        self.stderr, self.parent = stderr, parent
+        self.over: asyncio.Future[int] = self.loop.create_future()
+        self.tasks: set[asyncio.Future[Any]] = set()
+        self.strangers: dict[asyncio.Future[Any], None] = {}
+        self.control: asyncio.StreamWriter | None = None
         self.news: dict[str, Any] = {}
-        self.wanted: Mapping[str, Any] | None = None
-        self.status = self.outcome = self.strangers = 0
-        self.lost: object = self.loop.after(LOST + 10, self.end)
-        self.pairs: set[Pair] = set()
-        self.kernel = NodeKernel(orders, dict(os.environ))
-        self.loop.signals(AGENT_SIGNALS, self.signal)
-        address = agent_address(orders, os.environ)
-        self.listener = listen_at(address, orders.get("node-ports", ""))
-        self.supervision = Supervision(self.loop, os.environ, Facts(), self.stop)
-        self.loop.watch(self.listener.fileno(), READ, self.accept)
-        if stdin >= 0:
-            self.loop.watch(stdin, READ, lambda mask: self.stdin(stdin))
-        self.start(orders["connection"])
-        place = {"address": address, "port": self.listener.getsockname()[1], "node": node_name(os.environ)}
-        said({**place, "job": os.environ.get("SLURM_JOB_ID", "")})
+        self.kernel: dict[str, Any] = {}
+        self.sockets: list[int] = []
+        self.tail = b""
+        self.problem: dict[str, Any] | None = None
+        self.killed = self.outcome = 0
+        self.ending = False
 
-    def stdin(self, file: int) -> None:
-        """Nothing comes on stdin but its end, when srun is gone."""
-        if not os.read(file, 4096):
-            self.end()
+    async def run(self) -> int:
+        """Serve until the job is to end; return the exit status."""
+        import signal
+        import threading
 
-    def start(self, connection: Mapping[str, Any]) -> None:
-        """Start a kernel; one that still runs is killed first."""
-        if self.kernel.pid:
-            self.wanted = connection
-            self.kernel.signal(9)
-            return
-        self.wanted = None
-        problem, stderr = self.kernel.start(connection)
-        self.tell(started=1)
-        self.loop.watch(problem, READ, lambda mask: self.problem(problem))
-        self.loop.watch(stderr, READ, lambda mask: self.stderr(stderr))
-        self.capture()
-
-    def capture(self, tries: int = 0) -> None:
-        """Look for the kernel's sockets until they are there."""
-        if not self.kernel.capture():
-            self.loop.after(0.01 if tries < 200 else 0.1, lambda: self.capture(tries + 1))
-
-    def problem(self, file: int) -> None:
-        """Hear what kept the kernel from starting (nothing, in most cases)."""
-        text = os.read(file, 1 << 16)
-        self.loop.forget(file)
-        os.close(file)
-        if text:
-            self.kernel.problem = from_json(text)
-
-    def stderr(self, file: int) -> None:
-        """Pass on what the kernel says on stderr, and keep the end of it."""
-        text = os.read(file, 1 << 16)
-        if not text:
-            self.loop.forget(file)
-            os.close(file)
-            return
-        self.kernel.tail = (self.kernel.tail + text)[-TAIL:]
-        write_all(2, text)
-
-    def accept(self, mask: int) -> None:
-        """Let a connection prove itself."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            self.loop.add_signal_handler(number, self.stop, int(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, Starter.signals())
+        self.starter.setblocking(False)
+        self.loop.add_reader(self.starter, self.on_starter)
+        if "place" not in self.orders:
+            self.loop.add_reader(0, self.on_stdin)
+        threading.Thread(target=self.pass_stderr_on, daemon=True).start()
+        slow = self.orders["tunnel"] or "place" in self.orders
+        self.patience = self.loop.call_later(self.SLOW_PATIENCE if slow else self.PATIENCE, self.end)
+        accepting = self.start_task(self.accept())
         try:
-            sock = accept(self.listener)
-        except OSError:
-            return
-        if self.strangers >= 64:  # whoever floods the port takes no more than that many files
-            sock.close()
-            return
-        self.strangers += 1
-        Handshake(self.loop, sock, self.secret, None, self.proved)
+            return await self.over
+        finally:
+            accepting.cancel()
 
-    def proved(self, sock: Any, number: int) -> None:
-        """Use a connection that has proved itself: orders, or one of the kernel's streams."""
-        self.strangers -= 1
-        if sock is None:
-            return
-        if number < CONTROL:
-            self.join(number, sock)
-            return
-        if self.control:
-            self.control.close()
-        self.control = Lines(self.loop, sock, self.hear, self.left)
-        self.hear({"do": "ping"})
+    def start_task(self, steps: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+        """Run a coroutine beside the others."""
+        import asyncio
 
-    def join(self, number: int, sock: Any, tries: int = 0) -> None:
-        """Join a connection with the kernel, as soon as that has bound its socket."""
-        if not self.kernel.pid:
-            sock.close()
-            return
-        end = self.kernel.connect(number)
-        if end is None:
-            wait = 0.01 if tries < 100 else 0.1
-            self.loop.after(wait, lambda: self.join(number, sock, tries + 1))
-            return
-        pair = Pair(self.loop, sock, end, lambda: self.pairs.discard(pair))
-        self.pairs.add(pair)
+        task: asyncio.Future[Any] = asyncio.ensure_future(steps)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
-    def hear(self, message: Mapping[str, Any]) -> None:
-        """Follow an order of the run process."""
-        self.loop.cancel(self.lost)
-        self.lost = self.loop.after(LOST, self.left)
-        if message["do"] == "ping" and self.control:
-            self.control.tell(pong=1)
-        elif message["do"] == "interrupt":
-            self.kernel.signal(2)
-        elif message["do"] == "greet" and "connection" not in message:
-            self.tell(**self.news)
-        elif message["do"] == "greet":
-            self.start(message["connection"])
-        elif message["do"] == "end":
+    def pass_stderr_on(self) -> None:
+        """Pass on what kernels say on stderr, and keep the end of it; a thread, for it may block."""
+        for text in iter(lambda: os.read(self.stderr, 1 << 16), b""):
+            self.tail = (self.tail + text)[-TAIL:]
+            write_all(2, text)
+
+    def on_stdin(self) -> None:
+        """Nothing comes on stdin but its end, when srun is gone."""
+        if not os.read(0, 4096):
+            self.loop.remove_reader(0)
             self.end()
 
-    def left(self) -> None:
-        """The run process is gone: end the kernel, and wait a little for the next run process."""
-        self.drop_control()
-        self.kernel.signal(9)
-        self.loop.cancel(self.lost)
-        self.lost = self.loop.after(self.orders["linger"] + 1, self.end)
+    # ---- connections
 
-    def drop_control(self) -> None:
-        """Forget the connection to the run process."""
-        if self.control:
-            self.control.close()
-        self.control = None
+    async def accept(self) -> None:
+        """Let connections prove themselves."""
+        import asyncio
 
-    def signal(self, number: int) -> None:
-        """A child has ended, or the job is being ended."""
-        if number == 17:
-            self.reap()
-        elif number != 2:
-            self.stop(number, over_memory(os.environ, Facts()))
+        self.listener.setblocking(False)
+        while True:
+            try:
+                sock, _ = await self.loop.sock_accept(self.listener)
+            except OSError:  # no file is left, for example
+                await asyncio.sleep(0.1)
+                continue
+            if len(self.strangers) >= self.STRANGERS:
+                oldest = next(iter(self.strangers))
+                del self.strangers[oldest]
+                oldest.cancel()
+            stranger = self.start_task(self.admit(sock))
+            self.strangers[stranger] = None
+            stranger.add_done_callback(lambda task: self.strangers.pop(task, None))
 
-    def stop(self, number: int, problem: dict[str, Any] | None) -> None:
-        """End the kernel and soon this process, as the signal `number` would; say why, if that is known."""
-        self.status = 128 + number
-        self.tell(stopped=number, problem=problem)
-        self.kernel.signal(15)
-        self.loop.after(0.15, self.end)
+    async def admit(self, sock: socket.socket) -> None:
+        """Use a connection that proves itself within 10 s: for orders, or one of the kernel's streams."""
+        import asyncio
 
-    def reap(self) -> None:
-        """Say how the kernel ended."""
-        status = self.kernel.reap()
-        if status is None:
+        number = -1
+        try:
+            set_no_delay(sock)
+            secret = bytes.fromhex(self.orders["secret"])
+            number = await asyncio.wait_for(accept_stream(sock, secret), 10)
+        except (OSError, asyncio.TimeoutError):
             return
-        if self.wanted is not None:
-            self.start(self.wanted)
+        finally:
+            if number < 0:
+                sock.close()
+        self.start_task(self.follow(sock) if number == ORDERS else self.join(number, sock))
+
+    async def join(self, number: int, sock: socket.socket) -> None:
+        """Join a connection with the kernel's stream, for as long as both last."""
+        try:
+            end = self.open_kernel(number)
+        except OSError:
+            sock.close()
+            return
+        join = await Join.sockets(sock, end)
+        await join.ended
+
+    def open_kernel(self, number: int) -> socket.socket:
+        """Return a connected socket to the kernel's stream.  Raises OSError while it does not listen."""
+        import socket
+
+        if self.kernel.get("transport") == "tcp":
+            sock = socket.socket()
+            place: Any = ("127.0.0.1", self.kernel[STREAMS[number] + "_port"])
+        elif len(self.sockets) == len(STREAMS):
+            sock = socket.socket(socket.AF_UNIX)
+            place = f"/proc/self/fd/{self.sockets[number]}"  # unix(7): the inode counts, not the name
         else:
+            raise ConnectionRefusedError("There is no kernel.")
+        try:
+            sock.connect(place)
+            set_no_delay(sock)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    # ---- the kernel
+
+    def order(self, **message: Any) -> None:
+        """Ask the starter for something."""
+        import signal
+
+        self.starter.send(to_json(message))
+        os.kill(self.parent, signal.SIGUSR1)
+
+    def on_starter(self) -> None:
+        """Hear how the kernel does."""
+        message = from_json(self.starter.recv(1 << 18) or b'{"gone": 1}')
+        if "started" in message:
+            self.release()
+            self.kernel, self.tail, self.problem = message, b"", None
+            self.killed = memory_kills(Facts())
+            self.start_task(self.capture(message))
+        elif "problem" in message:
+            self.problem = message["problem"]
+        elif "ended" in message:
+            self.release()
+            self.start_task(self.report_end(message["ended"], message["launch"]))
+        else:
+            self.finish()
+
+    def release(self) -> None:
+        """Forget the sockets of a kernel."""
+        for file in self.sockets:
+            os.close(file)
+        self.sockets, self.kernel = [], {}
+
+    async def capture(self, kernel: dict[str, Any]) -> None:
+        """Wait until a kernel listens, then report it.
+
+        Its unix sockets are opened as soon as all five are there, and their directory is removed: from
+        then on they have no name.
+        """
+        import asyncio
+
+        while kernel is self.kernel:
+            if self.are_open(kernel["directory"]):
+                self.report(listening=kernel["started"])
+                return
+            await asyncio.sleep(0.01)
+
+    def are_open(self, directory: str) -> bool:
+        """Return whether all streams of the kernel can be connected."""
+        try:
+            if directory and not self.sockets:
+                names = [name for name in os.listdir(directory) if name[-1] in "12345"]
+                if len(names) < len(STREAMS):
+                    return False
+                names.sort(key=lambda name: name[-1])
+                self.sockets = [os.open(f"{directory}/{name}", os.O_PATH) for name in names]
+                remove_tree(directory)
+            for number in range(len(STREAMS)):
+                self.open_kernel(number).close()
+        except OSError:
+            return False
+        return True
+
+    async def report_end(self, status: int, launch: int) -> None:
+        """Report how the kernel ended, unless the job ends as well or there is a new kernel already."""
+        import asyncio
+
+        if not self.ending:
             self.outcome = max(status, 0)
             # What is left of its stderr comes first.  And Slurm signals all processes of a job, one by
             # one: a kernel may be the first that is ended, and then the job is what is over.
-            self.loop.after(0.3 if status else 0, lambda: self.farewell(status))
+            await asyncio.sleep(0.3 if status else 0)
+        if self.ending:
+            self.finish()
+        elif not self.kernel:
+            problem = self.problem
+            if status == -9 and memory_kills(Facts()) > self.killed:
+                option = "--mem=8G" if "SLURM_JOB_ID" in os.environ else "--memory=8192"
+                hint = f"Ask for more: {option}."
+                problem = vars(UserError("The kernel has used more memory than its job asked for.", hint))
+            tail = self.tail.decode(errors="replace")
+            self.report(ended=status, launch=launch, tail=tail, problem=problem)
 
-    def farewell(self, status: int) -> None:
-        """Tell how the kernel ended, unless the job ends as well or there is a new kernel already."""
-        if not self.status and not self.kernel.pid:
-            self.tell(**kernel_end(self.kernel, status))
+    # ---- the keeper
 
-    def tell(self, **news: Any) -> None:
-        """Tell the run process, now or as soon as it is there."""
-        self.news = news
+    async def follow(self, sock: socket.socket) -> None:
+        """Follow the keeper's orders until it hangs up, or nothing was heard of it for a while."""
+        import asyncio
+
+        self.patience.cancel()
+        reader, writer = await asyncio.open_connection(sock=sock)
         if self.control:
-            self.control.tell(**news)
+            self.control.close()
+        self.control = writer
+        self.report(**self.news)
+        try:
+            while True:
+                line = await asyncio.wait_for(reader.readline(), LOST)
+                if not line:
+                    break
+                self.obey(from_json(line))
+        except (OSError, ValueError, asyncio.TimeoutError):
+            pass
+        if self.control is writer:
+            self.control = None
+            self.end()
+
+    def obey(self, message: Mapping[str, Any]) -> None:
+        """Follow an order of the keeper."""
+        if "ping" in message and self.control:
+            self.control.write(b'{"pong": 1}\n')
+        elif "end" in message:
+            self.end()
+        elif not self.ending and not message.keys().isdisjoint(("start", "signal")):
+            self.order(**message)
+
+    def report(self, **news: Any) -> None:
+        """Tell the keeper what has become of the kernel, now or as soon as it is there."""
+        self.news = news
+        if self.control and news:
+            self.control.write(to_json(news) + b"\n")
+
+    # ---- the end
+
+    def stop(self, number: int) -> None:
+        """The cluster ends the job: say why, if that is known."""
+        self.report(stopped=number, problem=over_memory(os.environ, Facts(), self.parent))
+        self.outcome = 128 + number
+        self.end()
 
     def end(self) -> None:
-        """End the kernel and this process."""
-        self.kernel.signal(9)
-        self.loop.stop()
+        """Nobody needs the job any more: let the kernel end, which may have a container to remove."""
+        if not self.ending:
+            self.ending = True
+            if self.kernel:
+                self.order(signal=15)
+            self.loop.call_later(self.GRACE if self.kernel else 0, self.finish)
 
-    def run(self) -> int:
-        """Serve until the job is to end; leave nothing on the node."""
-        try:
-            self.loop.run()
-        finally:
-            self.kernel.signal(9)
-            if self.kernel.pid:
-                os.waitpid(self.kernel.pid, 0)
-                self.kernel.signal(9)
-            self.kernel.clean()
-        return self.status or self.outcome
+    def finish(self) -> None:
+        """End this process; its parent ends the kernel."""
+        if not self.over.done():
+            self.over.set_result(self.outcome)
 
 
-def kernel_end(kernel: NodeKernel, status: int) -> dict[str, Any]:
-    """Return the news of a kernel that has ended."""
-    tail = kernel.tail.decode(errors="replace")
-    problem = kernel.problem
-    if status == -9 and memory_kills(Facts()) > kernel.killed:
-        option = "--mem=8G" if "SLURM_JOB_ID" in kernel.environ else "--memory=8192"
-        hint = f"Ask for more: {option}."
-        problem = vars(UserError("The kernel has used more memory than its job asked for.", hint))
-    return {"ended": status, "tail": tail, "problem": problem}
+def set_no_delay(sock: socket.socket) -> None:
+    """Have small messages sent at once (asyncio does so only where the protocol was named)."""
+    import socket
+
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def memory_kills(facts: Facts) -> int:
@@ -8052,21 +8129,22 @@ def memory_kills(facts: Facts) -> int:
     for line in (facts.read("/proc/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
         _, controllers, path = line.split(":", 2)
         places = {"": f"{path}/memory.events", "memory": f"/memory{path}/memory.oom_control"}
-        for word in (facts.read("/sys/fs/cgroup" + places.get(controllers, "")) or b"").splitlines():
-            if word.startswith(b"oom_kill "):
-                return int(word.split()[1])
+        for field in (facts.read("/sys/fs/cgroup" + places.get(controllers, "")) or b"").splitlines():
+            if field.startswith(b"oom_kill "):
+                return int(field.split()[1])
     return 0
 
 
-def over_memory(environ: Mapping[str, str], facts: Facts) -> dict[str, Any] | None:
+def over_memory(environ: Mapping[str, str], facts: Facts, root: int) -> dict[str, Any] | None:
     """Return the problem of a YARN container that has more memory than it asked for, None for any other.
 
-    The NodeManager adds up what all its processes have, and tells nobody but its own log why it kills.
+    The NodeManager adds up what all its processes have, and says only in its own log why it kills.
+    root: the first process of the container.
     """
     asked = environ.get("SKEIN_RESOURCE_MEMORY", "")
     if not asked.isdigit():
         return None
-    pids, used = [str(os.getpid())], 0
+    pids, used = [str(root)], 0
     for pid in pids:
         fields = (facts.read(f"/proc/{pid}/statm") or b"0 0").split()
         used += int(fields[1]) * os.sysconf("SC_PAGESIZE")
@@ -8082,148 +8160,6 @@ def over_memory(environ: Mapping[str, str], facts: Facts) -> dict[str, Any] | No
     )
 
 
-NODE_MANAGER = b"org.apache.hadoop.yarn.server.nodemanager.NodeManager"
-"""The program that starts and supervises the containers of a YARN node, as its command line names it."""
-
-
-class Supervision:
-    """Ends an agent in a container of YARN that nobody supervises any more.
-
-    What a NodeManager has started lives on when that is killed, and the ResourceManager misses a
-    node after 10 minutes only (yarn.nm.liveness-monitor.expiry-interval-ms).  So the agent watches the
-    NodeManager's process.  When that is gone, it knocks at two doors every `PING` seconds:
-
-    - The application master's.  Once nobody listens there the application is over, in whatever way.
-    - The NodeManager's.  With yarn.nodemanager.recovery.enabled a NodeManager that is started again
-      takes its containers back, at the same port: the kernel shall live through that.  See
-      https://hadoop.apache.org/docs/stable/hadoop-yarn/hadoop-yarn-site/NodeManagerRestart.html.
-      Where the node's yarn-site.xml says so the application master alone decides, however long it takes.
-      Elsewhere a NodeManager that has not answered for `LOST` seconds counts as a lost node.
-
-    stop: called with a signal's number and the problem.  Where the NodeManager can't be seen (in a
-    container of Docker's) nothing is watched.
-    """
-
-    def __init__(
-        self,
-        loop: Loop,
-        environ: Mapping[str, str],
-        facts: Facts,
-        stop: Callable[[int, dict[str, Any]], None],
-    ) -> None:
-        self.loop, self.environ, self.facts, self.stop = loop, environ, facts, stop
-        self.deadline: object = None
-        manager = node_manager(environ, facts)
-        if manager:
-            watch_process(loop, manager, self.left)
-
-    def left(self) -> None:
-        """The NodeManager is gone."""
-        host = self.environ.get("NM_HOST", "")
-        self.doors = [
-            (self.environ.get("SKEIN_APPMASTER_ADDRESS", ""), self.master_answers),
-            (f"{host}:{self.environ.get('NM_PORT', '')}", self.manager_answers),
-        ]
-        self.returns = recovers_containers(self.environ, self.facts)
-        self.manager_answers(False)
-        self.look()
-
-    def look(self) -> None:
-        """Knock at both doors, again and again."""
-        for address, answers in self.doors:
-            knock(self.loop, address, answers)
-        self.loop.after(PING, self.look)
-
-    def master_answers(self, listens: bool) -> None:
-        """Without an application master there is no application."""
-        if not listens:
-            self.end("and the application is over")
-
-    def manager_answers(self, listens: bool) -> None:
-        """A NodeManager that is there again may have taken the container back."""
-        if listens:
-            self.loop.cancel(self.deadline)
-            self.deadline = None
-        elif not self.deadline and not self.returns:
-            self.deadline = self.loop.after(LOST, lambda: self.end(f"and has not come back for {LOST:g} s"))
-
-    def end(self, how: str) -> None:
-        """End the kernel and say why."""
-        node = node_name(self.environ)
-        hint = "Start the kernel again; it will get another node if that one is down."
-        self.stop(9, vars(UserError(f"The NodeManager of node {node} has ended, {how}.", hint)))
-
-
-def node_manager(environ: Mapping[str, str], facts: Facts) -> int:
-    """Return the pid of the NodeManager above this process, 0 where there is none to be seen."""
-    pid = os.getpid() if "SKEIN_APPMASTER_ADDRESS" in environ else 0
-    while pid and NODE_MANAGER not in (facts.read(f"/proc/{pid}/cmdline") or b"").split(b"\0"):
-        stat = facts.read(f"/proc/{pid}/stat") or b") S 0"  # proc(5): the parent's pid is the fourth field
-        pid = int(stat.rpartition(b")")[2].split()[1])
-    return pid
-
-
-def recovers_containers(environ: Mapping[str, str], facts: Facts) -> bool:
-    """Tell whether a NodeManager of this node takes its containers back when it is started again.
-
-    Off by default (yarn-default.xml); HADOOP_CONF_DIR is in the default of yarn.nodemanager.env-whitelist.
-    """
-    text = facts.read(environ.get("HADOOP_CONF_DIR", "/etc/hadoop/conf") + "/yarn-site.xml") or b""
-    _, _, rest = text.partition(b"<name>yarn.nodemanager.recovery.enabled</name>")
-    return b"<value>true</value>" in b"".join(rest.partition(b"</property>")[0].split())
-
-
-def watch_process(loop: Loop, pid: int, gone: Callable[[], None]) -> None:
-    """Call `gone` once when the process `pid` has ended.  Looks once a second on Python 3.8."""
-    if hasattr(os, "pidfd_open"):
-        try:
-            file = os.pidfd_open(pid)
-        except OSError:
-            gone()
-            return
-
-        def ended(mask: int) -> None:
-            loop.forget(file)
-            os.close(file)
-            gone()
-
-        loop.watch(file, READ, ended)
-    elif os.path.exists(f"/proc/{pid}"):
-        loop.after(1, lambda: watch_process(loop, pid, gone))
-    else:
-        gone()
-
-
-def knock(loop: Loop, address: str, answers: Callable[[bool], None]) -> None:
-    """Call `answers` with whether anybody listens at ``HOST:PORT``; not at all where nothing comes back."""
-    import _socket
-
-    host, _, port = address.rpartition(":")
-    sock = _socket.socket()
-    sock.setblocking(False)
-    refused = 111  # ECONNREFUSED; errno would be loaded for it alone
-
-    def answered(mask: int) -> None:
-        error = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
-        loop.forget(sock.fileno())
-        sock.close()
-        if error in (0, refused):
-            answers(not error)
-
-    try:
-        sock.connect((host, int(port)))
-    except BlockingIOError:
-        loop.watch(sock.fileno(), WRITE, answered)
-    except ConnectionRefusedError:
-        sock.close()
-        answers(False)
-    except (OSError, ValueError):  # no such name, no such network
-        sock.close()
-    else:
-        sock.close()
-        answers(True)
-
-
 def node_name(environ: Mapping[str, str]) -> str:
     """Return what the cluster calls this node."""
     return environ.get("SLURMD_NODENAME") or environ.get("NM_HOST") or os.uname().nodename
@@ -8235,40 +8171,36 @@ def agent_address(orders: Mapping[str, Any], environ: Mapping[str, str]) -> str:
     Slurm: that from which this node reaches the host srun runs on, as srun's own connections do.
     YARN: that of the NodeManager.  With ``--tunnel=ssh`` loopback, for ssh ends on this node.
     """
-    import _socket
+    import socket
 
     if orders.get("tunnel"):
         return "127.0.0.1"
     peer = environ.get("SLURM_LAUNCH_NODE_IPADDR")
     try:
         if not peer:
-            return _socket.gethostbyname(node_name(environ))
-        probe = _socket.socket(_socket.AF_INET6 if ":" in peer else _socket.AF_INET, _socket.SOCK_DGRAM)
-        try:
-            probe.connect((peer, 9))  # sends nothing: it asks the routing table
-            return str(probe.getsockname()[0])
-        finally:
-            probe.close()
+            return socket.gethostbyname(node_name(environ))
+        with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((peer, 9))  # sends nothing: it asks the routing table
+            return str(sock.getsockname()[0])
     except OSError:
-        return _socket.gethostbyname(_socket.gethostname())
+        return socket.gethostbyname(socket.gethostname())
 
 
-def listen_at(address: str, ports: str) -> Any:
+def listen_at(address: str, ports: str) -> socket.socket:
     """Return a socket that listens on an address, at a port of the range ``FIRST-LAST`` where one was given.
 
     Raises UserError where each of them is taken.
     """
-    import _socket
+    import socket
 
     first, _, last = ports.partition("-")
     for port in range(int(first or 0), int(last or first or 0) + 1):
-        sock = _socket.socket(_socket.AF_INET6 if ":" in address else _socket.AF_INET)
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         try:
             # what is left of earlier connections does not use up the range
-            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((address, port))
-            sock.listen(64)
-            sock.setblocking(False)
+            sock.listen(256)
             return sock
         except OSError as error:
             sock.close()
@@ -8276,53 +8208,11 @@ def listen_at(address: str, ports: str) -> Any:
     among = f"of --node-ports={ports} " if ports else ""
     raise UserError(
         f"No port {among}can be opened on {address}, an address of node {node_name(os.environ)}: {reason}.",
-        "Give a wider range: --node-ports=FIRST-LAST." if ports else "Ask whoever runs the cluster.",
+        "Give a wider range: --node-ports=FIRST-LAST." if ports else "Ask the administrators of the cluster.",
     )
 
 
-def make_node_folder() -> str:
-    """Make the private folder in which a node's kernel binds its sockets; it is gone when it has."""
-    root = os.environ.get("TMPDIR", "/tmp")
-    if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
-        root = "/tmp"
-    path = f"{root}/envkernel-node-{os.urandom(8).hex()}"
-    os.mkdir(path, 0o700)
-    return path
-
-
-def agent_main(stdin: Any) -> int:
-    """What `NODE_BOOT` runs on the node: read the orders, say where the agent listens, serve.
-
-    It says that on stdout or (YARN) on the descriptor that the orders name.
-    """
-    orders = from_json(stdin.readline())
-    if "place" not in orders:
-        try:
-            return Agent(orders, 0, say_hello).run()
-        except UserError as error:
-            report_failure(error)
-            return error.status
-    place = orders["place"]
-    os.set_inheritable(place, False)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # this file was there
-
-    def said(where: dict[str, Any]) -> None:
-        write_all(place, to_json(where))
-        os.close(place)
-
-    try:
-        return Agent(orders, -1, said).run()
-    except UserError as error:
-        tell_error(error)
-        return error.status
-
-
-def say_hello(place: Mapping[str, Any]) -> None:
-    """Say on stdout where the agent listens."""
-    os.write(1, HELLO + to_json(place) + b"\n")
-
-
-# ---- the submit host's side -----------------------------------------------------------------------
+# ---- jobs on a cluster --------------------------------------------------------------------------
 
 
 def agent_orders(
@@ -8339,317 +8229,417 @@ def agent_orders(
         "launch": launch_to_data(job.launch),
         "directories": job.directories(os.getcwd()),
         "environ": {name: environ[name] for name in names if name in environ},
-        "linger": job.linger,
         "transport": job.transport,
         "tunnel": job.tunnel,
         "node-ports": job.node_ports,
     }
 
 
-class JobKeeper:
-    """Parent of the program that holds the job; serves one run process after the other.
+class JobProgram(Program):
+    """A kernel in a job of a cluster: srun or Skein's client as the program, an agent on the node.
 
-    It says of the job what there is to say, ends it when no run process has come for `linger`
-    seconds, and tells why it ended.
+    The job outlives the kernel for `linger` seconds, so that a restart gets it.
     """
+
+    what = "job"
 
     NOTICE = 3.0
     """Seconds in which the program that holds the job has to notice that its agent is gone."""
 
-    def __init__(
-        self, job: Job, orders: Mapping[str, Any], folder: str, lock: int, visitor: Any, facts: Facts
-    ) -> None:
-        import _signal
-        import _socket
-
-        self.job, self.orders, self.folder, self.lock, self.facts = job, orders, folder, lock, facts
-        self.digest = job.digest()
-        self.loop = Loop()
-        self.place: dict[str, Any] | None = None
-        self.id = ""
-        self.state = ""
-        self.said = b""
+    def __init__(self, plan: Plan, job: Job, launch: Launch, facts: Facts) -> None:
+        connection = read_connection(launch, facts)[2]
+        super().__init__(plan, Care(job_directory(launch, facts), connection=connection), facts)
+        self.job = job
+        self.linger, self.digest = job.linger, job.digest()
+        self.orders = agent_orders(job, launch, connection, os.environ)
+        self.connection: Mapping[str, Any] = connection
+        self.launch = 0
+        self.id = self.state = ""
+        self.waits = False
+        self.place: dict[str, Any] = {}
         self.line = b""
-        self.child = self.tunnel = self.feeder = 0
-        self.directory = os.getcwd()
-        os.chdir("/")
-        self.ending = self.waits = False
         self.failure: UserError | None = None
-        self.linger: object = None
-        self.visitor: Lines | None = Lines(self.loop, visitor, self.hear, self.left)
-        self.listener = _socket.socket(_socket.AF_UNIX)
-        self.listener.bind(folder + "/keeper")
-        self.listener.listen(8)
-        self.loop.watch(self.listener.fileno(), READ, self.accept)
-        self.loop.signals((_signal.SIGCHLD, _signal.SIGTERM), self.signal)
+        self.control: asyncio.StreamWriter | None = None
+        self.life: asyncio.Future[UserError] | None = None
 
-    def run(self) -> None:
-        """Submit the job and keep it until it is over."""
-        self.start_child(self.job.argv, self.feed, self.directory)
-        if self.job.queue_timeout:
-            self.loop.after(self.job.queue_timeout, self.too_late)
-        self.loop.run()
-        if self.tunnel:
-            os.kill(self.tunnel, 15)
-        if self.id:
-            self.job.forget(self.id, self.facts)
-        remove_tree(self.folder)
-        release_lock(self.folder + ".lock", self.lock)
-
-    def feed(self) -> bytes:
-        """Return what the program gets on stdin."""
-        return self.job.feed(self.orders, lambda: own_code(self.facts))
-
-    def start_child(self, argv: Sequence[str], feed: Callable[[], bytes], directory: str = "/") -> None:
-        """Start the program that holds the job and give it `feed` on stdin, which stays open."""
+    def start(self) -> None:
+        """Start the program that holds the job."""
         stdin, self.stdin = os.pipe()
-        out, out_end = os.pipe()
-        err, err_end = os.pipe()
-        keeper = os.getpid()
-        self.child = os.fork()
-        if not self.child:
-            execute_below(argv, self.job.environ, (stdin, out_end, err_end), keeper, directory)
-        os.close(stdin)
-        os.close(err_end)
-        self.feeder = os.fork()
-        if not self.feeder:
-            feed_program(self.stdin, feed, out_end, keeper)
-        os.close(out_end)
-        self.loop.watch(out, READ, lambda mask: self.read(out, self.hear_out))
-        self.loop.watch(err, READ, lambda mask: self.read(err, self.hear_err))
-        self.files = {out, err}
+        self.out, out_end = os.pipe()
+        self.err, err_end = os.pipe()
+        self.cancel_later()
+        self.pid = spawn(self.job.argv, self.job.environ, stdin, out_end, err_end)
+        for file in (stdin, out_end, err_end):
+            os.close(file)
+        self.feed = self.job.feed(self.orders, lambda: own_code(self.facts))
 
-    def read(self, file: int, hear: Callable[[bytes], None]) -> None:
-        """Hear what the program says; when it has said all and ended, so does the job."""
-        text = os.read(file, 1 << 16)
-        if text:
-            hear(text)
-            return
-        self.loop.forget(file)
-        os.close(file)
-        self.files.discard(file)
-        if not self.files:
-            self.collect()
+    async def ready(self) -> None:
+        """Return when the agent has reported that the kernel listens."""
+        self.follow_job()
+        await self.listening.wait()
 
-    def hear_out(self, text: bytes) -> None:
-        """Pass stdout on, but for the line on which the agent says where it is."""
-        if self.place:
-            self.tell(out=text.decode("latin-1"))
+    async def connect(self, number: int) -> socket.socket:
+        """Return a connection to the agent that has proved itself.  Raises OSError."""
+        import asyncio
+        import socket
+
+        path = self.place.get("path")
+        address = (self.place["address"], self.place["port"])
+        family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        sock = socket.socket(family)
+        sock.setblocking(False)
+
+        async def open_it() -> None:
+            await asyncio.get_running_loop().sock_connect(sock, path or address)
+            set_no_delay(sock)
+            await open_stream(sock, bytes.fromhex(self.orders["secret"]), number)
+
+        try:
+            await asyncio.wait_for(open_it(), 10)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise ConnectionRefusedError("The agent does not answer.") from None
+            raise
+        return sock
+
+    def send_signal(self, number: int) -> None:
+        """Signal the kernel."""
+        self.send(signal=number)
+
+    async def wait(self) -> tuple[int, UserError | None]:
+        """Return the status of the kernel, or of the job if that has ended, and why it did."""
+        import asyncio
+
+        life = self.follow_job()
+        ends: set[asyncio.Future[Any]] = {life, self.ended}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # nobody uses this kernel any more
+            self.send(signal=9)
+            raise
+        if life.done():
+            self.over = True
+            error = life.result()
+            return error.status or 1, error
+        message = self.ended.result()
+        status = message["ended"]
+        problem = UserError(**message["problem"]) if message["problem"] else None
+        if not problem and not self.keeper.answered(status):
+            where = f"{self.plan.where} on {self.place['node']}"
+            problem = ended_error(status, where, message["tail"], self.plan.install)
+        self.over = not self.linger
+        return status, problem
+
+    async def attach(self, connection: Mapping[str, Any]) -> None:
+        """Have the agent start another kernel, now or as soon as it is there."""
+        self.launch += 1
+        self.connection = connection
+        self.expect_kernel()
+        self.send(start=dict(connection), launch=self.launch)
+        if self.id:
+            append_log(self.keeper.launch.options.get("log", ""), f"job: {self.id}")
+        if self.state and not self.place:
+            self.keeper.report(self.state)
+
+    async def end(self) -> None:
+        """End the job: first by an order to the agent and the end of stdin, then by a signal."""
+        import asyncio
+
+        followed = bool(self.control)
+        self.send(end=True)
+        if not self.life:
             return
+        self.feeding.cancel()
+        os.close(self.stdin)
+        await asyncio.wait({self.exit}, timeout=Agent.GRACE + 1 if followed else self.job.grace)
+        if not self.exit.done():
+            send_signals([self.pid], 15)
+            await asyncio.wait({self.exit}, timeout=3 if followed else 1)
+        self.life.cancel()
+
+    # ---- from the submission to the end of the job, once
+
+    def expect_kernel(self) -> None:
+        """Prepare for the news of another kernel."""
+        import asyncio
+
+        self.listening = asyncio.Event()
+        self.ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    def follow_job(self) -> asyncio.Future[UserError]:
+        """Return the task that brings the job to its end, and why it ended; it lives through restarts."""
+        import asyncio
+
+        if not self.life:
+            self.expect_kernel()
+            loop = asyncio.get_running_loop()
+            self.agent: asyncio.Future[dict[str, Any]] = loop.create_future()
+            self.exit = asyncio.ensure_future(self.keeper.exited(self.pid))
+            self.feeding = asyncio.ensure_future(self.write_stdin())
+            self.life = asyncio.ensure_future(self.run())
+        return self.life
+
+    async def run(self) -> UserError:
+        """Bring the agent its orders and follow what it reports; return why the job is over."""
+        import asyncio
+
+        program = asyncio.ensure_future(self.program_end())
+        steps = asyncio.ensure_future(self.follow_agent())
+        first: set[asyncio.Future[Any]] = {program, self.agent}
+        then: set[asyncio.Future[Any]] = {program, steps}
+        limit = self.job.queue_timeout or None
+        try:
+            await asyncio.wait(first, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not program.done() and not self.agent.done():
+                return UserError(
+                    f"The job did not start within {limit:g} s, the --queue-timeout.",
+                    "Try again later, ask for less, or for a partition or queue that has room.",
+                    detail=self.state,
+                )
+            await asyncio.wait(then, return_when=asyncio.FIRST_COMPLETED)
+            problem = None if program.done() else steps.result()
+            if problem:
+                self.cancel_later()
+                return problem
+            if not self.job.detached:  # the agent is gone: the program will know why
+                await asyncio.wait({program}, timeout=self.NOTICE)
+            if program.done():
+                return program.result()
+            return await self.job.lost(self.place["node"], self.said(), self.id, self.ask)
+        except UserError as error:
+            return error
+        finally:
+            program.cancel()
+            steps.cancel()
+
+    async def write_stdin(self) -> None:
+        """Give the program what it wants on stdin, which stays open for as long as the job is wanted."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        os.set_blocking(self.stdin, False)
+        writable = asyncio.Event()
+        loop.add_writer(self.stdin, writable.set)
+        try:
+            while self.feed:
+                await writable.wait()
+                writable.clear()
+                try:
+                    self.feed = self.feed[os.write(self.stdin, self.feed) :]
+                except BlockingIOError:
+                    continue
+        except OSError:  # the program has ended
+            pass
+        finally:
+            loop.remove_writer(self.stdin)
+
+    async def program_end(self) -> UserError:
+        """Return why the program that holds the job has ended, when it has."""
+        import asyncio
+
+        copies = {
+            asyncio.ensure_future(self.keeper.copy(self.out, 1, self.on_stdout)),
+            asyncio.ensure_future(self.keeper.copy(self.err, 2, self.on_stderr)),
+        }
+        status = await asyncio.shield(self.exit)
+        await asyncio.wait(copies, timeout=1)
+        if self.failure:
+            return self.failure
+        if self.job.detached and self.agent.done():
+            await asyncio.Event().wait()
+        return await self.job.explain(status, self.said(), self.id, self.ask)
+
+    def on_stdout(self, text: bytes) -> bytes:
+        """Return what to pass on: all but the line on which the agent says where it is."""
+        if self.agent.done():
+            return text
+        passed = b""
         *lines, self.line = (self.line + text).split(b"\n")
         for line in lines:
-            if line.startswith(HELLO) and not self.place:
-                self.found(from_json(line[len(HELLO) :]))
+            if line.startswith(HELLO):
+                self.place = from_json(line[len(HELLO) :])
+                self.set_id(self.id or self.place["job"])
+                self.agent.set_result(self.place)
             elif line.startswith(FAILED):
                 self.failure = UserError(**from_json(line[len(FAILED) :]))
             else:
-                self.tell(out=(line + b"\n").decode("latin-1"))
+                passed += line + b"\n"
+        return passed
 
-    def hear_err(self, text: bytes) -> None:
-        """Pass stderr on and learn from it how the job stands."""
-        self.tell(err=text.decode("latin-1"))
-        self.said = (self.said + text)[-TAIL:]
-        self.id, waits = self.job.read_state(self.said.decode(errors="replace"), self.id)
+    def on_stderr(self, text: bytes) -> bytes:
+        """Learn from the program's stderr how the job stands; return it, to be passed on."""
+        import asyncio
+
+        self.keeper.on_stderr(text)
+        number, waits = self.job.read_state(self.said(), self.id)
+        self.set_id(number)
         if waits and not self.waits:
-            self.waits = True
-            self.look(0)
+            self.watching = asyncio.ensure_future(self.watch_queue())
         self.waits = waits
+        return text
 
-    def look(self, seconds: float) -> None:
-        """Say what the job waits for, when that has changed; ask less and less often."""
-        if self.place or self.ending or not self.waits:
-            return
-        state = self.job.pending(self.id, self.facts)
-        if state and state != self.state:
-            self.tell(say=state)
-            seconds = 0
-        self.state = state or self.state
-        wait = min(max(2 * seconds, 1.0), 30.0)
-        self.loop.after(wait, lambda: self.look(wait))
+    def said(self) -> str:
+        """Return the end of what the program said on stderr."""
+        return self.keeper.tail.decode(errors="replace")
 
-    def found(self, place: dict[str, Any]) -> None:
-        """The agent is there."""
-        self.place = {**place, "secret": self.orders["secret"]}
-        self.id = self.id or place["job"]
+    def set_id(self, number: str) -> None:
+        """Note the job's id."""
+        if number and number != self.id:
+            self.id = number
+            append_log(self.keeper.launch.options.get("log", ""), f"job: {number}")
+            self.cancel_later()
+
+    def cancel_later(self) -> None:
+        """Have the job cancelled when this process is gone, however it ends."""
+        command = self.job.cancel(os.getpid(), self.id)
+        self.keeper.recipe.cleanup = [command] if command else []
+        self.keeper.send_recipe()
+
+    async def watch_queue(self) -> None:
+        """Report what the job waits for, asking less and less often."""
+        import asyncio
+
+        pause = 1.0
+        while self.waits and not self.agent.done():
+            state = await self.job.pending(self.id, self.ask)
+            if state and state != self.state and not self.agent.done():
+                self.state, pause = state, 1.0
+                self.keeper.report(state)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 30)
+
+    async def follow_agent(self) -> UserError | None:
+        """Connect to the agent and follow what it reports; return why it is gone, if that is known."""
+        import asyncio
+
+        await self.agent
         if self.job.tunnel:
-            self.dig(place)
-        else:
-            self.tell(agent=self.place)
+            await self.open_tunnel()
+        self.warn()
+        reader = await self.reach_agent()
+        pinging = asyncio.ensure_future(self.ping())
+        try:
+            while True:
+                line = await asyncio.wait_for(reader.readline(), LOST)
+                if not line:
+                    break
+                message = from_json(line)
+                if message.get("problem") and "stopped" in message:
+                    return UserError(**message["problem"])
+                if "stopped" in message:
+                    break
+                self.on_news(message)
+        except asyncio.TimeoutError:  # an OSError since Python 3.11
+            return UserError(
+                f"The node {self.place['node']} has not answered for {LOST:g} s.",
+                "Start the kernel again; it will get another node if that one is down.",
+            )
+        except OSError:
+            pass
+        finally:
+            pinging.cancel()
+            self.control = None
+        return None if "path" not in self.place or not self.tunnel.done() else self.tunnel_error()
 
-    def dig(self, place: Mapping[str, Any]) -> None:
-        """Lead a tunnel to the agent, and say where it begins as soon as it stands."""
-        path = self.folder + "/tunnel"
-        argv = tunnel_argv(self.job.tunnel, path, str(place["node"]), int(place["port"]))
-        null = os.open(os.devnull, os.O_RDWR)
+    def on_news(self, message: Mapping[str, Any]) -> None:
+        """Note how the kernel of this launch does."""
+        if message.get("listening") == self.launch:
+            self.listening.set()
+        if "ended" in message and message["launch"] == self.launch and not self.ended.done():
+            self.ended.set_result(dict(message))
+
+    def warn(self) -> None:
+        """Say that the cluster's network sees what the kernel says, where it does."""
+        address = self.place["address"]
+        encrypted = any(name.startswith("curve") for name in self.connection)
+        if not (encrypted or address.startswith("127.") or address == "::1"):
+            text = (
+                f"What this kernel says is signed, but crosses the network to {self.place['node']} readable."
+            )
+            text += " Set it up with --tunnel=ssh to encrypt it."
+            self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
+            append_log(self.keeper.launch.options.get("log", ""), text)
+
+    async def reach_agent(self) -> asyncio.StreamReader:
+        """Open the control connection, trying for some seconds.  Raises UserError."""
+        import asyncio
+
+        for pause in (1, 2, 3, 0):
+            try:
+                sock = await self.connect(ORDERS)
+            except OSError:
+                await asyncio.sleep(pause)
+                continue
+            reader, self.control = await asyncio.open_connection(sock=sock)
+            if self.job.detached:  # the agent ends the job now, and well
+                self.keeper.recipe.cleanup.clear()
+                self.keeper.send_recipe()
+            if self.launch:  # restarted while the job waited
+                self.send(start=dict(self.connection), launch=self.launch)
+            return reader
+        raise UserError(
+            "The node {node} can't be reached at {address}, port {port}.".format(**self.place),
+            "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
+            "this host and the nodes and give --node-ports=FIRST-LAST.",
+        )
+
+    def send(self, **message: Any) -> None:
+        """Send the agent an order; one that can't be sent any more is dropped."""
+        if self.control:
+            self.control.write(to_json(message) + b"\n")
+
+    async def ping(self) -> None:
+        """Let the agent know that this process lives."""
+        import asyncio
+
+        while True:
+            self.send(ping=1)
+            await asyncio.sleep(PING)
+
+    async def open_tunnel(self) -> None:
+        """Lead a tunnel to the agent and wait until it can be used.  Raises UserError."""
+        import asyncio
+
+        path = self.care.folder + "/tunnel"
+        argv = tunnel_argv(self.job.tunnel, path, str(self.place["node"]), int(self.place["port"]))
         err, err_end = os.pipe()
-        keeper = os.getpid()
-        self.tunnel = os.fork()
-        if not self.tunnel:
-            execute_below(argv, self.job.environ, (null, null, err_end), keeper)
+        pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
         os.close(err_end)
-        os.close(null)
-        self.loop.watch(err, READ, lambda mask: self.read(err, self.hear_err))
+        copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.on_stderr))
+        self.tunnel = asyncio.ensure_future(self.keeper.exited(pid))
+        while not os.path.exists(path):
+            if self.tunnel.done():
+                await asyncio.wait({copy}, timeout=1)
+                raise self.tunnel_error()
+            await asyncio.sleep(0.05)
+        self.place["path"] = path
 
-        def look() -> None:
-            if os.path.exists(path) and self.place:
-                self.place["path"] = path
-                self.tell(agent=self.place)
-            elif self.tunnel:
-                self.loop.after(0.05, look)
+    def tunnel_error(self) -> UserError:
+        """Return the error for a tunnel that broke, or could not be opened."""
+        return UserError(
+            "The ssh tunnel to the node could not be opened, or broke.",
+            "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out.",
+            detail=self.said().strip(),
+        )
 
-        look()
+    async def ask(self, argv: Sequence[str]) -> Output:
+        """Run a command of the cluster's; return what it said, status 127 for nothing within 10 s."""
+        import asyncio
 
-    def tell(self, **message: Any) -> None:
-        """Tell the run process, if there is one now."""
-        if self.visitor:
-            self.visitor.tell(**message)
-
-    def accept(self, mask: int) -> None:
-        """Let a new run process in: the kernel was restarted."""
-        sock = accept(self.listener)
-        if self.visitor:
-            self.visitor.close()
-        self.visitor = Lines(self.loop, sock, self.hear, self.left)
-
-    def hear(self, message: Mapping[str, Any]) -> None:
-        """Follow a run process."""
-        if message.get("do") == "end" or message.get("adopt", self.digest) != self.digest:
-            self.end()
-        elif message.get("do") == "give up":
-            self.give_up()
-        elif message.get("do") == "explain":
-            if not self.job.detached:
-                self.loop.after(self.NOTICE, self.overdue)
-            elif not self.child:
-                self.place = None
-                self.start_child(self.job.report(self.id), bytes)
-        elif "adopt" in message:
-            self.loop.cancel(self.linger)
-            self.tell(adopted=bool(self.place), say="" if self.place else self.state)
-            if self.place and ("path" in self.place or not self.job.tunnel):
-                self.tell(agent=self.place)
-
-    def left(self) -> None:
-        """The run process is gone: wait a little for the next one."""
-        if self.visitor:
-            self.visitor.close()
-        self.visitor = None
-        self.loop.cancel(self.linger)
-        self.linger = self.loop.after(self.orders["linger"], self.end)
-
-    def too_late(self) -> None:
-        """Give up if the job still waits."""
-        if not self.place and not self.ending:
-            limit = f"{self.job.queue_timeout:g} s, the --queue-timeout"
-            hint = "Try again later, ask for less, or for a partition or queue that has room."
-            self.gone(UserError(f"The job did not start within {limit}.", hint, detail=self.state))
-            self.end()
-
-    def overdue(self) -> None:
-        """The agent is gone, but the program that holds its job has not noticed."""
-        if self.child and self.place and not self.ending:
-            said = self.said.decode(errors="replace")
-            self.gone(self.job.lost(self.place["node"], said, self.id, self.facts))
-            self.end()
-
-    def give_up(self) -> None:
-        """End the job of an agent that can't do it: it is out of reach, or nobody supervises it."""
-        if self.job.detached and self.id and not self.child and not self.ending:
-            self.place = None
-            self.start_child(self.job.cancel(self.id), bytes)
-        self.end()
-
-    def gone(self, error: UserError | None) -> None:
-        """Tell the run process that the job is over, and why."""
-        self.tell(gone=vars(error) if error else {})
-
-    def end(self) -> None:
-        """End the job: first by taking its stdin away, which ends the agent, then by force."""
-        if self.ending:
-            return
-        self.ending = True
-        self.loop.forget(self.listener.fileno())
-        self.listener.close()
-        remove_tree(self.folder + "/keeper")
-        if self.feeder:
-            os.kill(self.feeder, 9)
-        os.close(self.stdin)
-        if not self.child:
-            self.loop.stop()
-            return
-        self.loop.after(2 if self.place else self.job.grace, lambda: self.kill(15))
-        self.loop.after(self.job.grace + 3, lambda: self.kill(9))
-
-    def kill(self, number: int) -> None:
-        """Send a signal to the program that holds the job."""
-        if self.child:
-            os.kill(self.child, number)
-
-    def signal(self, number: int) -> None:
-        """A child has ended, or somebody wants this process to."""
-        if number == 17:
-            self.collect()
-        else:
-            self.end()
-
-    def collect(self) -> None:
-        """Reap children; when the program has ended and all it said was heard, so has the job."""
-        if self.feeder and os.waitpid(self.feeder, os.WNOHANG)[0]:
-            self.feeder = 0
-        if self.tunnel and os.waitpid(self.tunnel, os.WNOHANG)[0]:
-            self.tunnel = 0
-            if not self.ending:
-                self.gone(tunnel_error(self.said.decode(errors="replace")))
-                self.end()
-        if self.files and not self.ending:
-            return
-        pid, status = os.waitpid(self.child, os.WNOHANG) if self.child else (0, 0)
-        if not pid:
-            return
-        self.child = 0
-        if self.ending:
-            self.loop.stop()
-        elif not self.job.detached or not self.place:
-            said = self.said.decode(errors="replace")
-            self.gone(self.failure or self.job.explain(exit_status(status), said, self.id, self.facts))
-            self.ending = True
-            self.loop.stop()
-
-
-def feed_program(stdin: int, feed: Callable[[], bytes], out: int, keeper: int) -> NoReturn:
-    """In a child of the keeper: write `feed` to a program's stdin; what goes wrong before, to its stdout.
-
-    What is written, this file among it, would stay a part of the keeper's memory (malloc keeps 1 MB).
-    """
-    try:
-        die_with_parent(keeper)
-        write_all(stdin, feed())
-    except UserError as error:
-        os.dup2(out, 1)
-        report_failure(error)
-    finally:
-        os._exit(0)
-
-
-def execute_below(
-    argv: Sequence[str], environ: Mapping[str, str], files: Sequence[int], parent: int, directory: str = "/"
-) -> NoReturn:
-    """In a child: become the program `argv`, with `files` as its 0, 1 and 2; it dies with `parent`."""
-    import _signal
-
-    try:
-        _signal.set_wakeup_fd(-1)
-        for name in ("CHLD", "TERM", "INT", "PIPE", "HUP"):
-            _signal.signal(getattr(_signal, "SIG" + name), _signal.SIG_DFL)
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-        die_with_parent(parent)
-        os.chdir(directory)
-        os.execve(argv[0], list(argv), dict(environ))
-    except OSError as error:
-        os.write(2, f"{argv[0]}: {error}\n".encode())
-    finally:
-        os._exit(127)
+        out, err = os.memfd_create("out"), os.memfd_create("err")
+        try:
+            pid = spawn(argv, self.job.environ, out=out, err=err)
+            status = await asyncio.wait_for(self.keeper.exited(pid), 10)
+            return Output(status, _read_all(out), _read_all(err))
+        except asyncio.TimeoutError:
+            send_signals([-pid], 9)
+            return Output(127, b"", b"")
+        except UserError:
+            return Output(127, b"", b"")
+        finally:
+            os.close(out)
+            os.close(err)
 
 
 def tunnel_argv(program: str, path: str, node: str, port: int) -> list[str]:
@@ -8660,25 +8650,17 @@ def tunnel_argv(program: str, path: str, node: str, port: int) -> list[str]:
         "StreamLocalBindMask=0177",
         "ServerAliveInterval=5",
     ]
-    words = [word for option in options for word in ("-o", option)]
-    return [program, "-N", "-T", *words, "-L", f"{path}:127.0.0.1:{port}", node]
+    flags = [part for option in options for part in ("-o", option)]
+    return [program, "-N", "-T", *flags, "-L", f"{path}:127.0.0.1:{port}", node]
 
 
-def tunnel_error(said: str) -> UserError:
-    """Return the error for a tunnel that broke, or never stood."""
-    return UserError(
-        "The ssh tunnel to the node could not be made, or broke.",
-        "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out.",
-        detail=said.strip(),
-    )
-
-
-def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
-    """Return this file for a node: magic number (hex) of the bytecode, bytecode, source for another Python.
+def own_code(facts: Facts) -> bytes:
+    """Return this file as `NODE_BOOT` reads it: bytecode for the same Python, source for another one.
 
     Raises UserError where it can't be read.
     """
     import marshal
+    import zlib
     from importlib.machinery import SourceFileLoader
     from importlib.util import MAGIC_NUMBER
 
@@ -8686,333 +8668,17 @@ def own_code(facts: Facts) -> tuple[str, bytes, bytes]:
     if source is None:
         hint = "Install envkernel again, or set the kernel up again."
         raise UserError(f"The file {__file__} can't be read.", hint)
-    code = SourceFileLoader("envkernel", __file__).get_code("envkernel")
-    return MAGIC_NUMBER.hex(), marshal.dumps([marshal.dumps(code)]), source
+    code = marshal.dumps(SourceFileLoader("envkernel", __file__).get_code("envkernel"))
+    code, source = zlib.compress(code, 1), zlib.compress(source, 1)
+    return b"%s %d %d\n" % (MAGIC_NUMBER.hex().encode(), len(code), len(source)) + code + source
 
 
-def job_folder(launch: Launch, facts: Facts) -> str:
-    """Return the path of the keeper's private folder, which belongs to one connection file."""
+def job_directory(launch: Launch, facts: Facts) -> str:
+    """Return the path of the keeper's private directory, which belongs to one connection file."""
     base = private_base(os.environ, "", facts)
     if len(base) > 60:  # the path of a unix socket has 107 bytes
         base = f"/tmp/envkernel-{facts.ids()[0]}"
     return f"{base}/job-{kernel_key(launch.options['connection-file'])}"
-
-
-def start_keeper(job: Job, orders: Mapping[str, Any], folder: str, facts: Facts) -> tuple[Any, bool]:
-    """Return a socket to the keeper of this connection file, and whether it was there before.
-
-    One that keeps the same job for a restart is used again; else waits until an older one has gone
-    and starts one, in a session of its own.
-    """
-    import _socket
-    import gc
-
-    sock = _socket.socket(_socket.AF_UNIX)
-    try:
-        sock.connect(folder + "/keeper")
-        return sock, True
-    except OSError:
-        sock.close()
-    lock = take_lock(folder + ".lock")
-    remove_stale(os.path.dirname(folder), os.environ)
-    if os.path.exists(folder):  # its keeper was killed
-        remove_tree(folder)
-    private_folder(folder)
-    sock, visitor = _socket.socketpair()
-    gc.freeze()  # so that the two go on sharing their memory
-    if os.fork():
-        os.close(lock)
-        visitor.close()
-        return sock, False
-    try:
-        os.setsid()
-        sock.close()
-        null = os.open(os.devnull, os.O_RDWR)
-        for file in (0, 1, 2):
-            os.dup2(null, file)
-        JobKeeper(job, orders, folder, lock, visitor, facts).run()
-    except Exception:
-        import traceback
-
-        visitor.send(to_json({"err": traceback.format_exc()}) + b"\n")
-    finally:
-        os._exit(0)
-
-
-class RemoteKernel:
-    """The run process of a kernel on a cluster: Jupyter's five ports, signals, the end."""
-
-    DRAIN = 1.0
-    """Seconds that Jupyter has for taking the last that the kernel said."""
-
-    def __init__(self, plan: Plan, job: Job, launch: Launch, facts: Facts) -> None:
-        self.plan, self.launch, self.facts, self.job = plan, launch, facts, job
-        self.connection = read_connection(launch, facts)[2]
-        self.place: dict[str, Any] = {}
-        self.control: Lines | None = None
-        self.pairs: set[Pair] = set()
-        self.joining: set[Any] = set()
-        self.status = 0
-        self.error: UserError | None = None
-        self.answered = self.ending = self.welcome = False
-        self.began = b""
-        self.tries = 0
-        self.lost: object = None
-
-    def serve(self) -> int:
-        """Serve until the kernel has ended; return its status.
-
-        Raises UserError for a kernel that ended before it ever answered.
-        """
-        import _signal
-
-        sock, adopted = self.find_keeper()
-        self.loop = Loop()
-        self.loop.signals((_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGCHLD), self.signal)
-        self.greet_keeper(sock, adopted)
-        self.relay = Relay(self.loop, self.connection, self.join)
-        watch_jupyter(self.loop, os.getppid(), self.jupyter_gone)
-        try:
-            self.loop.run()
-        finally:
-            self.relay.close()
-            _signal.set_wakeup_fd(-1)
-            self.keeper.close()
-            self.hang_up()
-            reason = self.error if self.answered else None
-            log = self.launch.options.get("log", "")
-            log_end(log, self.status, reason, self.began, self.connection.get("key", ""))
-        if self.error and self.answered:
-            tell_error(self.error)
-        elif self.error:
-            raise self.error
-        return self.status if self.status >= 0 else 128 - self.status
-
-    def find_keeper(self) -> tuple[Any, bool]:
-        """Find or start the keeper of this connection file."""
-        orders = agent_orders(self.job, self.launch, self.connection, os.environ)
-        return start_keeper(self.job, orders, job_folder(self.launch, self.facts), self.facts)
-
-    def greet_keeper(self, sock: Any, adopted: bool) -> None:
-        """Begin to talk with the keeper; one that was there before is asked for its job."""
-        self.adopted = adopted
-        self.keeper = Lines(self.loop, sock, self.hear_keeper, self.keeper_gone)
-        if adopted:
-            self.keeper.tell(adopt=self.job.digest())
-
-    def hear_keeper(self, message: Mapping[str, Any]) -> None:
-        """Hear what the keeper has to say of the job."""
-        if message.get("say"):
-            self.say(message["say"])
-        for name, file in (("out", 1), ("err", 2)):
-            if name in message:
-                text = message[name].encode("latin-1")
-                write_all(file, text)
-                self.began += text[: LOGGED_STDERR - len(self.began)] if file == 2 else b""
-        if "adopted" in message:
-            self.adopted = message["adopted"]
-            self.welcome = True
-        if "agent" in message:
-            self.place = message["agent"]
-            self.warn()
-            self.reach()
-        if "gone" in message:
-            self.fail(UserError(**message["gone"]))
-            if self.control:
-                self.control.tell(do="end")
-
-    def say(self, text: str) -> None:
-        """Say something on stderr and in the launch log."""
-        write_all(2, f"envkernel: {text}\n".encode(errors="replace"))
-        append_log(self.launch.options.get("log", ""), text)
-
-    def warn(self) -> None:
-        """Say once that the cluster's network sees what the kernel says, where it does."""
-        address = self.place["address"]
-        encrypted = any(name.startswith("curve") for name in self.connection)
-        if not (encrypted or address.startswith("127.") or address == "::1" or self.adopted):
-            self.say(
-                f"What this kernel says is signed, but crosses the network to {self.place['node']} readable. "
-                "Set it up with --tunnel=ssh to encrypt it."
-            )
-
-    def reach(self) -> None:
-        """Connect to the agent, for orders."""
-        sock = connect_place(self.place)
-        if sock is None:
-            self.controlled(None, CONTROL)
-        else:
-            Handshake(self.loop, sock, bytes.fromhex(self.place["secret"]), CONTROL, self.controlled)
-
-    def controlled(self, sock: Any, number: int) -> None:
-        """Greet the agent; try again for some seconds where it can't be reached."""
-        if sock is None:
-            self.tries += 1
-            if self.tries < 4:
-                self.loop.after(self.tries, self.reach)
-                return
-            self.keeper.tell(do="give up")
-            self.fail(
-                UserError(
-                    "The node {node} can't be reached at {address}, port {port}.".format(**self.place),
-                    "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
-                    "this host and the nodes and give --node-ports=FIRST-LAST.",
-                )
-            )
-            return
-        self.control = Lines(self.loop, sock, self.hear_agent, self.agent_gone)
-        self.control.tell(do="greet", **({"connection": self.connection} if self.adopted else {}))
-        self.ping()
-        self.hear_agent({"pong": 1})
-
-    def ping(self) -> None:
-        """Let the agent know that this process lives."""
-        if self.control:
-            self.control.tell(do="ping")
-            self.loop.after(PING, self.ping)
-
-    def hear_agent(self, message: Mapping[str, Any]) -> None:
-        """Hear how the kernel does."""
-        self.loop.cancel(self.lost)
-        self.lost = self.loop.after(LOST, self.agent_lost)
-        if "started" in message:
-            self.relay.ready()
-        if "ended" in message:
-            self.status = message["ended"]
-            problem = message["problem"]
-            self.listen_back(ANSWER if self.status else 1)
-            if problem:
-                self.error = UserError(**problem)
-            elif not self.answered:
-                where = f"{self.plan.where} on {self.place['node']}"
-                self.error = ended_error(self.status, where, message["tail"], self.plan.install)
-            self.drain()
-        if message.get("stopped") and message.get("problem"):
-            self.keeper.tell(do="give up")
-            self.fail(UserError(**message["problem"]))
-        elif "stopped" in message:
-            self.keeper.tell(do="explain")
-            self.await_reason()
-
-    def agent_gone(self) -> None:
-        """The connection to the agent broke: the keeper will know why."""
-        self.control = None
-        self.keeper.tell(do="explain")
-        self.await_reason()
-
-    def agent_lost(self) -> None:
-        """Nothing was heard of the node for a while."""
-        self.keeper.tell(do="give up")
-        self.fail(
-            UserError(
-                "The node {} has not answered for {:g} s.".format(self.place["node"], LOST),
-                "Start the kernel again; it will get another node if that one is down.",
-            )
-        )
-
-    def await_reason(self) -> None:
-        """Wait for the keeper to say why the job ended."""
-        self.loop.cancel(self.lost)
-        self.lost = self.loop.after(15, self.agent_lost)
-
-    def keeper_gone(self) -> None:
-        """The keeper was killed, and the job with it; or it was about to end and had no job for us."""
-        if self.adopted and not self.welcome:
-            self.greet_keeper(*self.find_keeper())
-            return
-        self.fail(UserError("The process that keeps the job was killed.", "Start the kernel again."))
-        folder = job_folder(self.launch, self.facts)
-        lock = take_lock(folder + ".lock")  # which the keeper held
-        remove_tree(folder)
-        release_lock(folder + ".lock", lock)
-
-    def fail(self, error: UserError) -> None:
-        """End with an error."""
-        if not self.ending:
-            self.error = error
-            self.status = error.status or 1
-            self.drain()
-
-    def join(self, number: int, client: Any) -> None:
-        """Join a client of Jupyter's with the kernel's stream on the node."""
-        sock = connect_place(self.place)
-
-        def proved(sock: Any, number: int) -> None:
-            self.joining.discard(client)
-            if sock is None:
-                client.close()  # ZeroMQ tries again
-                return
-            pair = Pair(self.loop, client, sock, lambda: self.forget(pair))
-            self.pairs.add(pair)
-
-        if sock is None:
-            client.close()
-        else:
-            self.joining.add(client)
-            Handshake(self.loop, sock, bytes.fromhex(self.place["secret"]), number, proved)
-
-    def hang_up(self) -> None:
-        """Close every connection: Jupyter connects again, should another kernel be here then."""
-        for pair in list(self.pairs):
-            pair.close()
-        for client in self.joining:
-            client.close()
-        if self.control:
-            self.control.close()
-
-    def forget(self, pair: Pair) -> None:
-        """A pair has ended."""
-        self.listen_back(ANSWER)
-        self.pairs.discard(pair)
-        if self.ending and not self.pairs:
-            self.loop.stop()
-
-    def listen_back(self, enough: int) -> None:
-        """Note that the kernel has answered if one connection brought that many bytes from it."""
-        self.answered = self.answered or any(pair.heard >= enough for pair in self.pairs)
-
-    def drain(self) -> None:
-        """Let Jupyter have the last that the kernel said, then stop."""
-        self.listen_back(ANSWER)
-        self.relay.close()
-        self.ending = True
-        self.loop.after(self.DRAIN if self.pairs else 0, self.loop.stop)
-
-    def signal(self, number: int) -> None:
-        """Jupyter interrupts, or wants this process to end."""
-        if number == 2 and self.control:
-            self.control.tell(do="interrupt")
-        elif number in (1, 15):
-            self.status = -number
-            self.loop.stop()
-
-    def jupyter_gone(self) -> None:
-        """Nobody will use this kernel any more."""
-        if self.control:
-            self.control.tell(do="end")
-        self.keeper.tell(do="end")
-        self.status = -15
-        self.loop.stop()
-
-
-def connect_place(place: Mapping[str, Any]) -> Any:
-    """Return a socket that is connecting to the agent, or None where that failed at once."""
-    import _socket
-
-    if "path" in place:
-        sock, target = _socket.socket(_socket.AF_UNIX), place["path"]
-    else:
-        sock = _socket.socket(_socket.AF_INET6 if ":" in place["address"] else _socket.AF_INET)
-        target = (place["address"], place["port"])
-    sock.setblocking(False)
-    try:
-        sock.connect(target)
-    except BlockingIOError:
-        pass
-    except OSError:
-        sock.close()
-        return None
-    return sock
 
 
 # ---- yarn ---------------------------------------------------------------------------------------
@@ -9229,10 +8895,8 @@ def become_small_agent(orders: Mapping[str, Any], place: int) -> NoReturn:
 
     place: descriptor on which the agent is to say where it listens.
     """
-    magic, code, _ = own_code(Facts())
     file = os.memfd_create("agent")
-    write_all(file, b"%s %d 0\n" % (magic.encode(), len(code)) + code)
-    write_all(file, to_json({**orders, "place": place}) + b"\n")
+    write_all(file, own_code(Facts()) + to_json({**orders, "place": place}) + b"\n")
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
     os.set_inheritable(place, True)
@@ -10762,7 +10426,7 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
     Raises UserError where it can't start, or ended before the kernel ever answered.
     """
     if plan.job:
-        return RemoteKernel(plan, plan.job, launch, facts).serve()
+        return keep(JobProgram(plan, plan.job, launch, facts), launch)
     if not plan.care and launch.options.get("earlier"):
         plan = watched(plan, launch, facts)
     if not plan.care:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import resource
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import pytest
 
@@ -22,10 +25,10 @@ def facts(**given: Any) -> FakeFacts:
     return FakeFacts(programs={SRUN, "/usr/bin/ssh"}, **given)
 
 
-def plan(options: dict[str, Any], engine: list[str], environ: dict[str, str]) -> Plan:
+def plan(options: dict[str, Any], engine: list[str], environ: dict[str, str], srun: str = SRUN) -> Plan:
     rest = Launch([Step("virtualenv", {}, ["/env"])], COMMAND, {"name": "x"})
-    step = Step("slurm", {"srun": SRUN, **options}, [], engine)
-    return envkernel.plan_slurm(step, Plan(COMMAND, environ), facts(), rest)
+    step = Step("slurm", {"srun": srun, **options}, [], engine)
+    return envkernel.plan_slurm(step, Plan(COMMAND, environ), FakeFacts(programs={srun}), rest)
 
 
 def test_slurm_plan() -> None:
@@ -202,6 +205,15 @@ def test_why_a_job_ended(said: str, message: str) -> None:
     assert envkernel.slurm_end(1, told, "4").message == message
 
 
+def answers(known: dict[tuple[str, ...], Output]) -> Any:
+    """What `JobProgram.ask` returns."""
+
+    async def ask(argv: Sequence[str]) -> Output:
+        return known.get(tuple(argv), Output(127))
+
+    return ask
+
+
 ABORTED = "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n"
 STATE = ("/opt/slurm/bin/squeue", "-h", "-t", "all", "-j", "4", "-o", "%T")
 
@@ -220,19 +232,45 @@ STATE = ("/opt/slurm/bin/squeue", "-h", "-t", "all", "-j", "4", "-o", "%T")
 def test_slurm_is_asked_where_srun_does_not_say_why(state: bytes, message: str) -> None:
     job = plan({}, [], {}).job
     assert job is not None
-    world = facts(answers={STATE: Output(0, state)})
-    assert job.explain(-9, ABORTED, "4", world).message == message
+    error = asyncio.run(job.explain(-9, ABORTED, "4", answers({STATE: Output(0, state)})))
+    assert error.message == message
 
 
 def test_agent_that_is_gone_while_srun_lives() -> None:
     job = plan({}, [], {}).job
     assert job is not None
     asked = (SRUN.replace("srun", "sinfo"), "-h", "-n", "far", "-o", "%T")
-    world = facts(answers={STATE: Output(1), asked: Output(0, b"down*\ndown*\n")})
-    error = job.lost("far", ABORTED, "4", world)
+    world = answers({STATE: Output(1), asked: Output(0, b"down*\ndown*\n")})
+    error = asyncio.run(job.lost("far", ABORTED, "4", world))
     assert error.message == "The node far broke off the connection without a word (Slurm: down*)."
-    world = facts(answers={STATE: Output(0, b"NODE_FAIL\n")})
-    assert job.lost("far", "", "4", world).message == "The node of Slurm job 4 has failed."
+    error = asyncio.run(job.lost("far", "", "4", answers({STATE: Output(0, b"NODE_FAIL\n")})))
+    assert error.message == "The node of Slurm job 4 has failed."
+
+
+def test_pending_job_is_explained_by_squeue() -> None:
+    job = plan({}, [], {}).job
+    argv = (SRUN.replace("srun", "squeue"), "-h", "-j", "4", "-o", "%T|%r|%S")
+    said = asyncio.run(job.pending("4", answers({argv: Output(0, b"PENDING|Resources|N/A\n")})))
+    assert said == "Slurm job 4 waits: Resources (no node has enough room)."
+    assert asyncio.run(job.pending("4", answers({argv: Output(0, b"RUNNING|None|N/A\n")}))) == ""
+    assert asyncio.run(job.pending("4", answers({}))) == ""
+
+
+@pytest.mark.parametrize(("answers", "status"), [(True, 0), (False, 1)])
+def test_cancel_finds_the_job_by_the_session_of_its_srun(tmp_path: Path, answers: bool, status: int) -> None:
+    """An id is not needed: srun may have been killed before it said it."""
+    old, new = "2020-01-01T00:00:00", "2099-01-01T00:00:00"
+    rows = f"7 41 {new} 8 42 {old} 9 42 {new} 10 421 {new}"
+    squeue = f"printf '%-20s%-20s%-20s\\n' {rows}" if answers else "exit 1"
+    for name, code in (("squeue", squeue), ("scancel", f'echo "$@" >> {tmp_path}/cancelled')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    job = plan({}, [], {}, f"{tmp_path}/srun").job
+    done = subprocess.run(job.cancel(42, ""), check=False)
+    assert done.returncode == status, "where Slurm does not answer it has to be tried again"
+    assert not answers or (tmp_path / "cancelled").read_text() == "--quiet 9\n"
+    assert job.cancel(42, "12") == [f"{tmp_path}/scancel", "--quiet", "12"]
+    assert plan({}, ["--jobid=5"], {}).job.cancel(42, "5") == [], "the user's own job"
 
 
 def test_agent_listens_within_the_range_of_ports() -> None:
@@ -256,75 +294,12 @@ def test_memory_of_a_container_is_what_all_its_processes_have() -> None:
         f"/proc/{me}/task/{me}/children": b"77 ",
         "/proc/77/statm": b"9 %d 0" % ((600 << 20) // page),
     }
-    problem = envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "512"}, facts(files=files))
+    problem = envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "512"}, facts(files=files), me)
     assert problem is not None
     assert problem["message"].endswith("than it asked for: 610 of 512 MiB.")
     assert problem["hint"] == "Ask for more: --memory=1220."
-    assert envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "1024"}, facts(files=files)) is None
-    assert envkernel.over_memory({}, facts(files=files)) is None
-
-
-NODE_MANAGER = envkernel.NODE_MANAGER.decode()
-SITE = """<configuration><property>
-  <name>yarn.nodemanager.recovery.enabled</name> <value> %s </value>
-</property><property><name>other</name><value>true</value></property></configuration>"""
-
-
-def test_node_manager_is_found_above_a_container() -> None:
-    files = {
-        f"/proc/{os.getpid()}/cmdline": b"python\0-I\0",
-        f"/proc/{os.getpid()}/stat": b"%d (a) b) S 71 1 1" % os.getpid(),
-        "/proc/71/cmdline": b"bash\0launch\0",
-        "/proc/71/stat": b"71 (bash) S 72 1 1",
-        "/proc/72/cmdline": f"java\0-cp\0x\0{NODE_MANAGER}\0".encode(),
-    }
-    container = {"SKEIN_APPMASTER_ADDRESS": "h:1"}
-    assert envkernel.node_manager(container, facts(files=files)) == 72
-    assert envkernel.node_manager({}, facts(files=files)) == 0, "not on YARN"
-    files["/proc/71/stat"] = b"71 (bash) S 0 1 1"  # in a PID namespace
-    assert envkernel.node_manager(container, facts(files=files)) == 0
-
-
-@pytest.mark.parametrize(("value", "recovers"), [("true", True), ("false", False)])
-def test_whether_containers_live_through_a_restart_of_their_node_manager(value: str, recovers: bool) -> None:
-    world = facts(files={"/conf/yarn-site.xml": (SITE % value).encode()})
-    assert envkernel.recovers_containers({"HADOOP_CONF_DIR": "/conf"}, world) is recovers
-    assert not envkernel.recovers_containers({"HADOOP_CONF_DIR": "/none"}, world)
-
-
-def supervise(monkeypatch: pytest.MonkeyPatch, seconds: float, site: str, doors: list[int]) -> str:
-    """Say how an agent ends within some seconds after its NodeManager; doors: ports of master and manager."""
-    monkeypatch.setattr(envkernel, "PING", 0.05)
-    monkeypatch.setattr(envkernel, "LOST", 0.3)
-    loop = envkernel.Loop()
-    ends: list[str] = []
-
-    def stop(number: int, problem: dict[str, Any]) -> None:
-        ends.append(problem["message"])
-        loop.stop()
-
-    with subprocess.Popen(["sleep", "60"]) as manager:
-        files = {f"/proc/{manager.pid}/cmdline": envkernel.NODE_MANAGER}
-        files[f"/proc/{os.getpid()}/stat"] = b"1 (x) S %d" % manager.pid
-        files["/conf/yarn-site.xml"] = (SITE % site).encode()
-        environ = {"NM_HOST": "127.0.0.1", "NM_PORT": str(doors[1]), "HADOOP_CONF_DIR": "/conf"}
-        environ["SKEIN_APPMASTER_ADDRESS"] = f"localhost:{doors[0]}"
-        envkernel.Supervision(loop, environ, facts(files=files), stop)
-        loop.after(0.1, manager.kill)
-        loop.after(seconds, loop.stop)
-        loop.run()
-    return "".join(ends)
-
-
-def test_lost_node_manager_ends_the_kernel_unless_it_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        here, gone = listening.getsockname()[1], closed.getsockname()[1]
-        assert "has not come back for 0.3 s" in supervise(monkeypatch, 5, "false", [here, gone])
-        assert supervise(monkeypatch, 0.8, "false", [here, here]) == ""
-        assert supervise(monkeypatch, 0.8, "true", [here, gone]) == ""
-        assert "the application is over" in supervise(monkeypatch, 5, "true", [gone, gone])
-        assert "the application is over" in supervise(monkeypatch, 5, "false", [gone, here])
+    assert envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "1024"}, facts(files=files), me) is None
+    assert envkernel.over_memory({}, facts(files=files), me) is None
 
 
 def test_kills_for_want_of_memory_are_counted() -> None:
@@ -471,61 +446,100 @@ def test_tunnel_command() -> None:
     assert argv[-3:] == ["-L", "/run/x:127.0.0.1:5", "n1"]
 
 
-def shake(ours: bytes, theirs: bytes) -> tuple[list[Any], list[Any]]:
-    """Let two sides prove their secrets to each other; return what each was handed."""
-    loop = envkernel.Loop()
+async def shake(ours: bytes, theirs: bytes) -> tuple[socket.socket, socket.socket, list[Any]]:
+    """Let keeper and agent prove their secrets to each other; also returns what each came to."""
     left, right = socket.socketpair()
-    results: tuple[list[Any], list[Any]] = ([], [])
+    for sock in (left, right):
+        sock.setblocking(False)
+    steps = (envkernel.open_stream(left, ours, 3), envkernel.accept_stream(right, theirs))
 
-    def done(mine: list[Any]) -> Any:
-        def handed(sock: Any, number: int) -> None:
-            mine.extend((sock, number))
-            if all(results):
-                loop.stop()
+    async def closing(step: Any, sock: socket.socket) -> Any:
+        try:
+            return await step
+        except OSError:
+            sock.close()
+            raise
 
-        return handed
-
-    envkernel.Handshake(loop, left, ours, 3, done(results[0]))
-    envkernel.Handshake(loop, right, theirs, None, done(results[1]))
-    loop.after(5, loop.stop)
-    loop.run()
-    return results
+    ends = [closing(step, sock) for step, sock in zip(steps, (left, right))]
+    return left, right, await asyncio.gather(*ends, return_exceptions=True)
 
 
 def test_sides_with_the_same_secret_find_each_other() -> None:
-    ours, theirs = shake(b"s" * 32, b"s" * 32)
-    assert ours[0] is not None
-    assert theirs[0] is not None
-    assert theirs[1] == 3
-    ours[0].send(b"x")
-    assert theirs[0].recv(9) == b"x"  # nothing of the proof is left in the stream
-    ours[0].close()
-    theirs[0].close()
+    left, right, (_, number) = asyncio.run(shake(b"s" * 32, b"s" * 32))
+    assert number == 3
+    left.send(b"x")
+    assert right.recv(9) == b"x"  # nothing of the proof is left in the stream
+    left.close()
+    right.close()
 
 
 def test_wrong_secret_gets_nothing() -> None:
-    ours, theirs = shake(b"s" * 32, b"t" * 32)
-    assert ours[0] is None
-    assert theirs[0] is None
+    _, _, results = asyncio.run(shake(b"s" * 32, b"t" * 32))
+    assert all(isinstance(result, ConnectionError) for result in results)
+
+
+def serving_agent() -> tuple[envkernel.Agent, socket.socket]:
+    """An agent without a kernel, and the socket on which it listens."""
+    listener = envkernel.listen_at("127.0.0.1", "")
+    channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    orders = {"secret": b"s".hex() * 32, "tunnel": "", "place": 0}
+    agent = envkernel.Agent(orders, listener, channel[0], os.pipe()[0], os.getpid())
+    agent.far = channel[1]  # it stays open
+    return agent, listener
+
+
+async def send_ping(listener: socket.socket) -> bytes:
+    """Return what the agent answers to the keeper."""
+    sock = socket.create_connection(listener.getsockname())
+    sock.setblocking(False)
+    await envkernel.open_stream(sock, b"s" * 32, envkernel.ORDERS)
+    reader, writer = await asyncio.open_connection(sock=sock)
+    writer.write(b'{"ping": 1}\n')
+    answer = await asyncio.wait_for(reader.readline(), 5)
+    writer.write(b'{"end": true}\n')
+    return answer
+
+
+def test_a_thousand_idle_strangers_do_not_keep_the_owner_out() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    async def scenario() -> None:
+        agent, listener = serving_agent()
+        serving = asyncio.ensure_future(agent.run())
+        with contextlib.ExitStack() as stack:
+            for _ in range(1000):
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+                await asyncio.sleep(0)
+            assert await send_ping(listener) == b'{"pong": 1}\n'
+            assert len(agent.strangers) <= agent.STRANGERS
+            assert await asyncio.wait_for(serving, 5) == 0
+
+    asyncio.run(scenario())
 
 
 def test_stranger_learns_nothing_and_is_dropped() -> None:
-    loop = envkernel.Loop()
-    left, right = socket.socketpair()
-    handed: list[Any] = []
+    async def scenario() -> None:
+        agent, listener = serving_agent()
+        serving = asyncio.ensure_future(agent.run())
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: node\r\nUser-Agent: a stranger\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await send_ping(listener)
+        await serving
 
-    def done(sock: Any, number: int) -> None:
-        handed.append(sock)
-        loop.stop()
+    asyncio.run(scenario())
 
-    envkernel.Handshake(loop, right, b"s" * 32, None, done)
-    left.send(b"GET / HTTP/1.1\r\nHost: node\r\nUser-Agent: a stranger\r\n\r\n")
-    loop.after(5, loop.stop)
-    loop.run()
-    assert handed == [None]
-    with pytest.raises(ConnectionResetError):  # nothing was said before
-        left.recv(100)
-    left.close()
+
+def test_agent_ends_when_no_keeper_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envkernel.Agent, "SLOW_PATIENCE", 0.1)
+
+    async def scenario() -> int:
+        agent, _ = serving_agent()
+        return await asyncio.wait_for(agent.run(), 5)
+
+    assert asyncio.run(scenario()) == 0
 
 
 def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:

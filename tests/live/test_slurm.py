@@ -20,7 +20,7 @@ from jupyter_client import KernelManager
 
 from support import memory
 from support.apptainer import Apptainer
-from support.clusters import Errors, alive, driven_kernel, processes, run_process
+from support.clusters import Errors, alive, driven_kernel, node_processes, processes, run_process
 from support.docker import Docker
 from support.jupyter import Jupyter, Kernel, run_protocol_tests
 from support.modules import Modules
@@ -103,11 +103,10 @@ def test_kernel_on_a_node_behind_a_network(jupyter: Jupyter, cluster: Slurm, err
         assert environ["SLURM_JOB_ID"] == job
         assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
         assert kernel.value("1 + 1") == "2"
-        agent = int(kernel.value("__import__('os').getppid()"))
         here = memory.family(kernel.pid)
         assert len(here) == 2
         assert memory.megabytes(here) <= 30
-        assert memory.megabytes([agent], others=0) <= 30
+        assert memory.megabytes([process.pid for process in node_processes(kernel)], others=0) <= 30
         first = kernel.value("__import__('os').getpid()")
         kernel.restart()
         kernel.restart(now=True)
@@ -357,8 +356,9 @@ def test_another_user_of_the_node_gets_nothing(jupyter: Jupyter, cluster: Slurm)
 
 def listening(cluster: Slurm, kernel: Kernel) -> list[tuple[str, int]]:
     """The addresses and ports on which the agent of a kernel listens."""
-    agent = kernel.value("__import__('os').getppid()")
-    lines = [line for line in cluster.on_far("ss", "-ltnpH").splitlines() if f"pid={agent}," in line]
+    pids = [f"pid={process.pid}," for process in node_processes(kernel)]
+    lines = cluster.on_far("ss", "-ltnpH").splitlines()
+    lines = [line for line in lines if any(pid in line for pid in pids)]
     places = (line.split()[3].rpartition(":") for line in lines)
     return [(host, int(port)) for host, _, port in places]
 
@@ -371,7 +371,7 @@ def test_only_loopback_listens_on_the_submit_host(jupyter: Jupyter, cluster: Slu
             for connection in psutil.Process(pid).net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
                     assert connection.laddr.ip == "127.0.0.1"
-        assert sum(c.status == psutil.CONN_LISTEN for c in run_process(kernel).net_connections("inet")) == 5
+        assert sum(c.status == psutil.CONN_LISTEN for c in keeper.net_connections("inet")) == 5
 
 
 def test_tunnel_through_ssh(
@@ -462,7 +462,7 @@ def test_death_of_jupyter(jupyter: Jupyter, cluster: Slurm, number: int) -> None
     install(jupyter, "orphan", "--partition=far", "--linger=60")
     with driven_kernel(jupyter, "orphan") as (driver, run):
         pids = [run.pid, *(child.pid for child in run.children(recursive=True))]
-        pids += [process.pid for process in processes("marshal,sys;from _frozen")]
+        pids += [process.pid for process in processes("import marshal,sys,zlib")]
         driver.send_signal(number)
         all_gone(cluster, pids)
 
@@ -491,9 +491,29 @@ def test_srun_killed(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> None:
     assert "srun: signal 9" in said
 
 
+def test_srun_killed_before_the_number_of_its_job_is_known(jupyter: Jupyter, cluster: Slurm) -> None:
+    """The allocation stays when srun is killed: Slurm is asked for what that session has submitted."""
+    install(jupyter, "sudden", "--partition=far")
+    manager = KernelManager(kernel_name="sudden")
+    manager.start_kernel(env=jupyter.environ)
+    try:
+        wait_for(cluster.jobs, "the job", 10)
+        keepers = psutil.Process(manager.provisioner.process.pid).children()
+        for process in [child for keeper in keepers for child in keeper.children(recursive=True)]:
+            process.kill()
+        wait_for(lambda: not cluster.jobs(), "the end of the job", 10)
+        wait_for(lambda: not processes("import marshal,sys,zlib"), "the end of the agent", 10)
+    finally:
+        manager.shutdown_kernel(now=True)
+        manager.cleanup_resources()
+
+
 def test_job_cancelled(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> None:
     said = ends_with(jupyter, cluster, errors, lambda kernel, job: cluster.run("scancel", job))
     assert re.search(r"The Slurm job \d+ was cancelled.", said), said
+    log = jupyter.envkernel("log", "harmed").stdout
+    assert re.search(r"\njob: \d+\n", log), log
+    assert re.search(r"\nreason: The Slurm job \d+ was cancelled.", log), log
 
 
 def test_time_limit(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> None:

@@ -20,6 +20,13 @@ def run_process(kernel: Kernel) -> psutil.Process:
     return psutil.Process(kernel.pid)
 
 
+def node_processes(kernel: Kernel) -> list[psutil.Process]:
+    """envkernel's processes on the node: the starter, which is the kernel's parent, and the agent."""
+    starter = psutil.Process(int(kernel.value("__import__('os').getppid()")))
+    pid = int(kernel.value("__import__('os').getpid()"))
+    return [starter, *(child for child in starter.children() if child.pid != pid)]
+
+
 def alive(pids: list[int]) -> list[int]:
     """Those of some processes that live; a zombie does not, however long its parent lets it lie."""
     return [

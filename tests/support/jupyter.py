@@ -61,6 +61,8 @@ class Kernel:
                 texts.append(content["text"])
             elif message["msg_type"] in ("execute_result", "display_data"):
                 texts.append(content["data"].get("text/plain", ""))
+            elif message["msg_type"] == "clear_output":
+                texts.clear()
 
         reply = self.client.execute_interactive(
             code, timeout=timeout, output_hook=keep, allow_stdin=False, stop_on_error=False
