@@ -60,6 +60,13 @@ name, and run its `command`.  Python keeps the bytecode of what it imports, but 
 """
 
 
+STREAMS = ("shell", "iopub", "stdin", "control", "hb")
+"""The five sockets of a kernel, in the order of their numbers."""
+
+ANSWER = 1024
+"""As many bytes on one connection come only from a kernel that answered: greetings are shorter."""
+
+
 # ---- errors -------------------------------------------------------------------------------------
 
 
@@ -5673,314 +5680,11 @@ def append_log(path: str, text: str) -> None:
         return
 
 
-# ---- relay --------------------------------------------------------------------------------------
-
-READ, WRITE = 1, 4  # POLLIN and POLLOUT, the same numbers for poll and epoll
-HANG_UP = 0x2000  # EPOLLRDHUP: the other side will send no more
-BUFFER = 1 << 18
-FIRST_BUFFER = 1 << 14
-"""What a relay reads at once, and as long as it has not been more than this."""
-ANSWER = 1024
-"""As many bytes on one connection come only from a kernel that answered: greetings are shorter."""
-STREAMS = ("shell", "iopub", "stdin", "control", "hb")
-"""The five sockets of a kernel, in the order of the relay's stream numbers."""
-
-
-class Loop:
-    """Waits for files, times and signals in one thread; wakes for nothing else.
-
-    Callbacks get the mask of what happened to their file.  With epoll where there is one.
-    """
-
-    def __init__(self) -> None:
-        import select
-
-        self.poller: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
-        self.unit = 1 if hasattr(select, "epoll") else 1000
-        self.calls: dict[int, Callable[[int], None]] = {}
-        self.timers: dict[object, tuple[float, Callable[[], None]]] = {}
-        self.running = False
-
-    def watch(self, file: int, mask: int, call: Callable[[int], None]) -> None:
-        """Call `call` when `file` is ready for `mask` (READ, WRITE, HANG_UP); the last word counts."""
-        if file in self.calls:
-            self.poller.modify(file, mask)
-        else:
-            self.poller.register(file, mask)
-        self.calls[file] = call
-
-    def forget(self, file: int) -> None:
-        """Watch `file` no longer.  Must be said before it is closed."""
-        if self.calls.pop(file, None):
-            self.poller.unregister(file)
-
-    def after(self, seconds: float, call: Callable[[], None]) -> object:
-        """Call `call` once after some seconds; returns what `cancel` takes."""
-        from time import monotonic
-
-        key = object()
-        self.timers[key] = (monotonic() + seconds, call)
-        return key
-
-    def cancel(self, key: object) -> None:
-        """Forget a call that `after` has promised (or has made already)."""
-        self.timers.pop(key, None)
-
-    def signals(self, numbers: Sequence[int], call: Callable[[int], None]) -> None:
-        """Call `call` with the number of each signal of `numbers` that arrives, from inside the loop."""
-        import _signal  # type: ignore[import-not-found]  # signal itself costs an enum
-
-        read, write = os.pipe()
-        for file in (read, write):
-            os.set_blocking(file, False)
-        _signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in numbers:
-            _signal.signal(number, _ignore)
-
-        def arrived(mask: int) -> None:
-            for number in os.read(read, 64):
-                call(number)
-
-        self.watch(read, READ, arrived)
-
-    def run(self) -> None:
-        """Serve until `stop` is called."""
-        from time import monotonic
-
-        self.running = True
-        while self.running:
-            wait = -1.0
-            if self.timers:
-                wait = max(0.0, min(when for when, _ in self.timers.values()) - monotonic()) * self.unit
-            for file, mask in self.poller.poll(wait):
-                call = self.calls.get(file)
-                if call and self.running:
-                    call(mask)
-            if self.timers:
-                now = monotonic()
-                for key in [key for key, (when, _) in self.timers.items() if when <= now]:
-                    _, later = self.timers.pop(key, (0, _ignore))
-                    if self.running:
-                        later()
-
-    def stop(self) -> None:
-        """Make `run` return."""
-        self.running = False
+# ---- supervising --------------------------------------------------------------------------------
 
 
 def _ignore(*unused: object) -> None:
-    pass
-
-
-def watch_jupyter(loop: Loop, parent: int, gone: Callable[[], None]) -> None:
-    """Call `gone` when Jupyter is gone, even if it was killed.  Looks once a second on Python 3.8.
-
-    parent: pid of the parent of this process when it began.  Without JPY_PARENT_PID nobody is watched.
-    """
-    named = os.environ.get("JPY_PARENT_PID")
-    if named is None:
-        return
-    if os.getppid() != parent or (parent == 1 and named != "1"):
-        gone()
-    elif hasattr(os, "pidfd_open"):
-        loop.watch(os.pidfd_open(parent), READ, lambda mask: gone())
-    else:
-        loop.after(1, lambda: watch_jupyter(loop, parent, gone))
-
-
-class Pair:
-    """Carries bytes between two connected sockets, both ways, until both have ended.
-
-    A side is read only while the other can take it, so a slow reader holds at most one buffer here.
-    ended: called once when both sockets have been closed.
-    """
-
-    buffer: memoryview | None = None  # one for all: nothing stays in it between two calls
-
-    def __init__(self, loop: Loop, left: Any, right: Any, ended: Callable[[], None] = _ignore) -> None:
-        if Pair.buffer is None:
-            Pair.buffer = memoryview(bytearray(FIRST_BUFFER))
-        self.loop = loop
-        self.ended = ended
-        self.socks = {left.fileno(): left, right.fileno(): right}
-        self.peer = {left.fileno(): right.fileno(), right.fileno(): left.fileno()}
-        self.rest: dict[int, memoryview] = {}  # what a socket could not take yet
-        self.right = right.fileno()
-        self.heard = 0  # bytes from the right
-        self.open = set(self.socks)  # sockets that may still send
-        for sock in (left, right):
-            sock.setblocking(False)
-            no_delay(sock)
-            self._watch(sock.fileno())
-
-    def _watch(self, file: int) -> None:
-        """Wait for exactly what can be done: a socket with nothing to do would report a hang-up for ever."""
-        mask = READ if file in self.open and self.peer[file] not in self.rest else 0
-        mask |= WRITE if file in self.rest else 0
-        if mask:
-            self.loop.watch(file, mask, lambda mask: self._event(file, mask))
-        else:
-            self.loop.forget(file)
-
-    def _event(self, file: int, mask: int) -> None:
-        try:
-            if file in self.rest and mask & ~READ:
-                self._flush(file)
-            if self.socks and mask & ~WRITE and file in self.open and self.peer[file] not in self.rest:
-                self._carry(file)
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.close()
-
-    def _carry(self, file: int) -> None:
-        """Move what `file` has sent to the other side."""
-        assert Pair.buffer is not None
-        other = self.peer[file]
-        count = self.socks[file].recv_into(Pair.buffer)
-        if not count:
-            self.open.discard(file)
-            self._half_close(other)
-            return
-        self.heard += count if file == self.right else 0
-        try:
-            sent = self.socks[other].send(Pair.buffer[:count])
-        except BlockingIOError:
-            sent = 0
-        if sent < count:
-            self.rest[other] = memoryview(bytes(Pair.buffer[sent:count]))
-            self._watch(file)
-            self._watch(other)
-        if count == len(Pair.buffer) < BUFFER:
-            Pair.buffer = memoryview(bytearray(BUFFER))
-
-    def _flush(self, file: int) -> None:
-        """Send what was left over; when all of it is gone, the other side is read again."""
-        sent = self.socks[file].send(self.rest[file])
-        self.rest[file] = self.rest[file][sent:]
-        if not self.rest[file]:
-            del self.rest[file]
-            self._watch(file)
-            self._watch(self.peer[file])
-
-    def _half_close(self, other: int) -> None:
-        import _socket
-
-        if not self.open:
-            self.close()
-            return
-        self.socks[other].shutdown(_socket.SHUT_WR)
-        self._watch(self.peer[other])
-
-    def close(self) -> None:
-        """Close both sockets at once."""
-        if not self.socks:
-            return
-        for file, sock in self.socks.items():
-            self.loop.forget(file)
-            sock.close()
-        self.socks = {}
-        self.rest = {}
-        self.ended()
-
-
-def no_delay(sock: Any) -> None:
-    """Let small messages leave a TCP socket at once."""
-    import _socket
-
-    if sock.family != _socket.AF_UNIX:
-        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
-
-
-def accept(listener: Any) -> Any:
-    """Return a socket to the next client of a listening one.  Raises OSError where none can be had."""
-    import _socket
-
-    return _socket.socket(fileno=listener._accept()[0])
-
-
-class Relay:
-    """Listens where Jupyter expects the kernel, and joins each client with the kernel far away.
-
-    connection: Jupyter's connection file.  connect: called with (stream number, client socket) for
-    each client once `ready` was called; clients that come earlier are held (ZeroMQ waits), unread.
-    """
-
-    def __init__(
-        self, loop: Loop, connection: Mapping[str, Any], connect: Callable[[int, Any], None]
-    ) -> None:
-        self.loop = loop
-        self.connect = connect
-        self.held: dict[int, tuple[int, Any]] = {}
-        self.is_ready = False
-        self.listeners: list[Any] = []
-        self.paths: list[str] = []
-        try:
-            for number, name in enumerate(STREAMS):
-                self._listen(number, connection, connection[name + "_port"])
-        except OSError as error:
-            self.close()
-            raise UserError(
-                f"The ports that Jupyter gave the kernel can't be opened: {os.strerror(error.errno or 0)}.",
-                "Start the kernel again; if it stays, see which program listens on them: ss -ltnp.",
-            ) from None
-
-    def _listen(self, number: int, connection: Mapping[str, Any], port: int) -> None:
-        import _socket
-
-        ip = str(connection["ip"])
-        if connection.get("transport") == "ipc":
-            sock = _socket.socket(_socket.AF_UNIX)
-            self.listeners.append(sock)
-            path = f"{ip}-{port}"
-            sock.bind(path)
-            self.paths.append(path)
-        else:
-            sock = _socket.socket(_socket.AF_INET6 if ":" in ip else _socket.AF_INET)
-            self.listeners.append(sock)
-            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-            sock.bind((ip, int(port)))
-        sock.listen(64)
-        sock.setblocking(False)
-        self.loop.watch(sock.fileno(), READ, lambda mask: self._accept(number, sock))
-
-    def _accept(self, number: int, listener: Any) -> None:
-        try:
-            client = accept(listener)
-        except OSError:  # it has gone again, or there are too many open files: the next event tries again
-            return
-        if self.is_ready:
-            self.connect(number, client)
-            return
-        file = client.fileno()
-        self.held[file] = (number, client)
-        self.loop.watch(file, HANG_UP, lambda mask: self._drop(file))
-
-    def _drop(self, file: int) -> None:
-        self.loop.forget(file)
-        self.held.pop(file)[1].close()
-
-    def ready(self) -> None:
-        """Join the clients that wait, and from now on each one as it comes."""
-        self.is_ready = True
-        for file, (number, client) in list(self.held.items()):
-            self.loop.forget(file)
-            self.connect(number, client)
-        self.held = {}
-
-    def close(self) -> None:
-        """Listen no longer and drop the clients that wait, so that others can have the ports."""
-        for file in list(self.held):
-            self._drop(file)
-        for sock in self.listeners:
-            self.loop.forget(sock.fileno())
-            sock.close()
-        for path in self.paths:
-            remove_tree(path)
-        self.listeners, self.paths = [], []
-
-
-# ---- supervising --------------------------------------------------------------------------------
+    """Do nothing: a signal's handler, or nobody to call."""
 
 
 def kernel_key(text: str) -> str:
@@ -10436,7 +10140,8 @@ def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
 
 def become(plan: Plan) -> NoReturn:
     """Execute the plan's program in place of this process.  Raises UserError where it can't start."""
-    import _signal  # the one private module: signal costs each start 70 % of what the bare interpreter needs
+    # the one private module: signal costs each start 70 % of what the bare interpreter needs
+    import _signal  # type: ignore[import-not-found]
 
     for number in IGNORED_BY_PYTHON:
         _signal.signal(number, _signal.SIG_DFL)

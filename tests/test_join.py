@@ -1,0 +1,90 @@
+"""Joined connections: bytes pass unchanged, slow readers hold the sender up, ends are passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import threading
+from typing import Iterator
+
+import pytest
+
+import envkernel
+
+
+class Hop:
+    """A `Join` between two socket pairs, served by a thread of its own; near and far are its outer ends."""
+
+    def __init__(self) -> None:
+        self.near, self.left = socket.socketpair()
+        self.right, self.far = socket.socketpair()
+        self.heard = 0
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
+        self.thread.start()
+        assert self.ready.wait(5)
+
+    async def serve(self) -> None:
+        for sock in (self.left, self.right):
+            sock.setblocking(False)
+        join = await envkernel.Join.sockets(self.left, self.right)
+        self.ready.set()
+        await join.ended
+        self.heard = join.heard
+
+    def has_ended(self) -> bool:
+        self.thread.join(5)
+        return not self.thread.is_alive()
+
+
+@pytest.fixture
+def hop() -> Iterator[Hop]:
+    between = Hop()
+    with contextlib.closing(between.near), contextlib.closing(between.far):
+        yield between
+
+
+def read_all(sock: socket.socket, count: int) -> bytes:
+    parts = []
+    while count:
+        parts.append(sock.recv(min(count, 1 << 16)))
+        if not parts[-1]:
+            break
+        count -= len(parts[-1])
+    return b"".join(parts)
+
+
+def test_bytes_pass_unchanged_both_ways(hop: Hop) -> None:
+    data = random.Random(1).randbytes(5_000_000)
+    for source, target in ((hop.near, hop.far), (hop.far, hop.near)):
+        sender = threading.Thread(target=source.sendall, args=(data,))
+        sender.start()
+        assert read_all(target, len(data)) == data
+        sender.join()
+    hop.near.close()
+    assert hop.far.recv(1) == b""
+    hop.far.close()
+    assert hop.has_ended()
+    assert hop.heard == len(data), "what came from the right"
+
+
+def test_slow_reader_holds_the_sender_up(hop: Hop) -> None:
+    hop.near.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        hop.near.sendall(bytes(50_000_000))
+    hop.far.close()
+    hop.near.close()
+    assert hop.has_ended()
+
+
+def test_half_close_is_passed_on_and_answers_still_come(hop: Hop) -> None:
+    hop.near.sendall(b"question")
+    hop.near.shutdown(socket.SHUT_WR)
+    assert read_all(hop.far, 9) == b"question"
+    hop.far.sendall(b"answer")
+    hop.far.close()
+    assert read_all(hop.near, 7) == b"answer"
+    hop.near.close()
+    assert hop.has_ended()
