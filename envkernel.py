@@ -228,7 +228,7 @@ class Option(Record):
     """One option of envkernel's own: the definition that setup, run, help and completion share.
 
     spelling: ``"--bind -B"``, the long flag first.  metavar: empty for a flag that takes no value.
-    many: may be given more than once.  run: stands in the kernelspec's argv, for the run phase.
+    many: may be given more than once.  run: is written into the kernelspec, for the run phase.
     setup: may be typed by a user.  group: under which title the help shows it; empty: the mode's own.
     """
 
@@ -361,7 +361,7 @@ _PLACEHOLDERS = ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-
 def encode_token(text: str, force: bool = False, unsafe: str = "{") -> str:
     """Return `text` as one token of a kernelspec's argv: any bytes, and nothing that Jupyter reads.
 
-    Printable ASCII stands as it is.  Anything else, a brace (Jupyter would substitute ``{prefix}``)
+    Printable ASCII is kept.  Anything else, a brace (Jupyter would substitute ``{prefix}``)
     and, with `force`, what could be taken for something else, becomes ``%:`` and percent-encoding.
     """
     raw = os.fsencode(text)
@@ -479,7 +479,7 @@ def split_chain(tokens: Sequence[str]) -> tuple[list[str], list[str] | None]:
 
 
 def launch_from_argv(tokens: Sequence[str]) -> Launch:
-    """Return the launch that the tokens of a kernelspec stand for (the inverse of `launch_to_argv`).
+    """Return the launch that a kernelspec describes (the inverse of `launch_to_argv`).
 
     Raises UserError for tokens that envkernel did not write, or a newer one did.
     """
@@ -581,7 +581,7 @@ _GROUPS = {
     ],
 }
 COMMON_OPTIONS = [option.but(group=group) for group, options in _GROUPS.items() for option in options]
-"""Options of every mode; they stand before the first ``--`` (``--env`` behind any mode)."""
+"""Options of every mode; they come before the first ``--`` (``--env`` after any mode)."""
 
 # ---- command line -------------------------------------------------------------------------------
 
@@ -860,14 +860,14 @@ class EngineOptions:
         self.environ = {**environ, "LC_ALL": "C"}
         self.known: dict[str, tuple[str, str]] = {}
         for command in commands:
-            said = facts.output([*command, "--help"], self.environ)
-            found = read_engine_help(os.fsdecode(said.out))
+            answer = facts.output([*command, "--help"], self.environ)
+            found = read_engine_help(os.fsdecode(answer.out))
             if not found:
                 name = " ".join(command)
                 raise UserError(
                     f"{name} does not say which options it has.",
                     f"See: {name} --help",
-                    detail=os.fsdecode(said.err).strip(),
+                    detail=os.fsdecode(answer.err).strip(),
                 )
             self.known = {**found, **self.known}
 
@@ -875,9 +875,9 @@ class EngineOptions:
         """Return an option's long name and how it takes a value, None where the engine does not know it."""
         if flag not in self.known:
             for command in self.commands:
-                said = self.facts.output([*command, flag, "--help"], self.environ)
-                if not any(sign in os.fsdecode(said.err) for sign in self.UNKNOWN):
-                    self.known[flag] = (flag, "=" if said.status else "")
+                answer = self.facts.output([*command, flag, "--help"], self.environ)
+                if not any(sign in os.fsdecode(answer.err) for sign in self.UNKNOWN):
+                    self.known[flag] = (flag, "=" if answer.status else "")
                     break
         return self.known.get(flag)
 
