@@ -9305,7 +9305,7 @@ class Client(End):
         self.reader.buffer += data
         try:
             while not self.is_joined and not self.transport.is_closing():
-                event = self.reader.next(self.front.mailbox.room())
+                event = self.reader.next(self.front.mailbox.room() + len(self.reader.buffer))
                 if event is None:
                     break
                 kind, parts = event
@@ -9534,7 +9534,8 @@ class Mailbox:
         if self.front.notice and message.is_visible:
             self.publish("display_data", notice_content(self.front.notice), message.header)
             self.front.notice = ""
-        target = client.upstream or (self.front.handover and self.front.handover.own)
+        handover = self.front.handover
+        target = client.upstream or (handover and client.stream == SHELL and handover.own)
         if target:
             target.write(zmtp_message(message.parts))
 
