@@ -754,7 +754,7 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
     surplus = step.targets[1 if command.argument else 0 :] + (rest or [] if name != "completion" else [])
     if surplus:
         raise usage_error(f"envkernel {name} can't do anything with {surplus[0]!r}.", usage)
-    if command.argument and not step.targets:
+    if command.argument and not step.targets and not (command.optional and "all" in values):
         raise usage_error(f"envkernel {name} needs {command.argument}.", usage)
     return {**values, **dict(zip([command.argument], step.targets)), "rest": rest}
 
@@ -3226,6 +3226,12 @@ def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Ma
     check_node_options(step.options)
     srun = srun_commands(step.mode, [], environ, facts)[0][0]
     refuse_srun_options(step.engine)
+    ask_slurm(step, srun, facts, environ)
+    return step.but(options={**find_tunnel(step.options, facts, environ), "srun": srun})
+
+
+def ask_slurm(step: Step, srun: str, facts: Facts, environ: Mapping[str, str]) -> None:
+    """Raise UserError unless Slurm would take such a job now or later; none is submitted."""
     test = facts.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
     if test.status:
         said = os.fsdecode(test.err).strip()
@@ -3238,7 +3244,6 @@ def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Ma
                 detail=told or said,
             )
         raise slurm_end(test.status, told, "")
-    return step.but(options={**find_tunnel(step.options, facts, environ), "srun": srun})
 
 
 def plan_slurm(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
@@ -4445,7 +4450,7 @@ def our_kernel(name: str, facts: Facts) -> Installed:
     for kernel in kernels:
         if kernel.name == name.lower():
             return kernel
-    if name.lower() in installed_kernels():
+    if name.lower() in [*installed_kernels(), "python3"]:
         raise UserError(
             f"The kernel {name} was not made by envkernel.", f"Use jupyter kernelspec for it: {name}."
         )
@@ -4455,100 +4460,196 @@ def our_kernel(name: str, facts: Facts) -> Installed:
     raise UserError(f"There is no kernel named {name}.", hint)
 
 
-def plan_of(kernel: Installed, facts: Facts) -> Plan:
-    """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken."""
+def known_launch(kernel: Installed) -> Launch:
+    """Return the launch that a kernelspec stands for, one without modes where it is broken."""
+    try:
+        return launch_from_argv(kernel.tokens)
+    except UserError:
+        return Launch([], [])
+
+
+def plan_of(kernel: Installed, facts: Facts, near: bool = False) -> Plan:
+    """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken.
+
+    near: that of what a cluster's node will do, as far as it can be seen on this host.
+    """
     for name, kind in _FIELDS.items():
         if not isinstance(kernel.spec.get(name, kind()), kind):
             raise UserError(
                 f"The kernel.json in {kernel.folder} is broken: {name} is of a wrong type.",
-                f"Make the kernel again: envkernel update {kernel.name}.",
+                f"Write the kernel again: envkernel update {kernel.name}.",
             )
     argv = kernel.spec["argv"]
     for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
         if not facts.exists(path) and os.path.isabs(path):
-            raise UserError(f"{path} is gone.", f"Make the kernel again: envkernel update {kernel.name}.")
+            raise UserError(f"{path} is gone.", f"Write the kernel again: envkernel update {kernel.name}.")
     try:
         launch = launch_from_argv(kernel.tokens)
-        environ = launch_environ(facts)
-        environ.update(known_fields(kernel.spec)["env"])
+        launch = launch.but(steps=seen_here(launch.steps)) if near else launch
+        environ = {**launch_environ(facts), **known_fields(kernel.spec)["env"]}
         return finish_plan(plan_launch(launch, facts, environ), launch, facts)
     except UserError as error:
         error.name_kernel(kernel.name)
         raise
 
 
+def plans_of(kernel: Installed, facts: Facts) -> list[Plan]:
+    """Return the plan of an installed kernel, and for a cluster also the one that its node will make."""
+    plans = [plan_of(kernel, facts)]
+    steps = launch_from_argv(kernel.tokens).steps
+    return plans + ([plan_of(kernel, facts, near=True)] if seen_here(steps) != steps else [])
+
+
+def check_outside(kernel: Installed, plan: Plan, facts: Facts) -> None:
+    """Ask Slurm for the partition and the engine for the image, without a start.  Raises UserError.
+
+    plan: the kernel's, on this host.  An image that only a node needs is not looked for.
+    """
+    for step in launch_from_argv(kernel.tokens).steps:
+        if MODES[step.mode].remote:
+            if step.mode == "slurm":
+                ask_slurm(step, plan.argv[0], facts, plan.environ)
+            return
+        if step.mode in ("docker", "podman"):
+            said = facts.output([plan.argv[0], "image", "inspect", step.targets[0]], plan.environ)
+            text = os.fsdecode(said.err)
+            if said.status:
+                hint = f"Fetch it: {os.path.basename(plan.argv[0])} pull {step.targets[0]}"
+                missing = UserError(f"There is no image {step.targets[0]} here.", hint)
+                raise engine_error(plan.argv[0], step.targets[0], 125, text) or missing
+
+
 def state_of(kernel: Installed, facts: Facts) -> str:
-    """Return ``ok``, or what is broken about a kernel."""
+    """Return ``ok``, or what is broken about a kernel as far as that can be seen without a start."""
     try:
-        plan_of(kernel, facts)
+        check_outside(kernel, plans_of(kernel, facts)[0], facts)
     except UserError as error:
         return error.message
     return "ok"
 
 
-def running_containers(kernel: Installed, facts: Facts) -> list[str]:
-    """Return what runs for a kernel: names of containers, and where no daemon knows any, processes.
-
-    Nothing where its engine does not answer.
-    """
-    found: list[str] = []
-    label = "--filter=label=envkernel=" + kernel.name
-    try:
-        launch = launch_from_argv(kernel.tokens) if kernel.tokens else Launch([], [], {})
-    except UserError:
-        return []
-    for step in launch.steps:
-        program = step.options.get("program", "")
-        if step.mode in APPTAINER_PROGRAMS:
-            found += running_instance(step, launch, facts)
-            found += [f"process {pid}" for pid in launched_processes(kernel.spec["argv"], facts)]
-        elif step.mode in ("docker", "podman") and facts.is_executable(program):
-            said = facts.output([program, "ps", label, "--format={{.Names}}"], launch_environ(facts))
-            found += os.fsdecode(said.out).split()
-    return found
-
-
-def running_instance(step: Step, launch: Launch, facts: Facts) -> list[str]:
-    """Return the instance of Apptainer that a kernelspec's kernels share, where it runs."""
-    program = step.options.get("program", "")
-    if not step.options.get("shared") or not facts.is_executable(program):
-        return []
-    name = "envkernel-" + shared_name(step, launch, facts)
-    said = facts.output([program, "instance", "list", name], launch_environ(facts))
-    return ["instance " + name] if name in os.fsdecode(said.out).split() else []
-
-
-def launched_processes(argv: Sequence[str], facts: Facts) -> list[int]:
+def started_processes(argv: Sequence[str], facts: Facts) -> list[int]:
     """Return the processes that Jupyter started with the argv of a kernelspec, and that run something.
 
-    One that only waits to clean up has the same arguments, but no child process.
+    A keeper is a copy of the process that Jupyter started: where that one lives, it is not listed.
     """
-    found = []
-    for pid in sorted(int(name) for name in facts.listdir("/proc") if name.isdigit()):
+    found: dict[int, int] = {}
+    for pid in sorted(map(int, filter(str.isdigit, facts.listdir("/proc")))):
         words = (facts.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")[:-1]
         if len(words) == len(argv) and all(
             os.fsencode(wanted) == word or CONNECTION_FILE in wanted for wanted, word in zip(argv, words)
         ):
-            found += [pid] if facts.read(f"/proc/{pid}/task/{pid}/children") else []
+            state = (facts.read(f"/proc/{pid}/stat") or b") ? 0").rpartition(b")")[2].split()
+            if facts.read(f"/proc/{pid}/task/{pid}/children"):
+                found[pid] = int(state[1])
+    return [pid for pid, parent in found.items() if parent not in found]
+
+
+def logged_processes(name: str, facts: Facts) -> dict[int, str]:
+    """Return the processes of a kernel that live by its launch logs, each with its job, empty for none."""
+    found: dict[int, str] = {}
+    for _, text in launch_logs(name, os.environ, facts):
+        if process_state(text, facts).startswith("running: yes"):
+            lines = log_lines(text)
+            found.setdefault(int(lines["process"]), lines.get("job", ""))
     return found
 
 
-def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
-    """Return what `list` says of a kernel."""
-    import contextlib
+class Running(Record):
+    """Something that runs for a kernel, as `list` calls it, and the command that ends it.
 
-    mode, target = "?", ""
-    with contextlib.suppress(UserError):  # the state says what is wrong
-        steps = launch_from_argv(kernel.tokens).steps
-        mode = "+".join(step.mode for step in steps)
-        target = " -- ".join(" ".join(step.targets) for step in steps)
-    runs = running_containers(kernel, facts)
+    kernel: its name, empty for an instance of Apptainer, whose name does not contain it.
+    """
+
+    what: str
+    stop: list[str] = []
+    kernel: str = ""
+
+
+def engine_containers(program: str, facts: Facts) -> list[Running]:
+    """Return containers of this user's kernels, none where docker or podman does not answer."""
+    mine = f"--filter=label=envkernel.uid={facts.ids()[0]}"
+    found = []
+    for name in ask_lines([program, "ps", "--all", mine, "--format={{.Names}}"], facts):
+        kernel, _, end = name[len("envkernel-") :].rpartition("-")
+        kernel = kernel[: -len("-shared")] if len(end) == 16 else kernel
+        found.append(Running(name, [program, "rm", "-f", "-v", name], kernel))
+    return found
+
+
+def apptainer_instances(program: str, facts: Facts) -> list[Running]:
+    """Return this user's instances that kernels share, none where there is no engine."""
+    names = [line.split()[0] for line in ask_lines([program, "instance", "list"], facts)]
+    ours = [name for name in names if name.startswith("envkernel-shared-")]
+    return [Running("instance " + name, [program, "instance", "stop", name]) for name in ours]
+
+
+def ask_lines(argv: Sequence[str], facts: Facts) -> list[str]:
+    """Return the lines that an engine answers, none where it is not there or does not answer."""
+    try:
+        said = facts.output(argv, launch_environ(facts)) if facts.is_executable(argv[0]) else Output(1)
+    except UserError:
+        return []
+    return [line for line in os.fsdecode(said.out).splitlines() if line.strip() and not said.status]
+
+
+def running_for(kernel: Installed, facts: Facts) -> list[Running]:
+    """Return what runs for a kernel: containers, instances, jobs, else processes.
+
+    Containers are not known where their engine does not answer.
+    """
+    launch = known_launch(kernel)
+    found: list[Running] = []
+    for step in launch.steps:
+        program = step.options.get("program", "")
+        if MODES[step.mode].remote:
+            break
+        if step.mode in ("docker", "podman"):
+            return [one for one in engine_containers(program, facts) if one.kernel == kernel.name]
+        if step.options.get("shared"):
+            shared = "instance envkernel-" + shared_name(step, launch, facts)
+            found += [one for one in apptainer_instances(program, facts) if one.what == shared]
+    pids = dict.fromkeys(started_processes(kernel.spec["argv"], facts), "")
+    pids.update(logged_processes(kernel.name, facts))
+    return found + [Running(f"job {job}" if job else f"process {pid}") for pid, job in pids.items()]
+
+
+def leftovers(kernels: Sequence[Installed], facts: Facts) -> dict[str, list[Running]]:
+    """Return containers and instances that belong to no kernelspec, by the name that `stop` takes.
+
+    Those of a kernelspec that only another Jupyter finds are none while something on this host runs them.
+    """
+    names, shared = {kernel.name for kernel in kernels}, {""}
+    for launch in map(known_launch, kernels):
+        steps = [step for step in launch.steps if step.options.get("shared")]
+        shared.update("instance envkernel-" + shared_name(step, launch, facts) for step in steps)
+    for pid in filter(str.isdigit, facts.listdir("/proc")):
+        tokens = run_tokens(os.fsdecode(facts.read(f"/proc/{pid}/cmdline") or b"").split("\0")[:-1])
+        names.update(token[len("--name=") :].lower() for token in tokens if token.startswith("--name="))
+    environ = launch_environ(facts)
+    left: dict[str, list[Running]] = {}
+    for engine in ("docker", "podman", "apptainer", "singularity"):
+        program = search_program(engine, path_entries(environ), facts)
+        ask = apptainer_instances if engine in APPTAINER_PROGRAMS else engine_containers
+        for one in ask(program, facts) if program else ():
+            if one.kernel.lower() not in names and one.what not in shared:
+                found = left.setdefault(one.kernel or one.what.split()[-1], [])
+                found += [one] if one.what not in [other.what for other in found] else []
+    return left
+
+
+def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
+    """Return what `list` shows of a kernel."""
+    steps = known_launch(kernel).steps
+    built = typed_value(kernel.command, "--build")
+    targets = [[built] if built and MODES[step.mode].container else step.targets for step in steps]
+    runs = ", ".join(one.what for one in running_for(kernel, facts))
     return {
         "name": kernel.name,
-        "mode": mode,
-        "target": target,
+        "mode": "+".join(step.mode for step in steps) or "?",
+        "target": " -- ".join(" ".join(words) for words in targets if words),
         "folder": kernel.folder,
-        "state": state_of(kernel, facts) + ", running: {}".format(", ".join(runs)) * bool(runs),
+        "state": state_of(kernel, facts) + (f", running: {runs}" if runs else ""),
     }
 
 
@@ -4585,12 +4686,21 @@ def lost_output(error: OSError) -> Exception:
 
 
 def list_command(options: Mapping[str, Any], facts: Facts) -> int:
-    """``envkernel list``: all kernels of ours and whether they could start."""
-    facts.quiet = True
+    """``envkernel list``: all kernels of ours and whether they could start, and what runs."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    kernels = our_kernels(facts)
     if options.get("names"):
-        print(*(kernel.name for kernel in our_kernels(facts)), sep="\n")
+        print(*(kernel.name for kernel in kernels), sep="\n")
         return 0
-    rows = [kernel_row(kernel, facts) for kernel in our_kernels(facts)]
+    facts = Snapshot()
+    with ThreadPoolExecutor(8) as pool:
+        left = pool.submit(leftovers, kernels, facts)
+        rows = list(pool.map(lambda kernel: kernel_row(kernel, facts), kernels))
+    for name, found in left.result().items():
+        state = f"belongs to no kernel that Jupyter finds here; end it: envkernel stop {name}"
+        runs = ", ".join(one.what for one in found)
+        rows.append({"name": name, "mode": "leftover", "target": runs, "folder": "", "state": state})
     if options.get("json"):
         print_json(rows)
         return 0
@@ -4605,29 +4715,41 @@ def list_command(options: Mapping[str, Any], facts: Facts) -> int:
     return 0
 
 
+def changed_variables(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the variables that a launch sets or removes (None)."""
+    changes: dict[str, str | None] = {name: after[name] for name in after if before.get(name) != after[name]}
+    changes.update({name: None for name in before if name not in after})
+    return dict(sorted(changes.items()))
+
+
 def show_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel show NAME``: the command that made a kernel and what it would do now."""
     import shlex
 
     kernel = our_kernel(options["NAME"], facts)
+    plans: list[Plan] = []
+    state = "ok"
     try:
-        plan: Plan | None = plan_of(kernel, facts)
-        state = "ok"
+        plans = plans_of(kernel, facts)
+        check_outside(kernel, plans[0], facts)
     except UserError as error:
-        plan, state = None, f"{error.message} {error.hint}"
-    before = launch_environ(facts)
-    changes: dict[str, str | None] = {}
-    if plan:
-        changes = {name: value for name, value in plan.environ.items() if before.get(name) != value}
-        changes.update({name: None for name in before if name not in plan.environ})
-    shown = {
+        state = f"{error.message} {error.hint}"
+    runs = [one.what for one in running_for(kernel, facts)]
+    before: Mapping[str, str] = launch_environ(facts)
+    stages: list[dict[str, Any]] = []
+    for plan in plans:
+        argv = ["..." if word in (LOADER, NODE_BOOT) else word for word in plan.argv]
+        stages.append({"argv": argv, "environment": changed_variables(before, plan.environ)})
+        before = plan.environ
+    shown: dict[str, Any] = {
         "name": kernel.name,
         "display_name": kernel.spec.get("display_name", ""),
         "folder": kernel.folder,
         "command": ["envkernel", *kernel.command] if kernel.command else [],
         "state": state,
-        "argv": plan.argv if plan else [],
-        "environment": dict(sorted(changes.items())),
+        "running": runs,
+        **(stages[0] if stages else {"argv": [], "environment": {}}),
+        **({"node": stages[1]} if stages[1:] else {}),
     }
     if options.get("json"):
         print_json(shown)
@@ -4637,10 +4759,11 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
         f"folder       {shown['folder']}",
         f"made by      {shlex.join(shown['command']) or 'envkernel 1.x'}",
         f"state        {state}",
+        *([f"running      {', '.join(runs)}"] if runs else []),
     ]
-    if plan:
-        lines.append(f"executes     {shlex.join(plan.argv)}")
-        for name, value in sorted(changes.items()):
+    for stage, where in zip(stages, ("executes    ", "on the node ")):
+        lines.append(f"{where} {shlex.join(stage['argv'])}")
+        for name, value in stage["environment"].items():
             lines.append(f"environment  {'- ' + name if value is None else '+ ' + name + '=' + value}")
     print(*map(one_line, lines), sep="\n")
     return 0
@@ -4658,35 +4781,49 @@ def place_of(folder: str) -> dict[str, Any]:
 
 
 def update_command(options: Mapping[str, Any], facts: Facts) -> int:
-    """``envkernel update NAME``: write a kernel again from the command that made it."""
-    import contextlib
+    """``envkernel update NAME``: write a kernel again from the command that made it; or all of them."""
+    if not options.get("all"):
+        return update_kernel(our_kernel(options["NAME"], facts), facts)
+    failed = []
+    for kernel in our_kernels(facts):
+        try:
+            update_kernel(kernel, facts)
+        except UserError as error:
+            failed.append(kernel.name)
+            sys.stdout.flush()
+            tell_error(error)
+    if failed:
+        raise UserError(f"Not updated: {', '.join(failed)}.", "See above; the others are.")
+    return 0
 
-    kernel = our_kernel(options["NAME"], facts)
-    command = kernel.command
-    if not command:
-        launch = launch_from_argv(kernel.tokens)
-        known = known_fields(kernel.spec)
-        names = {"name": kernel.name, "display-name": known["display_name"] or kernel.name}
-        options = {**launch.options, **names, **place_of(kernel.folder)}
-        request = Request(options, launch.steps, launch.command)
-        request.common.pop("connection-file", None)
-        request.common["language"] = known["language"] or "python"
-        command = setup_command(request, launch.steps)
+
+def update_kernel(kernel: Installed, facts: Facts) -> int:
+    """Write a kernel again from the command that made it.  Raises UserError; then it is as it was."""
+    command = kernel.command or command_of_1x(kernel)
     own = command.index("--") if "--" in command else len(command)
-    name = f"--name={kernel.name}"  # the folder may have been copied to another name
+    name = f"--name={kernel.name}"  # the directory may have been copied to another name
     head = [name if word.startswith("--name=") else word for word in command[:own]]
     for index, word in enumerate(head):
         if word.startswith("--kernel-template=") and word.partition("=")[2] not in installed_kernels():
             head[index] = f"--kernel-template={kernel.name}"  # the template is gone: this is its clone
         if word.startswith("--logo=") and not facts.exists(word.partition("=")[2]):
-            copies = [f"{kernel.folder}/{file}" for file in (LOGO_SVG, LOGO_PNGS[0])]
+            copies = [f"{kernel.folder}/{file}" for file in (LOGO_PNGS[0], LOGO_SVG)]
             head[index] = "--logo=" + next(filter(facts.exists, copies), word.partition("=")[2])
     entries: list[str] = []
-    with contextlib.suppress(UserError):  # what can't be read any more is written anew
-        for step in launch_from_argv(kernel.tokens).steps:
-            entries += step.options.get("recorded", [])
+    for step in known_launch(kernel).steps:
+        entries += step.options.get("recorded", [])
     recorded = dict(entry.partition("=")[::2] for entry in entries)
     return setup(head + command[own:], facts, kernel.folder, recorded)
+
+
+def command_of_1x(kernel: Installed) -> list[str]:
+    """Return the command line that stands for a kernelspec of envkernel 1.x, which has not recorded it."""
+    launch = launch_from_argv(kernel.tokens)
+    known = known_fields(kernel.spec)
+    own = {"name": kernel.name, "display-name": known["display_name"] or kernel.name}
+    common = {**launch.options, **own, **place_of(kernel.folder), "language": known["language"] or "python"}
+    common.pop("connection-file", None)
+    return setup_command(Request(common, launch.steps, launch.command), launch.steps)
 
 
 def launch_logs(name: str, environ: Mapping[str, str], facts: Facts) -> list[tuple[str, str]]:
@@ -4702,9 +4839,14 @@ def ended_abnormally(text: str) -> bool:
     return "\nnot started: " in text or "\nreason: " in text
 
 
+def log_lines(text: str) -> dict[str, str]:
+    """Return what a launch log says, by the name at the beginning of the line."""
+    return dict(line.partition(": ")[::2] for line in text.splitlines())
+
+
 def process_state(text: str, facts: Facts) -> str:
     """Return a line on what became of a launch whose log has no end: the process may be the kernel now."""
-    lines = dict(line.partition(": ")[::2] for line in text.splitlines())
+    lines = log_lines(text)
     if "ended" in lines or "not started" in lines:
         return ""
     words = os.fsdecode(facts.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
@@ -4769,10 +4911,75 @@ def remove_kernelspec(folder: str) -> None:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def stop_command(options: Mapping[str, Any], facts: Facts) -> int:
+    """``envkernel stop NAME``: end everything that runs for a kernel, or is left of one."""
+    name = options["NAME"]
+    left = leftovers(our_kernels(facts), facts).get(name, [])
+    ended, remaining = stop_leftovers(left, facts) if left else stop_kernel(our_kernel(name, facts), facts)
+    if remaining:
+        raise UserError(f"Still running: {', '.join(remaining)}.", "Try it once more, or end it by hand.")
+    print(f"Ended: {', '.join(ended)}" if ended else f"Nothing runs for the kernel {name}.")
+    return 0
+
+
+def stop_leftovers(found: Sequence[Running], facts: Facts) -> tuple[list[str], list[str]]:
+    """End containers and instances; return which have ended and which have not."""
+    failed = [one.what for one in found if facts.output(one.stop, launch_environ(facts)).status]
+    ended = [one.what for one in found if one.what not in failed]
+    for base in private_bases(os.environ, facts):
+        for what in ended:
+            key = what.rpartition("-shared-")[2]
+            if key != what:  # the locks of a container that is kept
+                remove_tree(f"{base}/shared-{key}")
+                remove_empty(base)
+    return ended, failed
+
+
+def stop_kernel(kernel: Installed, facts: Facts) -> tuple[list[str], list[str]]:
+    """End everything that runs for a kernel; return what has ended and what has not.
+
+    First the processes that Jupyter started, which clean up; then what belongs to none of them.
+    """
+    import time
+
+    before = [one.what for one in running_for(kernel, facts)]
+    logged = logged_processes(kernel.name, facts)
+    end_processes([*{*started_processes(kernel.spec["argv"], facts), *logged}], facts)
+    job = plan_of(kernel, facts).job if any(logged.values()) else None
+    for known in filter(None, logged.values()):
+        if job:
+            facts.output(job.cancel(known), job.environ)
+    stop_leftovers([one for one in running_for(kernel, facts) if one.stop], facts)
+    deadline = time.monotonic() + 10
+    while (left := [one.what for one in running_for(kernel, facts)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return [what for what in before if what not in left], left
+
+
+def end_processes(pids: Sequence[int], facts: Facts) -> None:
+    """Terminate processes; kill those that have not ended after five seconds."""
+    import contextlib
+    import signal
+    import time
+
+    deadline = time.monotonic() + 5
+    number = signal.SIGTERM
+    while pids:
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+        if number == signal.SIGKILL:
+            return
+        while pids and time.monotonic() < deadline:
+            time.sleep(0.1)
+            states = {pid: (facts.read(f"/proc/{pid}/stat") or b") Z").rpartition(b")")[2] for pid in pids}
+            pids = [pid for pid, state in states.items() if state.split()[:1] != [b"Z"]]
+        number = signal.SIGKILL
+
+
 def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
-    """``envkernel remove NAME``: remove a kernelspec that envkernel made."""
+    """``envkernel remove NAME``: remove a kernelspec that envkernel made, and what is kept for it alone."""
     kernel = our_kernel(options["NAME"], facts)
-    runs = running_containers(kernel, facts)
     shared = shared_container(kernel, facts)
     try:
         remove_kernelspec(kernel.folder)
@@ -4782,14 +4989,17 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
             "Ask whoever installed it.",
         ) from None
     print(f"Removed the kernel {kernel.name} from {kernel.folder}")
-    if runs:
-        print("Still running, until their notebooks are shut down: " + ", ".join(runs))
-    if not runs and kernel.name not in installed_kernels():
-        remove_logs(kernel.name, os.environ)
-    for base in private_bases(os.environ, facts):
-        remove_stale(base, os.environ)
     if shared:
         shared.forget(os.environ, facts)
+    runs = [one.what for one in running_for(kernel, facts)]
+    if runs:
+        print("Still running, until their notebooks are shut down: " + ", ".join(runs))
+    elif kernel.name not in installed_kernels():
+        remove_logs(kernel.name, os.environ)
+        for step in known_launch(kernel).steps:
+            remove_built_image(step, kernel.name, facts)
+    for base in private_bases(os.environ, facts):
+        remove_stale(base, os.environ)
     return 0
 
 
@@ -5050,12 +5260,16 @@ def check_command(options: Mapping[str, Any], facts: Facts) -> int:
 
 
 class Command(Record):
-    """A management command.  argument: metavar of what it takes, empty for nothing."""
+    """A management command.
+
+    argument: metavar of what it takes, empty for nothing.  optional: ``--all`` replaces the argument.
+    """
 
     run: Callable[..., int]
     argument: str
     summary: str
     options: list[Option] = []
+    optional: bool = False
 
 
 _JSON = Option("--json", "Print JSON.")
@@ -5077,7 +5291,14 @@ COMMANDS: dict[str, Command] = {
         "Print why a kernel ended abnormally the last time, and the log of its newest launch.",
         [Option("--all", "Print all logs that are kept, the newest first.")],
     ),
-    "update": Command(update_command, "NAME", "Write a kernel again from the command that made it."),
+    "update": Command(
+        update_command,
+        "NAME",
+        "Write a kernel again from the command that made it.",
+        [Option("--all", "Update all kernels instead of one.")],
+        optional=True,
+    ),
+    "stop": Command(stop_command, "NAME", "End all that runs for a kernel: containers, jobs, processes."),
     "remove": Command(remove_command, "NAME", "Remove a kernel."),
     "completion": Command(completion_command, "SHELL", "Print a completion script for bash, zsh or fish."),
 }
@@ -5477,6 +5698,57 @@ class Inside(Facts):
     def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
         """Run a program inside."""
         return self._host.output([*self.inside, *argv], self.environ)
+
+
+class Snapshot(Facts):
+    """Facts for `list`: of however many threads, the first one asks, and no answer is waited for long."""
+
+    PATIENCE = 5.0
+    """Seconds that a program has for its answer."""
+
+    quiet = True
+
+    def __init__(self) -> None:
+        import threading
+
+        self.lock = threading.Lock()
+        self.answers: dict[Any, Any] = {}
+
+    def once(self, key: Any, ask: Callable[[], Any]) -> Any:
+        """Return the answer to a question, which is asked once."""
+        from concurrent.futures import Future
+
+        with self.lock:
+            is_new = key not in self.answers
+            answer = self.answers.setdefault(key, Future())
+        if is_new:
+            try:
+                answer.set_result(ask())
+            except BaseException as error:
+                answer.set_exception(error)
+        return answer.result()
+
+    def read(self, path: str) -> bytes | None:
+        """Return what a file contains, None where it can't be read."""
+        return self.once(path, lambda: Facts.read(self, path))  # type: ignore[no-any-return]
+
+    def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
+        """Run a program and return what it said.  Raises UserError where it does not start or answer."""
+        return self.once((*argv, None, *sorted(environ.items())), lambda: self.ask(argv, environ))  # type: ignore[no-any-return]
+
+    def ask(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
+        """Run a program for at most PATIENCE seconds."""
+        import subprocess
+
+        try:
+            done = subprocess.run(
+                argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=self.PATIENCE
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{argv[0]} does not answer.", f"Try it: {' '.join(map(quoted, argv))}") from None
+        except OSError as error:
+            raise cannot_start(argv[0], error) from None
+        return Output(done.returncode, done.stdout, done.stderr)
 
 
 SOURCING = """

@@ -385,22 +385,25 @@ def test_unknown_options_are_refused_with_a_suggestion(engine: Engine) -> None:
     assert "--contain" in caught.value.hint
 
 
-def test_what_runs_is_told_by_process_and_instance(facts: FakeFacts) -> None:
+def test_what_runs_is_reported_by_process_and_instance(facts: FakeFacts, monkeypatch: Any) -> None:
+    monkeypatch.setenv("JUPYTER_DATA_DIR", "/none")
     tokens = [token.replace(FILE, "{connection_file}") for token in run("--shared")]
     argv = ["/usr/bin/python3", "/x/envkernel.py", *tokens]
     started = "\0".join([*argv, ""]).replace("{connection_file}", FILE).encode()
-    facts.files.update({f"/proc/{pid}/cmdline": started for pid in (9, 10, 700)})
+    facts.files.update({f"/proc/{pid}/cmdline": started for pid in (9, 10, 700, 701)})
     facts.files["/proc/8/cmdline"] = started.replace(b"--name=x", b"--name=y")
-    facts.files.update({f"/proc/{pid}/task/{pid}/children": b"11 " for pid in (8, 10, 700)})
+    facts.files.update({f"/proc/{pid}/task/{pid}/children": b"11 " for pid in (8, 10, 700, 701)})
     facts.files["/proc/9/task/9/children"] = b""  # it only waits to clean up
+    facts.files["/proc/701/stat"] = b"701 (py (3)) S 700 701"  # the keeper of 700
     kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens)
     launch = envkernel.launch_from_argv(tokens)
     name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, facts)
-    ask = (ENGINE, "instance", "list", name)
-    facts.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\n")
-    assert envkernel.running_containers(kernel, facts) == ["process 10", "process 700"]
+    ask = (ENGINE, "instance", "list")
+    facts.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\nenvkernel-shared-12    7\n")
+    processes = ["process 10", "process 700"]
+    assert [one.what for one in envkernel.running_for(kernel, facts)] == processes
     facts.answers[ask] = Output(0, f"INSTANCE NAME    PID\n{name}    12\n".encode())
-    assert envkernel.running_containers(kernel, facts)[0] == "instance " + name
+    assert [one.what for one in envkernel.running_for(kernel, facts)] == ["instance " + name, *processes]
 
 
 def test_a_killed_kernel_is_told_from_one_that_memory_ran_out_for(facts: FakeFacts) -> None:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -665,3 +666,222 @@ def test_a_run_without_arguments_leaves_no_log(tmp_path, capfd, monkeypatch):
     assert envkernel.main(["virtualenv", "run"]) == 2
     assert "virtualenv needs PATH" in capfd.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+# what `list` and `stop` know without a start
+
+
+@pytest.fixture
+def tools(world, monkeypatch):
+    """Programs that stand in for engines and Slurm: each is a shell script; they note how they are called."""
+    bin_dir = world / "bin"
+    bin_dir.mkdir()
+    monkeypatch.setenv("PATH", f"{bin_dir}:/usr/bin:/bin")
+
+    def make(**scripts):
+        for name in {"docker": "", "podman": "", "apptainer": "", "singularity": "", **scripts}:
+            path = bin_dir / name
+            path.write_text(f'#!/bin/sh\necho "{name} $*" >> {world}/calls\n{scripts.get(name, "exit 1")}\n')
+            path.chmod(0o755)
+        return bin_dir
+
+    make()
+    return make
+
+
+def add_kernel(world, name, *steps, command=("/bin/true", "{connection_file}")):
+    """Write a kernelspec as setup would, without its checks; return its argv."""
+    folder = world / "jupyter_data_dir" / "kernels" / name
+    folder.mkdir(parents=True)
+    tokens = envkernel.launch_to_argv(envkernel.Launch(steps, command, {"name": name}))
+    argv = [*envkernel.launcher(sys.executable, SCRIPT), *tokens]
+    spec = {"argv": argv, "display_name": name, "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    return argv
+
+
+def docker_step(world, image, **options):
+    return envkernel.Step(
+        "docker", {"program": f"{world}/bin/docker", "identity": "root", **options}, [image]
+    )
+
+
+def slurm_step(world, partition):
+    return envkernel.Step("slurm", {"srun": f"{world}/bin/srun"}, [], [f"--partition={partition}"])
+
+
+def states(call):
+    status, out, err = call("list", "--json")
+    assert (status, err) == (0, "")
+    return {row["name"]: row for row in json.loads(out)}
+
+
+NO_IMAGE = 'case "$*" in *inspect\\ gone) echo "Error: No such image: gone" >&2; exit 1;; ps*) ;; esac'
+NO_PARTITION = """case "$*" in *=gone*)
+    echo "allocation failure: Invalid partition name specified" >&2; exit 1;; esac"""
+
+
+def test_the_list_is_true_without_a_start(call, world, tools):
+    tools(docker=NO_IMAGE, srun=NO_PARTITION)
+    bare = envkernel.Step("virtualenv", {}, [str(world / "bare")])
+    lost = envkernel.Step("virtualenv", {}, [str(world / "lost")])
+    add_kernel(world, "here", docker_step(world, "here"))
+    add_kernel(world, "gone", docker_step(world, "gone"))
+    add_kernel(world, "job", slurm_step(world, "open"), bare)
+    add_kernel(world, "lost", slurm_step(world, "open"), lost)
+    add_kernel(world, "refused", slurm_step(world, "gone"), bare)
+    rows = states(call)
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "here": "ok",
+        "gone": "There is no image gone here.",
+        "job": "ok",
+        "lost": f"There is no virtualenv at {world}/lost.",
+        "refused": "Slurm refuses the job: Invalid partition name specified.",
+    }
+    assert rows["job"]["target"] == str(world / "bare")
+    calls = (world / "calls").read_text().splitlines()
+    asked = ("docker image inspect ", "docker ps ", "podman ps ", "apptainer instance list")
+    asked += ("singularity instance list", "srun --test-only ")
+    assert all(line.startswith(asked) for line in calls), "something was started"
+    assert len([line for line in calls if line.startswith("docker ps")]) == 1
+    shown = json.loads(call("show", "lost", "--json")[1])
+    assert shown["state"].startswith(f"There is no virtualenv at {world}/lost. ")
+
+
+def test_a_program_that_does_not_answer_stops_no_list(call, world, tools, monkeypatch):
+    monkeypatch.setattr(envkernel.Snapshot, "PATIENCE", 0.3)
+    tools(docker="exec sleep 20", podman="exec sleep 20")
+    add_kernel(world, "x", docker_step(world, "image"))
+    start = time.monotonic()
+    assert states(call)["x"]["state"] == f"{world}/bin/docker does not answer."
+    assert time.monotonic() - start < 10
+
+
+def test_thirty_kernels_are_listed_at_once(call, world, tools):
+    """Each image takes its time; the machine may be busy, so the limit is that of asking one by one."""
+    tools(docker='case "$1" in image) sleep 0.5; esac')
+    for number in range(30):
+        add_kernel(world, f"k{number}", docker_step(world, f"image{number}"))
+    start = time.monotonic()
+    rows = states(call)
+    assert time.monotonic() - start < 7.5
+    assert (len(rows), {row["state"] for row in rows.values()}) == (30, {"ok"})
+
+
+def test_a_cluster_kernel_is_shown_whole(call, world, tools):
+    tools(srun="")
+    bare = envkernel.Step("virtualenv", {}, [str(world / "bare")])
+    add_kernel(world, "job", slurm_step(world, "open"), bare)
+    shown = json.loads(call("show", "job", "--json")[1])
+    assert shown["argv"][-2:] == ["-c", "..."]
+    assert shown["argv"][0] == f"{world}/bin/srun"
+    assert shown["node"]["argv"] == ["/bin/true", "{connection_file}"]
+    assert shown["node"]["environment"]["VIRTUAL_ENV"] == str(world / "bare")
+    out = call("show", "job")[1]
+    assert f"executes     {world}/bin/srun --nodes=1" in out
+    assert "on the node  /bin/true '{connection_file}'\n" in out
+    assert f"environment  + VIRTUAL_ENV={world}/bare\n" in out
+    assert "import" not in out
+
+
+@pytest.fixture
+def start(world):
+    """Start a process that is a kernel by its launch log."""
+    started = []
+
+    def start(name, *log, obeys=True):
+        ignore = "" if obeys else "import signal; signal.signal(15, signal.SIG_IGN); "
+        code = f"{ignore}import time; print(flush=True); time.sleep(60)"
+        process = subprocess.Popen([sys.executable, "-c", code, "/run/k.json"], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        started.append(process)
+        path, _ = envkernel.start_log(name, f"process: {process.pid}\ncommand: /run/k.json\n", os.environ)
+        for line in log:
+            envkernel.append_log(path, line)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_stop_ends_the_process_and_its_job(call, world, tools, start):
+    tools(srun="", scancel="")
+    add_kernel(
+        world, "job", slurm_step(world, "open"), envkernel.Step("virtualenv", {}, [str(world / "bare")])
+    )
+    assert call("stop", "job")[:2] == (0, "Nothing runs for the kernel job.\n")
+    process = start("job", "job: 12")
+    assert states(call)["job"]["state"] == "ok, running: job 12"
+    assert json.loads(call("show", "job", "--json")[1])["running"] == ["job 12"]
+    assert call("stop", "job")[:2] == (0, "Ended: job 12\n")
+    assert process.wait(5) == -signal.SIGTERM
+    assert "scancel --quiet 12" in (world / "calls").read_text().splitlines()
+    assert states(call)["job"]["state"] == "ok"
+
+
+def test_stop_ends_a_process_that_does_not_obey(call, world, start):
+    add_kernel(world, "x", envkernel.Step("virtualenv", {}, [str(world / "bare")]))
+    process = start("x", obeys=False)
+    assert states(call)["x"]["state"] == f"ok, running: process {process.pid}"
+    assert call("stop", "x")[:2] == (0, f"Ended: process {process.pid}\n")
+    assert process.wait(5) == -signal.SIGKILL
+
+
+LEFT = """case "$1" in
+    ps) [ -e {0}/ended ] || printf '%s\\n' envkernel-old-cafe0123 envkernel-kept-shared-0123456789abcdef ;;
+    rm) touch {0}/ended ;;
+esac"""
+
+
+def test_what_belongs_to_no_kernel_is_listed_and_can_be_stopped(call, world, tools):
+    tools(docker=LEFT.format(world))
+    add_kernel(world, "kept", docker_step(world, "image", shared=True))
+    rows = states(call)
+    assert rows["kept"]["state"] == "ok, running: envkernel-kept-shared-0123456789abcdef"
+    assert (rows["old"]["mode"], rows["old"]["target"]) == ("leftover", "envkernel-old-cafe0123")
+    assert rows["old"]["state"].endswith("end it: envkernel stop old")
+    assert call("stop", "old")[:2] == (0, "Ended: envkernel-old-cafe0123\n")
+    assert "docker rm -f -v envkernel-old-cafe0123" in (world / "calls").read_text().splitlines()
+    assert states(call).keys() == {"kept"}
+    status, _, err = call("stop", "old")
+    assert status == 1
+    assert "There is no kernel named old." in err
+
+
+def test_a_container_that_another_jupyter_runs_is_no_leftover(call, world, tools):
+    tools(docker='[ "$1" != ps ] || echo envkernel-old-cafe0123')
+    code = "import os; print(flush=True); os.read(0, 1)  # envkernel"
+    argv = [sys.executable, "-I", "-S", "-c", code, "x", "docker", "run", "--name=old", "image"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert states(call) == {}
+        process.stdin.close()
+    assert states(call).keys() == {"old"}
+
+
+def test_update_all_goes_on_after_one_that_fails(call, world):
+    for name in ("a", "b", "c"):
+        shutil.copytree(world / "bare", world / name, symlinks=True)
+        assert call("virtualenv", f"--name={name}", "--user", name, *TRUE)[0] == 0
+        path = world / "jupyter_data_dir" / "kernels" / name / "kernel.json"
+        path.write_text(path.read_text().replace('"python"', '"broken"'))
+    shutil.rmtree(world / "b")
+    status, out, err = call("update", "--all")
+    assert status == 1
+    assert [line.split()[3] for line in out.splitlines() if line.startswith("Installed")] == ["a", "c"]
+    assert f"There is no virtualenv at {world}/b." in err
+    assert "Not updated: b." in err
+    languages = [
+        json.loads(path.read_text())["language"] for path in world.glob("jupyter_data_dir/kernels/*/k*")
+    ]
+    assert sorted(languages) == ["broken", "python", "python"]
+    assert call("update")[0] == 2
+
+
+def test_jupyters_own_kernel_is_not_made_by_envkernel(call):
+    status, _, err = call("show", "python3")
+    assert status == 1
+    assert "The kernel python3 was not made by envkernel." in err

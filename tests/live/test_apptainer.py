@@ -489,7 +489,8 @@ def test_an_instance_that_is_kept(place: Jupyter, apptainer: Apptainer, sif: Pat
             assert kernel.value("open('/tmp/notes').read()") == seen
         (name,) = set(instances(apptainer)) - set(before)
     assert f"ok, running: instance {name}\n" in place.envkernel("list").stdout
-    apptainer.run("instance", "stop", name)
+    assert place.envkernel("stop", "kept").stdout == f"Ended: instance {name}\n"
+    assert instances(apptainer) == before
 
 
 def test_the_kernelspec_of_1x(place: Jupyter, sif: Path, tmp_path: Path) -> None:

@@ -168,6 +168,24 @@ def test_the_suite_of_jupyter_kernel_test(
     run_protocol_tests("suite")
 
 
+def test_list_and_stop_know_a_job(jupyter: Jupyter, cluster: Slurm, kernel_venv: Path) -> None:
+    partition = "brief" + os.urandom(3).hex()
+    cluster.run("scontrol", "create", "PartitionName=" + partition, "Nodes=far", "State=UP")
+    install(jupyter, "brief", "--partition=" + partition, chain=("virtualenv", str(kernel_venv)))
+    with jupyter.kernel("brief") as kernel:
+        (row,) = json.loads(jupyter.envkernel("list", "--json").stdout)
+        assert row["target"] == str(kernel_venv)
+        assert re.fullmatch(f"ok, running: (job {cluster.jobs()[0]}|process {kernel.pid})", row["state"])
+        assert jupyter.envkernel("stop", "brief").stdout.startswith("Ended: ")
+        cluster.wait_no_jobs(10)
+        wait_for(lambda: not kernel.manager.is_alive(), "the end of the process that Jupyter started", 10)
+    cluster.run("scontrol", "delete", "PartitionName=" + partition)
+    (row,) = json.loads(jupyter.envkernel("list", "--json").stdout)
+    assert row["state"] == "Slurm refuses the job: Invalid partition name specified."
+    shown = json.loads(jupyter.envkernel("show", "brief", "--json").stdout)
+    assert shown["node"]["environment"]["VIRTUAL_ENV"] == str(kernel_venv)
+
+
 def test_chain_of_modules_and_virtualenv(
     jupyter: Jupyter, cluster: Slurm, lmod: Modules, kernel_venv: Path
 ) -> None:

@@ -406,6 +406,34 @@ class EngineCases:
             assert "Still running, until their notebooks are shut down: envkernel-removed-" in said
             assert kernel.value("6 * 7") == "42"
 
+    def test_stop_ends_what_runs_for_a_kernel(self, place: Jupyter, engine: Engine) -> None:
+        engine.call("tag", self.image, "stopped:1")
+        self.setup(place, engine, "stopped", "--network=none", "stopped:1")
+        with place.kernel("stopped") as kernel:
+            (container,) = engine.containers()
+            name = container["Name"].strip("/")
+            assert place.envkernel("stop", "stopped").stdout == f"Ended: {name}\n"
+            assert until(lambda: engine.ids() == [])
+            assert until(lambda: not kernel.manager.is_alive())
+        engine.call("rmi", "stopped:1")
+        said = place.envkernel("list").stdout
+        assert "There is no image stopped:1 here.\n" in said
+        assert "running" not in said
+
+    def test_stop_ends_a_container_that_is_kept(self, place: Jupyter, engine: Engine) -> None:
+        self.setup(place, engine, "kept", "--shared", "--keep", self.image)
+        with self.started(place, "kept") as (_, client):
+            wait_for(client)
+        (container,) = engine.containers()
+        name = container["Name"].strip("/")
+        assert until(lambda: f"ok, running: {name}\n" in place.envkernel("list").stdout)
+        (place.kernels / "kept").rename(place.kernels / "other")
+        spec = place.kernels / "other" / "kernel.json"
+        spec.write_text(spec.read_text().replace("--name=kept", "--name=other"))
+        assert f"leftover  {name}" in place.envkernel("list").stdout
+        assert place.envkernel("stop", "kept").stdout == f"Ended: {name}\n"
+        assert engine.ids() == []
+
     def test_a_shared_container_that_is_kept(self, place: Jupyter, engine: Engine) -> None:
         self.setup(place, engine, "kept", "--shared", "--keep", self.image)
         seen = []
