@@ -170,6 +170,35 @@ def explain(program: str, said: str, **names: str) -> UserError | None:
     return None
 
 
+def environment_at(path: str, facts: Facts) -> str:
+    """Return the mode for the environment at a path: ``conda``, ``virtualenv``, empty where there is none."""
+    if facts.isdir(path + "/conda-meta"):
+        return "conda"
+    return "virtualenv" if facts.exists(path + "/bin/activate") else ""
+
+
+def not_this(what: str, path: str, facts: Facts) -> UserError | None:
+    """Return the error for a path that is something else than an environment of the wanted kind.
+
+    what: as in `missing_place`.  None: nothing that is known is at or around the path.
+    """
+    name = os.path.basename(path)
+    parent = os.path.dirname(os.path.dirname(path))
+    places = [path, parent if os.path.basename(os.path.dirname(path)) == "bin" else ""]
+    for place in filter(None, [*places, *(f"{path}/{inner}" for inner in (".venv", "venv", "env"))]):
+        mode = environment_at(place, facts)
+        if mode:
+            is_other = "a virtualenv" if mode == "virtualenv" else "a conda environment"
+            message = f"{path} is {is_other}, not a {what}." if place == path else f"{path} is not a {what}."
+            return UserError(message, f"Use the {is_other[2:]} {place}: envkernel {mode} {quoted(place)}.")
+    if name.endswith((".yml", ".yaml")):
+        hint = f"Create it first (conda env create --prefix DIR --file {quoted(path)}), then give DIR."
+        return UserError(f"{path} describes an environment, it is none.", hint)
+    if facts.exists(path) and not facts.isdir(path):
+        return UserError(f"{path} is a file, not a {what}.", "Give the directory of the environment.")
+    return None
+
+
 def missing_place(what: str, path: str, hint: str, closed: str) -> UserError:
     """Return the error for an environment that is not there, or (closed) behind what may not be read."""
     if closed:
@@ -1192,7 +1221,7 @@ def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     """Plan what ``conda activate PREFIX`` does.  Raises UserError where there is no environment."""
     prefix = os.path.normpath(step.targets[0])  # envkernel 1.x wrote it as it was typed
     if not facts.isdir(prefix + "/conda-meta"):
-        raise missing_place(
+        raise not_this("conda environment", prefix, facts) or missing_place(
             "conda environment",
             prefix,
             f"Create it (conda create --prefix {quoted(prefix)} ipykernel), or set the kernel up elsewhere.",
@@ -1242,10 +1271,10 @@ def conda_prefix(name: str, facts: Facts, environ: Mapping[str, str]) -> str:
             return facts.absolute(prefix)
     names = [os.path.basename(prefix) for prefix in prefixes]
     names += [found for home in homes for found in facts.listdir(home)]
-    raise UserError(
-        f"There is no conda environment named {name}.",
-        suggestion(name, sorted({*names, "base"}) if roots else names) if names else "Give its path instead.",
-    )
+    other = not_this("conda environment", facts.absolute(name), facts)
+    known_names = sorted({*names, "base"}) if roots else names
+    hint = suggestion(name, known_names) if names else "Give its path instead."
+    raise UserError(f"There is no conda environment named {name}.", other.hint if other else hint)
 
 
 def setup_conda(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -1266,7 +1295,7 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     script = path + "/bin/activate"
     text = facts.read(script)
     if text is None:
-        raise missing_place(
+        raise not_this("virtualenv", path, facts) or missing_place(
             "virtualenv",
             path,
             f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create), or give another.",
@@ -1279,7 +1308,7 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         )
     environ = facts.source([("source", script, "")], plan.environ)
     if not environ.get("VIRTUAL_ENV"):
-        raise UserError(
+        raise (facts.isdir(path + "/conda-meta") and not_this("virtualenv", path, facts)) or UserError(
             f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV.",
             "Mend what you have edited in it, or make the virtualenv anew.",
         )
@@ -1287,8 +1316,16 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         environ=environ,
         search=[path + "/bin"],
         where=f"the virtualenv {path}",
-        install="{} -m pip install %s".format(quoted(path + "/bin/python").replace("%", "%%")),
+        install=installer(path, facts),
     )
+
+
+def installer(path: str, facts: Facts) -> str:
+    """Return how a package is installed into a virtualenv, ``%s`` for its name: one of uv's has no pip."""
+    python = quoted(path + "/bin/python").replace("%", "%%")
+    if b"\nuv = " in (facts.read(path + "/pyvenv.cfg") or b""):
+        return f"uv pip install --python {python} %s"
+    return python + " -m pip install %s"
 
 
 def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
@@ -4157,13 +4194,21 @@ def install_kernelspec(
             shutil.rmtree(made, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.isdir(destination):
             raise name_taken(destination) from None
+        own = "--sys-prefix " if has_jupyter() else ""
         raise UserError(
             f"The kernelspec can't be written to {destination}: {os.strerror(error.errno or 0)}.",
-            "Choose a place where you may write: --user (for you), --sys-prefix or --prefix=DIR.",
+            f"Choose a place where you may write: --user (for you), {own}or --prefix=DIR.",
         ) from None
     finally:
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def has_jupyter() -> bool:
+    """Return whether the environment that envkernel runs in has a Jupyter that starts kernels."""
+    from importlib.util import find_spec
+
+    return any(map(find_spec, ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")))
 
 
 def swap_folder(new: str, place: str, aside: str) -> None:
@@ -4207,8 +4252,10 @@ def say_installed(name: str, folder: str, offer: bool) -> None:
     from jupyter_core.paths import jupyter_path
 
     lines = [f"Installed the kernel {name.lower()} in {folder}"]
-    if os.path.dirname(folder) not in jupyter_path("kernels"):
-        base = quoted(os.path.dirname(os.path.dirname(folder)))
+    base = quoted(os.path.dirname(os.path.dirname(folder)))
+    if folder.startswith(sys.prefix + "/share/") and sys.prefix != sys.base_prefix and not has_jupyter():
+        lines.append(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
+    elif os.path.dirname(folder) not in jupyter_path("kernels"):
         lines.append(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
     if offer:
         lines.append(f"Test it: {called_as()} check {name.lower()}")
@@ -5004,12 +5051,12 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
 
 
 PROBES = {
-    "python": ("print(6 * 7)", "import time; time.sleep(60)"),
-    "R": ("cat(6 * 7)", "Sys.sleep(60)"),
-    "bash": ("echo $((6 * 7))", "sleep 60"),
-    "julia": ("print(6 * 7)", "sleep(60)"),
+    "python": ("import os; print(6 * 7); print(os.getcwd())", "import time; time.sleep(60)"),
+    "R": ("cat(6 * 7, getwd(), sep = '\\n')", "Sys.sleep(60)"),
+    "bash": ("echo $((6 * 7)); pwd -P", "sleep 60"),
+    "julia": ("println(6 * 7); print(pwd())", "sleep(60)"),
 }
-"""By language: code that prints 42, and code that only an interrupt ends."""
+"""By language: code that prints 42 and the working directory, and code that only an interrupt ends."""
 
 CHECK_MARK = "ENVKERNEL_CHECK"
 """Variable by which `check` finds again what it has started."""
@@ -5018,12 +5065,12 @@ CHECK_MARK = "ENVKERNEL_CHECK"
 class Check:
     """One run of a kernel through everything a client does, each step timed.
 
-    steps: rows of name, seconds and error (empty where it worked).  plan: what the kernel executes.
+    steps: rows of name, seconds and error (empty where it worked).  plans: as of `plans_of`.
     """
 
-    def __init__(self, kernel: Installed, plan: Plan, facts: Facts) -> None:
+    def __init__(self, kernel: Installed, plans: Sequence[Plan], facts: Facts) -> None:
         self.kernel = kernel
-        self.plan = plan
+        self.plan, self.inner = plans[0], plans[-1]
         self.facts = facts
         self.steps: list[dict[str, Any]] = []
         self.mark = os.urandom(8).hex()
@@ -5094,9 +5141,25 @@ class Check:
         reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=hear)
         if reply["content"]["status"] != "ok":
             return str(reply["content"].get("evalue", "the kernel answered with an error"))
-        if self.probe and "42" not in "".join(said):
+        first, _, directory = "".join(said).strip().partition("\n")
+        if self.probe and first != "42":
             return "the kernel did not print 42"
-        return ""
+        return self.wrong_directory(directory)
+
+    def wrong_directory(self, found: str) -> str:
+        """Return what is wrong with the directory that the kernel works in."""
+        flags = ("--workdir=", "--pwd=", "--chdir=")
+        chosen = [word.partition("=")[2] for word in self.inner.argv if word.startswith(flags)]
+        expected = [os.getcwd(), *chosen]
+        if self.inner.inside:
+            expected = chosen[-1:]  # none: it is the image's own
+        elif isinstance(self.plan.job, SlurmJob):
+            expected.append(os.path.expanduser("~"))  # where the node lacks the first one
+        elif self.plan.job:
+            return ""  # a container of YARN has one of its own
+        if not found or not expected or os.path.realpath(found) in map(os.path.realpath, expected):
+            return ""
+        return f"it works in {found} instead of {expected[0]}"
 
     def interrupt(self) -> str:
         """Interrupt something that would run for a minute."""
@@ -5233,7 +5296,7 @@ def check_command(options: Mapping[str, Any], facts: Facts) -> int:
     steps: list[dict[str, Any]] = []
     with tempfile.TemporaryFile() as log:
         try:
-            check = Check(kernel, plan_of(kernel, facts), facts)
+            check = Check(kernel, plans_of(kernel, facts), facts)
             argv = kernel.spec["argv"]
             slow = write_bytecode(argv[0], argv[5], facts) if is_booted(argv) else ""
             if slow:
@@ -5590,6 +5653,9 @@ class Facts:
 
         inside = path + "/bin/python"
         commands = [[inside, "-m", "pip", "install", "ipykernel"]]
+        uv = search_program("uv", path_entries(os.environ), self)
+        if uv and b"\nuv = " in (self.read(path + "/pyvenv.cfg") or b""):  # it has no pip
+            commands = [[uv, "pip", "install", "--python", inside, "ipykernel"]]
         if not os.path.exists(inside):
             if os.path.lexists(path):
                 raise UserError(
@@ -7050,7 +7116,9 @@ class Keeper:
                 self.front.close()
             self.channel.send({"exit": error.status, "error": vars(error)})
             return
-        self.aside(write_patiently, 2, error_text(error))
+        was_shown = error.detail in self.tail.decode("utf-8", "replace")  # the program's own stderr is there
+        shown = UserError(error.message, error.hint) if was_shown else error
+        self.aside(write_patiently, 2, error_text(shown))
         log_failure(error, self.launch)
         self.program.over = True
         self.cleaning = asyncio.ensure_future(self.end())

@@ -80,11 +80,55 @@ TRUE = ("--", "/bin/true", "{connection_file}")
             "no kernel named none to take as a template",
             "Known",
         ),
-        (["conda", "bare"], "There is no conda environment named bare.", "path"),
-        (["conda", "./bare"], "There is no conda environment at {world}/bare.", "conda create"),
+        (
+            ["conda", "bare"],
+            "There is no conda environment named bare.",
+            "envkernel virtualenv {world}/bare.",
+        ),
+        (
+            ["conda", "./bare"],
+            "{world}/bare is a virtualenv, not a conda environment.",
+            "Use the virtualenv {world}/bare: envkernel virtualenv {world}/bare.",
+        ),
+        (["conda", "./none"], "There is no conda environment at {world}/none.", "conda create --prefix"),
+        (
+            ["virtualenv", "bare/bin/activate"],
+            "{world}/bare/bin/activate is not a virtualenv.",
+            "envkernel virtualenv {world}/bare.",
+        ),
+        (
+            ["virtualenv", "project"],
+            "{world}/project is not a virtualenv.",
+            "Use the virtualenv {world}/project/.venv: envkernel virtualenv {world}/project/.venv.",
+        ),
+        (
+            ["conda", "environment.yml"],
+            "There is no conda environment named environment.yml.",
+            "conda env create --prefix DIR --file {world}/environment.yml",
+        ),
+        (
+            ["virtualenv", "environment.yml"],
+            "{world}/environment.yml describes an environment",
+            "conda env create --prefix DIR --file {world}/environment.yml",
+        ),
+        (["virtualenv", "conda"], "{world}/conda is a conda environment", "envkernel conda {world}/conda."),
+        (["virtualenv", "notes"], "{world}/notes is a file, not a virtualenv.", "Give the directory"),
+        (
+            ["virtualenv", "by-uv"],
+            "There is no ipykernel_launcher",
+            "Try: uv pip install --python {world}/by-uv/bin/python ipykernel.",
+        ),
     ],
 )
 def test_what_is_missing_is_said_at_setup_and_nothing_is_installed(call, world, words, message, hint):
+    (world / "project").mkdir()
+    (world / "conda" / "conda-meta").mkdir(parents=True)
+    for name in ("environment.yml", "notes"):
+        (world / name).write_text("")
+    for name in ("project/.venv", "by-uv"):
+        shutil.copytree(world / "bare", world / name, symlinks=True)
+    with open(world / "by-uv" / "pyvenv.cfg", "a") as file:
+        file.write("uv = 0.9.1\n")
     status, out, err = call(words[0], "--name=x", "--user", *words[1:])
     assert status == 1
     assert out == ""
@@ -885,3 +929,25 @@ def test_jupyters_own_kernel_is_not_made_by_envkernel(call):
     status, _, err = call("show", "python3")
     assert status == 1
     assert "The kernel python3 was not made by envkernel." in err
+
+
+def test_create_asks_uv_for_the_package_that_its_environment_misses(call, world, tools):
+    tools(uv=f"cd {world}/bare/lib/python3*/site-packages; touch ipykernel_launcher.py")
+    with open(world / "bare" / "pyvenv.cfg", "a") as file:
+        file.write("uv = 0.9.1\n")
+    status, _, err = call("virtualenv", "--name=x", "--user", "--create", "bare", *TRUE)
+    assert status == 0, err
+    asked = f"uv pip install --python {world}/bare/bin/python ipykernel"
+    assert asked in (world / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("jupyter", [True, False])
+def test_envkernels_own_environment_is_no_place_for_kernels(call, world, monkeypatch, jupyter):
+    monkeypatch.setattr(sys, "prefix", str(world / "own"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: jupyter and name == "nbclient")
+    status, out, _ = call("virtualenv", "--name=x", "--sys-prefix", "bare", *TRUE)
+    assert status == 0
+    assert (f"There is no Jupyter in {world}/own, and no other looks there: use --user." in out) != jupyter
+    (world / "file").write_text("")
+    err = call("virtualenv", "--name=x", f"--prefix={world}/file", "bare", *TRUE)[2]
+    assert ("--sys-prefix" in err) == jupyter

@@ -1,5 +1,6 @@
 """`envkernel check`: what it finds, in kernels that are whole, broken, exposed and untidy."""
 
+import json
 import os
 import shutil
 import time
@@ -58,6 +59,15 @@ def test_a_kernel_that_only_fails_when_it_runs(jupyter, kernel_venv):
     result, errors = checked(jupyter, "dies", 1)
     assert "died" in errors["ready"]
     assert "no licence" in result["stderr"]
+
+
+def test_a_kernel_that_leaves_the_notebooks_directory_is_found(jupyter, kernel_venv, tmp_path):
+    code = "import os, sys; os.chdir('/'); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = ["--", "python", "-c", code, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    jupyter.setup("virtualenv", "lost", kernel_venv, *command)
+    said = json.loads(jupyter.envkernel("check", "lost", "--json", status=1, cwd=tmp_path).stdout)
+    errors = {row["step"]: row["error"] for row in said["steps"]}
+    assert errors["execute"] == f"it works in / instead of {tmp_path}"
 
 
 def test_open_ports_and_what_stays_are_found(jupyter, kernel_venv):
