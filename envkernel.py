@@ -4932,15 +4932,10 @@ def shared_container(kernel: Installed, facts: Facts) -> Membership | None:
         return None
 
 
-def remove_logs(name: str, environ: Mapping[str, str]) -> None:
+def remove_logs(name: str, facts: Facts) -> None:
     """Remove the launch logs of a kernel, so that the next one of that name begins without any."""
-    import contextlib
-
-    folder, prefix = log_place(name, environ)
-    with contextlib.suppress(OSError):
-        for file in os.listdir(folder):
-            if file.startswith(prefix):
-                os.unlink(f"{folder}/{file}")
+    for path, _ in launch_logs(name, os.environ, facts):
+        remove_tree(path)
 
 
 def remove_kernelspec(folder: str) -> None:
@@ -5042,7 +5037,7 @@ def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
     if runs:
         print("Still running, until their notebooks are shut down: " + ", ".join(runs))
     elif kernel.name not in installed_kernels():
-        remove_logs(kernel.name, os.environ)
+        remove_logs(kernel.name, facts)
         for step in known_launch(kernel).steps:
             remove_built_image(step, kernel.name, facts)
     for base in private_bases(os.environ, facts):
