@@ -4987,10 +4987,11 @@ def stop_kernel(kernel: Installed, facts: Facts) -> tuple[list[str], list[str]]:
     before = [one.what for one in running_for(kernel, facts)]
     logged = logged_processes(kernel.name, facts)
     end_processes([*{*started_processes(kernel.spec["argv"], facts), *logged}], facts)
-    job = plan_of(kernel, facts).job if any(logged.values()) else None
+    plan = plan_of(kernel, facts) if any(logged.values()) else Plan([], {})
     for known in filter(None, logged.values()):
-        if job:
-            facts.output(job.cancel(known), job.environ)
+        argv = plan.job.cancel(0, known) if plan.job else []
+        if argv:
+            facts.output(argv, plan.environ)
     stop_leftovers([one for one in running_for(kernel, facts) if one.stop], facts)
     deadline = time.monotonic() + 10
     while (left := [one.what for one in running_for(kernel, facts)]) and time.monotonic() < deadline:
