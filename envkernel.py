@@ -7062,7 +7062,7 @@ class Keeper:
         """
         import asyncio
 
-        hold = self.loop.call_later(self.HOLD, front.wait, f"The {self.program.what} is starting.")
+        hold = self.loop.call_later(self.HOLD, self.hold_no_longer, front)
         try:
             if not nested:
                 await front.listen()
@@ -7078,6 +7078,11 @@ class Keeper:
             except OSError:  # the kernel went away meanwhile
                 await asyncio.sleep(0.1)
                 await self.program.ready()
+
+    def hold_no_longer(self, front: Front) -> None:
+        """Let the front answer clients, unless it does since there was a state to show."""
+        if front.state == "holding":
+            front.wait(f"The {self.program.what} is starting.")
 
     async def conclude(self, status: int, reason: UserError | None) -> None:
         """Say why the kernel has ended, where that is remarkable, and let the run process end like it."""
@@ -9146,9 +9151,9 @@ class Session:
         try:
             at = parts.index(DELIMITER)
             signature, *signed = parts[at + 1 : at + 6]
-            if len(signed) != 4 or not hmac.compare_digest(signature, self.signature(signed)):
+            if self.key and not hmac.compare_digest(signature, self.signature(signed)):
                 raise PeerError("a wrong signature")
-            header, content = json.loads(signed[0]), json.loads(signed[3])
+            header, _, _, content = map(json.loads, signed)
             if not isinstance(content, dict) or not isinstance(header["msg_id"], str):
                 raise PeerError("no message of Jupyter's")
             return Message(parts, header, content)
@@ -9554,11 +9559,9 @@ class Progress:
 
     def content(self, header: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state as a display of one cell."""
-        from html import escape
-
         seconds = int(self.clock() - self.start)
         waited = f"{seconds // 60} min {seconds % 60:02} s" if seconds >= 60 else f"{seconds} s"
-        html = html_box([f"{escape(self.text)} <small>(waited {waited})</small>"], "#f9a825")
+        html = html_box([f"{html_with_code(self.text)} <small>(waited {waited})</small>"], "#f9a825")
         data = {"text/plain": f"{self.text} (waited {waited})", "text/html": html}
         return {"data": data, "metadata": {}, "transient": {"display_id": header["msg_id"]}}
 
@@ -9868,7 +9871,7 @@ class Mailbox:
     def forward(self, client: Client, message: Message) -> None:
         """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
         if self.front.notice and message.is_visible:
-            self.publish("display_data", notice_content(self.front.notice), message.header)
+            self.publish("display_data", notice_content(printable(self.front.notice)), message.header)
             self.front.notice = ""
         handover = self.front.handover
         target = client.upstream or (handover and client.stream == SHELL and handover.own)
@@ -10130,7 +10133,7 @@ class Front:
 
     def wait(self, text: str) -> None:
         """Answer clients from now on, and show the text in the cells that wait."""
-        self.mailbox.progress.change(text or "The kernel is starting.")
+        self.mailbox.progress.change(printable(text) or "The kernel is starting.")
         if self.state == "holding" and not self.is_encrypted:
             self.state = "waiting"
             self.settle()
