@@ -7720,11 +7720,11 @@ class Starter:
         self.file = os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
         os.write(self.file, to_json(own))
+        place = {name: own[name] for name in own if name == "transport" or name.endswith("_port")}
+        self.send(started=launch, directory=self.directory, **place)
         self.kernel = os.fork()
         if not self.kernel:
             become_node_kernel(self)
-        place = {name: own[name] for name in own if name in ("ip", "transport") or name.endswith("_port")}
-        self.send(started=launch, directory=self.directory, **place)
 
     def signal(self, number: int) -> None:
         """Send a signal to the kernel's process group, as Jupyter would."""
@@ -7848,14 +7848,13 @@ def enter_directory(directories: Sequence[str], node: str) -> None:
 def become_agent(
     orders: Mapping[str, Any], listener: socket.socket, starter: socket.socket, stderr: int
 ) -> NoReturn:
-    """In the starter's child: be the agent."""
-    status, parent = 1, os.getppid()
+    """In the starter's child: be the agent, which outlives the starter to remove what it leaves."""
+    status = 1
     try:
-        die_with_parent(parent)
         import asyncio
 
         async def serve() -> int:
-            return await Agent(orders, listener, starter, stderr, parent).run()
+            return await Agent(orders, listener, starter, stderr).run()
 
         status = asyncio.run(serve())
     except BaseException:
@@ -7866,10 +7865,159 @@ def become_agent(
         os._exit(status)
 
 
+class NodeKernel:
+    """A kernel as the agent knows it: where it listens, and what went wrong before it was started.
+
+    place: what its connection file says of addresses; ``started``: the number of its launch; ``directory``:
+    that of its unix sockets.  Their inodes are opened as soon as all five are there, and the directory is
+    removed: from then on they have no name.
+    """
+
+    def __init__(self, place: Mapping[str, Any]) -> None:
+        self.place = place
+        self.launch = place["started"]
+        self.sockets: list[int] = []
+        self.problem: dict[str, Any] | None = None
+        self.killed = memory_kills(Facts())
+
+    def connect(self, number: int) -> socket.socket:
+        """Return a connected socket to a stream.  Raises OSError while nobody listens."""
+        import socket
+
+        if self.place["transport"] == "tcp":
+            sock = socket.socket()
+            address: Any = ("127.0.0.1", self.place[STREAMS[number] + "_port"])
+        else:
+            self.capture()
+            sock = socket.socket(socket.AF_UNIX)
+            address = f"/proc/self/fd/{self.sockets[number]}"  # unix(7): the inode counts, not the name
+        try:
+            sock.connect(address)
+            set_no_delay(sock)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def capture(self) -> None:
+        """Open the unix sockets and remove their names.  Raises OSError while they are not there."""
+        directory = self.place["directory"]
+        if not self.sockets:
+            names = [name for name in os.listdir(directory) if name[-1] in "12345"]
+            if len(names) < len(STREAMS):
+                raise ConnectionRefusedError("The kernel does not listen.")
+            names.sort(key=lambda name: name[-1])
+            self.sockets = [os.open(f"{directory}/{name}", os.O_PATH) for name in names]
+            remove_tree(directory)
+
+    def listens(self) -> bool:
+        """Return whether all streams can be connected."""
+        try:
+            for number in range(len(STREAMS)):
+                self.connect(number).close()
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Forget its sockets."""
+        for file in self.sockets:
+            os.close(file)
+        self.sockets = []
+        if self.place["directory"]:
+            remove_tree(self.place["directory"])
+
+    def end(self, status: int, tail: str) -> dict[str, Any]:
+        """Return the news of its end.  tail: the end of what it said on stderr."""
+        problem = self.problem
+        if status == -9 and memory_kills(Facts()) > self.killed:
+            option = "--mem=8G" if "SLURM_JOB_ID" in os.environ else "--memory=8192"
+            hint = f"Ask for more: {option}."
+            problem = vars(UserError("The kernel has used more memory than its job asked for.", hint))
+        return {"ended": status, "launch": self.launch, "tail": tail, "problem": problem}
+
+
+class KernelStderr:
+    """Passes on what kernels say on stderr, and keeps the end of it."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+        self.tail = b""
+
+    def pass_on(self) -> None:
+        """Pass it on, in a thread: stderr may block."""
+        for text in iter(lambda: os.read(self.file, 1 << 16), b""):
+            self.tail = (self.tail + text)[-TAIL:]
+            write_all(2, text)
+
+
+async def join_kernel(kernel: NodeKernel | None, number: int, sock: socket.socket) -> None:
+    """Join a connection with a kernel's stream, for as long as both last."""
+    try:
+        end = kernel.connect(number) if kernel else None
+    except OSError:
+        end = None
+    if end:
+        await (await Join.sockets(sock, end)).ended
+    else:
+        sock.close()
+
+
+class AgentPort:
+    """Accepts connections that prove themselves within 10 s.
+
+    use: called with the number of the stream and the socket.
+    """
+
+    STRANGERS = 64
+    """Connections that may be about to prove themselves; one more, and the oldest of them is closed."""
+
+    def __init__(
+        self, listener: socket.socket, secret: bytes, use: Callable[[int, socket.socket], None]
+    ) -> None:
+        self.listener, self.secret, self.use = listener, secret, use
+        self.strangers: dict[asyncio.Future[None], None] = {}
+
+    async def serve(self) -> None:
+        """Accept connections, for ever."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        self.listener.setblocking(False)
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(self.listener)
+            except OSError:  # no file is left, for example
+                await asyncio.sleep(0.1)
+                continue
+            if len(self.strangers) >= self.STRANGERS:
+                oldest = next(iter(self.strangers))
+                del self.strangers[oldest]
+                oldest.cancel()
+            stranger = asyncio.ensure_future(self.admit(sock))
+            self.strangers[stranger] = None
+            stranger.add_done_callback(lambda task: self.strangers.pop(task, None))
+
+    async def admit(self, sock: socket.socket) -> None:
+        """Have a connection used if it proves itself."""
+        import asyncio
+
+        number = -1
+        try:
+            set_no_delay(sock)
+            number = await asyncio.wait_for(accept_stream(sock, self.secret), 10)
+        except (OSError, asyncio.TimeoutError):
+            return
+        finally:
+            if number < 0:
+                sock.close()
+        self.use(number, sock)
+
+
 class Agent:
     """Carries the kernel's streams over authenticated connections, and the keeper's orders to the starter.
 
-    orders: see `agent_orders`.  starter: messages from and to the starter, which is the process `parent`.
+    orders: see `agent_orders`.  starter: messages from and to the starter, which is the parent.
     stderr: the end of a pipe with what kernels say there.
     """
 
@@ -7879,32 +8027,21 @@ class Agent:
     GRACE = 3.0
     """Seconds that a kernel has for ending after it was asked to with a signal."""
 
-    STRANGERS = 64
-    """Connections that may be about to prove themselves; one more, and the oldest of them is closed."""
-
     def __init__(
-        self,
-        orders: Mapping[str, Any],
-        listener: socket.socket,
-        starter: socket.socket,
-        stderr: int,
-        parent: int,
+        self, orders: Mapping[str, Any], listener: socket.socket, starter: socket.socket, stderr: int
     ) -> None:
         import asyncio
 
         self.loop = asyncio.get_running_loop()
-        self.orders, self.listener, self.starter = orders, listener, starter
-        self.stderr, self.parent = stderr, parent
+        self.orders, self.starter, self.parent = orders, starter, os.getppid()
+        self.stderr = KernelStderr(stderr)
+        self.port = AgentPort(listener, bytes.fromhex(orders["secret"]), self.use)
         self.over: asyncio.Future[int] = self.loop.create_future()
-        self.tasks: set[asyncio.Future[Any]] = set()
-        self.strangers: dict[asyncio.Future[Any], None] = {}
+        self.tasks: set[asyncio.Future[None]] = set()
         self.control: asyncio.StreamWriter | None = None
         self.news: dict[str, Any] = {}
-        self.kernel: dict[str, Any] = {}
-        self.sockets: list[int] = []
-        self.tail = b""
-        self.problem: dict[str, Any] | None = None
-        self.killed = self.outcome = 0
+        self.kernel: NodeKernel | None = None
+        self.outcome = 0
         self.ending = False
 
     async def run(self) -> int:
@@ -7919,29 +8056,19 @@ class Agent:
         self.loop.add_reader(self.starter, self.on_starter)
         if "place" not in self.orders:
             self.loop.add_reader(0, self.on_stdin)
-        threading.Thread(target=self.pass_stderr_on, daemon=True).start()
+        threading.Thread(target=self.stderr.pass_on, daemon=True).start()
         slow = self.orders["tunnel"] or "place" in self.orders
         self.patience = self.loop.call_later(self.SLOW_PATIENCE if slow else self.PATIENCE, self.end)
-        accepting = self.start_task(self.accept())
-        try:
-            return await self.over
-        finally:
-            accepting.cancel()
+        self.start_task(self.port.serve())
+        return await self.over
 
-    def start_task(self, steps: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
+    def start_task(self, steps: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine beside the others."""
         import asyncio
 
-        task: asyncio.Future[Any] = asyncio.ensure_future(steps)
+        task = asyncio.ensure_future(steps)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-        return task
-
-    def pass_stderr_on(self) -> None:
-        """Pass on what kernels say on stderr, and keep the end of it; a thread, for it may block."""
-        for text in iter(lambda: os.read(self.stderr, 1 << 16), b""):
-            self.tail = (self.tail + text)[-TAIL:]
-            write_all(2, text)
 
     def on_stdin(self) -> None:
         """Nothing comes on stdin but its end, when srun is gone."""
@@ -7949,136 +8076,51 @@ class Agent:
             self.loop.remove_reader(0)
             self.end()
 
-    # ---- connections
+    def use(self, number: int, sock: socket.socket) -> None:
+        """Use a connection that has proved itself."""
+        self.start_task(self.follow(sock) if number == ORDERS else join_kernel(self.kernel, number, sock))
 
-    async def accept(self) -> None:
-        """Let connections prove themselves."""
-        import asyncio
-
-        self.listener.setblocking(False)
-        while True:
-            try:
-                sock, _ = await self.loop.sock_accept(self.listener)
-            except OSError:  # no file is left, for example
-                await asyncio.sleep(0.1)
-                continue
-            if len(self.strangers) >= self.STRANGERS:
-                oldest = next(iter(self.strangers))
-                del self.strangers[oldest]
-                oldest.cancel()
-            stranger = self.start_task(self.admit(sock))
-            self.strangers[stranger] = None
-            stranger.add_done_callback(lambda task: self.strangers.pop(task, None))
-
-    async def admit(self, sock: socket.socket) -> None:
-        """Use a connection that proves itself within 10 s: for orders, or one of the kernel's streams."""
-        import asyncio
-
-        number = -1
-        try:
-            set_no_delay(sock)
-            secret = bytes.fromhex(self.orders["secret"])
-            number = await asyncio.wait_for(accept_stream(sock, secret), 10)
-        except (OSError, asyncio.TimeoutError):
-            return
-        finally:
-            if number < 0:
-                sock.close()
-        self.start_task(self.follow(sock) if number == ORDERS else self.join(number, sock))
-
-    async def join(self, number: int, sock: socket.socket) -> None:
-        """Join a connection with the kernel's stream, for as long as both last."""
-        try:
-            end = self.open_kernel(number)
-        except OSError:
-            sock.close()
-            return
-        join = await Join.sockets(sock, end)
-        await join.ended
-
-    def open_kernel(self, number: int) -> socket.socket:
-        """Return a connected socket to the kernel's stream.  Raises OSError while it does not listen."""
-        import socket
-
-        if self.kernel.get("transport") == "tcp":
-            sock = socket.socket()
-            place: Any = ("127.0.0.1", self.kernel[STREAMS[number] + "_port"])
-        elif len(self.sockets) == len(STREAMS):
-            sock = socket.socket(socket.AF_UNIX)
-            place = f"/proc/self/fd/{self.sockets[number]}"  # unix(7): the inode counts, not the name
-        else:
-            raise ConnectionRefusedError("There is no kernel.")
-        try:
-            sock.connect(place)
-            set_no_delay(sock)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    # ---- the kernel
+    # ---- the starter and its kernels
 
     def order(self, **message: Any) -> None:
         """Ask the starter for something."""
         import signal
 
-        self.starter.send(to_json(message))
-        os.kill(self.parent, signal.SIGUSR1)
+        try:
+            self.starter.send(to_json(message))
+            os.kill(self.parent, signal.SIGUSR1)
+        except OSError:  # it was killed
+            return
 
     def on_starter(self) -> None:
-        """Hear how the kernel does."""
-        message = from_json(self.starter.recv(1 << 18) or b'{"gone": 1}')
+        """Follow what the starter reports of a kernel."""
+        message = from_json(self.starter.recv(1 << 18) or b"{}")
+        kernel = self.kernel
         if "started" in message:
-            self.release()
-            self.kernel, self.tail, self.problem = message, b"", None
-            self.killed = memory_kills(Facts())
-            self.start_task(self.capture(message))
-        elif "problem" in message:
-            self.problem = message["problem"]
-        elif "ended" in message:
-            self.release()
-            self.start_task(self.report_end(message["ended"], message["launch"]))
-        else:
+            self.kernel, self.stderr.tail = NodeKernel(message), b""
+            self.start_task(self.await_kernel(self.kernel))
+        elif kernel and "problem" in message:
+            kernel.problem = message["problem"]
+        elif kernel and "ended" in message:
+            self.kernel = None
+            self.start_task(self.report_end(kernel, message["ended"]))
+        elif not message:  # the starter was killed, and its kernel with it
             self.finish()
+        if kernel and self.kernel is not kernel:
+            kernel.close()
 
-    def release(self) -> None:
-        """Forget the sockets of a kernel."""
-        for file in self.sockets:
-            os.close(file)
-        self.sockets, self.kernel = [], {}
-
-    async def capture(self, kernel: dict[str, Any]) -> None:
-        """Wait until a kernel listens, then report it.
-
-        Its unix sockets are opened as soon as all five are there, and their directory is removed: from
-        then on they have no name.
-        """
+    async def await_kernel(self, kernel: NodeKernel) -> None:
+        """Report when a kernel can be connected."""
         import asyncio
 
         while kernel is self.kernel:
-            if self.are_open(kernel["directory"]):
-                self.report(listening=kernel["started"])
+            if kernel.listens():
+                self.report(listening=kernel.launch)
                 return
             await asyncio.sleep(0.01)
 
-    def are_open(self, directory: str) -> bool:
-        """Return whether all streams of the kernel can be connected."""
-        try:
-            if directory and not self.sockets:
-                names = [name for name in os.listdir(directory) if name[-1] in "12345"]
-                if len(names) < len(STREAMS):
-                    return False
-                names.sort(key=lambda name: name[-1])
-                self.sockets = [os.open(f"{directory}/{name}", os.O_PATH) for name in names]
-                remove_tree(directory)
-            for number in range(len(STREAMS)):
-                self.open_kernel(number).close()
-        except OSError:
-            return False
-        return True
-
-    async def report_end(self, status: int, launch: int) -> None:
-        """Report how the kernel ended, unless the job ends as well or there is a new kernel already."""
+    async def report_end(self, kernel: NodeKernel, status: int) -> None:
+        """Report how a kernel ended, unless the job ends as well or there is a new kernel already."""
         import asyncio
 
         if not self.ending:
@@ -8089,13 +8131,7 @@ class Agent:
         if self.ending:
             self.finish()
         elif not self.kernel:
-            problem = self.problem
-            if status == -9 and memory_kills(Facts()) > self.killed:
-                option = "--mem=8G" if "SLURM_JOB_ID" in os.environ else "--memory=8192"
-                hint = f"Ask for more: {option}."
-                problem = vars(UserError("The kernel has used more memory than its job asked for.", hint))
-            tail = self.tail.decode(errors="replace")
-            self.report(ended=status, launch=launch, tail=tail, problem=problem)
+            self.report(**kernel.end(status, self.stderr.tail.decode(errors="replace")))
 
     # ---- the keeper
 
@@ -8115,7 +8151,7 @@ class Agent:
                 if not line:
                     break
                 self.obey(from_json(line))
-        except (OSError, ValueError, asyncio.TimeoutError):
+        except (OSError, asyncio.TimeoutError):
             pass
         if self.control is writer:
             self.control = None
@@ -8136,8 +8172,6 @@ class Agent:
         if self.control and news:
             self.control.write(to_json(news) + b"\n")
 
-    # ---- the end
-
     def stop(self, number: int) -> None:
         """The cluster ends the job: say why, if that is known."""
         self.report(stopped=number, problem=over_memory(os.environ, Facts(), self.parent))
@@ -8154,6 +8188,8 @@ class Agent:
 
     def finish(self) -> None:
         """End this process; its parent ends the kernel."""
+        if self.kernel:
+            self.kernel.close()
         if not self.over.done():
             self.over.set_result(self.outcome)
 
@@ -8280,35 +8316,21 @@ def agent_orders(
     }
 
 
-class JobProgram(Program):
-    """A kernel in a job of a cluster: srun or Skein's client as the program, an agent on the node.
+class Submission:
+    """The program that holds the job, srun or Skein's client: what it gets, what it says, how it ends.
 
-    The job outlives the kernel for `linger` seconds, so that a restart gets it.
+    agent: done with the agent's place when that is known.  id: of the job.  state: what it waits for.
     """
 
-    what = "job"
-
-    NOTICE = 3.0
-    """Seconds in which the program that holds the job has to notice that its agent is gone."""
-
-    def __init__(self, plan: Plan, job: Job, launch: Launch, facts: Facts) -> None:
-        connection = read_connection(launch, facts)[2]
-        super().__init__(plan, Care(job_directory(launch, facts), connection=connection), facts)
-        self.job = job
-        self.linger, self.digest = job.linger, job.digest()
-        self.orders = agent_orders(job, launch, connection, os.environ)
-        self.connection: Mapping[str, Any] = connection
-        self.launch = 0
+    def __init__(self, job: Job, orders: Mapping[str, Any], keeper: Keeper, facts: Facts) -> None:
+        self.job, self.orders, self.keeper, self.facts = job, orders, keeper, facts
         self.id = self.state = ""
         self.waits = False
-        self.place: dict[str, Any] = {}
         self.line = b""
         self.failure: UserError | None = None
-        self.control: asyncio.StreamWriter | None = None
-        self.life: asyncio.Future[UserError] | None = None
 
     def start(self) -> None:
-        """Start the program that holds the job."""
+        """Start the program, before asyncio."""
         stdin, self.stdin = os.pipe()
         self.out, out_end = os.pipe()
         self.err, err_end = os.pipe()
@@ -8318,145 +8340,17 @@ class JobProgram(Program):
             os.close(file)
         self.feed = self.job.feed(self.orders, lambda: own_code(self.facts))
 
-    async def ready(self) -> None:
-        """Return when the agent has reported that the kernel listens."""
-        self.follow_job()
-        await self.listening.wait()
-
-    async def connect(self, number: int) -> socket.socket:
-        """Return a connection to the agent that has proved itself.  Raises OSError."""
-        import asyncio
-        import socket
-
-        path = self.place.get("path")
-        address = (self.place["address"], self.place["port"])
-        family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family)
-        sock.setblocking(False)
-
-        async def open_it() -> None:
-            await asyncio.get_running_loop().sock_connect(sock, path or address)
-            set_no_delay(sock)
-            await open_stream(sock, bytes.fromhex(self.orders["secret"]), number)
-
-        try:
-            await asyncio.wait_for(open_it(), 10)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, asyncio.TimeoutError):
-                raise ConnectionRefusedError("The agent does not answer.") from None
-            raise
-        return sock
-
-    def send_signal(self, number: int) -> None:
-        """Signal the kernel."""
-        self.send(signal=number)
-
-    async def wait(self) -> tuple[int, UserError | None]:
-        """Return the status of the kernel, or of the job if that has ended, and why it did."""
+    def follow(self) -> None:
+        """Begin to feed the program and to hear what it says."""
         import asyncio
 
-        life = self.follow_job()
-        ends: set[asyncio.Future[Any]] = {life, self.ended}
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:  # nobody uses this kernel any more
-            self.send(signal=9)
-            raise
-        if life.done():
-            self.over = True
-            error = life.result()
-            return error.status or 1, error
-        message = self.ended.result()
-        status = message["ended"]
-        problem = UserError(**message["problem"]) if message["problem"] else None
-        if not problem and not self.keeper.answered(status):
-            where = f"{self.plan.where} on {self.place['node']}"
-            problem = ended_error(status, where, message["tail"], self.plan.install)
-        self.over = not self.linger
-        return status, problem
-
-    async def attach(self, connection: Mapping[str, Any]) -> None:
-        """Have the agent start another kernel, now or as soon as it is there."""
-        self.launch += 1
-        self.connection = connection
-        self.expect_kernel()
-        self.send(start=dict(connection), launch=self.launch)
-        if self.id:
-            append_log(self.keeper.launch.options.get("log", ""), f"job: {self.id}")
-        if self.state and not self.place:
-            self.keeper.report(self.state)
-
-    async def end(self) -> None:
-        """End the job: first by an order to the agent and the end of stdin, then by a signal."""
-        import asyncio
-
-        followed = bool(self.control)
-        self.send(end=True)
-        if not self.life:
-            return
-        self.feeding.cancel()
-        os.close(self.stdin)
-        await asyncio.wait({self.exit}, timeout=Agent.GRACE + 1 if followed else self.job.grace)
-        if not self.exit.done():
-            send_signals([self.pid], 15)
-            await asyncio.wait({self.exit}, timeout=3 if followed else 1)
-        self.life.cancel()
-
-    # ---- from the submission to the end of the job, once
-
-    def expect_kernel(self) -> None:
-        """Prepare for the news of another kernel."""
-        import asyncio
-
-        self.listening = asyncio.Event()
-        self.ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-
-    def follow_job(self) -> asyncio.Future[UserError]:
-        """Return the task that brings the job to its end, and why it ended; it lives through restarts."""
-        import asyncio
-
-        if not self.life:
-            self.expect_kernel()
-            loop = asyncio.get_running_loop()
-            self.agent: asyncio.Future[dict[str, Any]] = loop.create_future()
-            self.exit = asyncio.ensure_future(self.keeper.exited(self.pid))
-            self.feeding = asyncio.ensure_future(self.write_stdin())
-            self.life = asyncio.ensure_future(self.run())
-        return self.life
-
-    async def run(self) -> UserError:
-        """Bring the agent its orders and follow what it reports; return why the job is over."""
-        import asyncio
-
-        program = asyncio.ensure_future(self.program_end())
-        steps = asyncio.ensure_future(self.follow_agent())
-        first: set[asyncio.Future[Any]] = {program, self.agent}
-        then: set[asyncio.Future[Any]] = {program, steps}
-        limit = self.job.queue_timeout or None
-        try:
-            await asyncio.wait(first, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if not program.done() and not self.agent.done():
-                return UserError(
-                    f"The job did not start within {limit:g} s, the --queue-timeout.",
-                    "Try again later, ask for less, or for a partition or queue that has room.",
-                    detail=self.state,
-                )
-            await asyncio.wait(then, return_when=asyncio.FIRST_COMPLETED)
-            problem = None if program.done() else steps.result()
-            if problem:
-                self.cancel_later()
-                return problem
-            if not self.job.detached:  # the agent is gone: the program will know why
-                await asyncio.wait({program}, timeout=self.NOTICE)
-            if program.done():
-                return program.result()
-            return await self.job.lost(self.place["node"], self.said(), self.id, self.ask)
-        except UserError as error:
-            return error
-        finally:
-            program.cancel()
-            steps.cancel()
+        self.agent: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.exit = asyncio.ensure_future(self.keeper.exited(self.pid))
+        self.feeding = asyncio.ensure_future(self.write_stdin())
+        self.copies = {
+            asyncio.ensure_future(self.keeper.copy(self.out, 1, self.on_stdout)),
+            asyncio.ensure_future(self.keeper.copy(self.err, 2, self.on_stderr)),
+        }
 
     async def write_stdin(self) -> None:
         """Give the program what it wants on stdin, which stays open for as long as the job is wanted."""
@@ -8479,22 +8373,6 @@ class JobProgram(Program):
         finally:
             loop.remove_writer(self.stdin)
 
-    async def program_end(self) -> UserError:
-        """Return why the program that holds the job has ended, when it has."""
-        import asyncio
-
-        copies = {
-            asyncio.ensure_future(self.keeper.copy(self.out, 1, self.on_stdout)),
-            asyncio.ensure_future(self.keeper.copy(self.err, 2, self.on_stderr)),
-        }
-        status = await asyncio.shield(self.exit)
-        await asyncio.wait(copies, timeout=1)
-        if self.failure:
-            return self.failure
-        if self.job.detached and self.agent.done():
-            await asyncio.Event().wait()
-        return await self.job.explain(status, self.said(), self.id, self.ask)
-
     def on_stdout(self, text: bytes) -> bytes:
         """Return what to pass on: all but the line on which the agent says where it is."""
         if self.agent.done():
@@ -8503,9 +8381,9 @@ class JobProgram(Program):
         *lines, self.line = (self.line + text).split(b"\n")
         for line in lines:
             if line.startswith(HELLO):
-                self.place = from_json(line[len(HELLO) :])
-                self.set_id(self.id or self.place["job"])
-                self.agent.set_result(self.place)
+                place = from_json(line[len(HELLO) :])
+                self.set_id(self.id or place["job"])
+                self.agent.set_result(place)
             elif line.startswith(FAILED):
                 self.failure = UserError(**from_json(line[len(FAILED) :]))
             else:
@@ -8532,12 +8410,17 @@ class JobProgram(Program):
         """Note the job's id."""
         if number and number != self.id:
             self.id = number
-            append_log(self.keeper.launch.options.get("log", ""), f"job: {number}")
+            self.log_id()
             self.cancel_later()
 
-    def cancel_later(self) -> None:
-        """Have the job cancelled when this process is gone, however it ends."""
-        command = self.job.cancel(os.getpid(), self.id)
+    def log_id(self) -> None:
+        """Write the job's id into the launch log."""
+        if self.id:
+            append_log(self.keeper.launch.options.get("log", ""), f"job: {self.id}")
+
+    def cancel_later(self, wanted: bool = True) -> None:
+        """Have the job cancelled when this process is gone, however it ends, or not any more."""
+        command = self.job.cancel(os.getpid(), self.id) if wanted else []
         self.keeper.recipe.cleanup = [command] if command else []
         self.keeper.send_recipe()
 
@@ -8554,119 +8437,31 @@ class JobProgram(Program):
             await asyncio.sleep(pause)
             pause = min(2 * pause, 30)
 
-    async def follow_agent(self) -> UserError | None:
-        """Connect to the agent and follow what it reports; return why it is gone, if that is known."""
+    async def why_ended(self) -> UserError:
+        """Return why the program has ended when it has; never where the job needs it no longer."""
         import asyncio
 
-        await self.agent
-        if self.job.tunnel:
-            await self.open_tunnel()
-        self.warn()
-        reader = await self.reach_agent()
-        pinging = asyncio.ensure_future(self.ping())
-        try:
-            while True:
-                line = await asyncio.wait_for(reader.readline(), LOST)
-                if not line:
-                    break
-                message = from_json(line)
-                if message.get("problem") and "stopped" in message:
-                    return UserError(**message["problem"])
-                if "stopped" in message:
-                    break
-                self.on_news(message)
-        except asyncio.TimeoutError:  # an OSError since Python 3.11
-            return UserError(
-                f"The node {self.place['node']} has not answered for {LOST:g} s.",
-                "Start the kernel again; it will get another node if that one is down.",
-            )
-        except OSError:
-            pass
-        finally:
-            pinging.cancel()
-            self.control = None
-        return None if "path" not in self.place or not self.tunnel.done() else self.tunnel_error()
+        status = await asyncio.shield(self.exit)
+        await asyncio.wait(self.copies, timeout=1)
+        if self.failure:
+            return self.failure
+        if self.job.detached and self.agent.done():
+            await asyncio.Event().wait()
+        return await self.job.explain(status, self.said(), self.id, self.ask)
 
-    def on_news(self, message: Mapping[str, Any]) -> None:
-        """Note how the kernel of this launch does."""
-        if message.get("listening") == self.launch:
-            self.listening.set()
-        if "ended" in message and message["launch"] == self.launch and not self.ended.done():
-            self.ended.set_result(dict(message))
+    async def end(self, followed: bool) -> None:
+        """End the program: first by the end of stdin, then by a signal.
 
-    def warn(self) -> None:
-        """Say that the cluster's network sees what the kernel says, where it does."""
-        address = self.place["address"]
-        encrypted = any(name.startswith("curve") for name in self.connection)
-        if not (encrypted or address.startswith("127.") or address == "::1"):
-            text = (
-                f"What this kernel says is signed, but crosses the network to {self.place['node']} readable."
-            )
-            text += " Set it up with --tunnel=ssh to encrypt it."
-            self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
-            append_log(self.keeper.launch.options.get("log", ""), text)
-
-    async def reach_agent(self) -> asyncio.StreamReader:
-        """Open the control connection, trying for some seconds.  Raises UserError."""
+        followed: the agent follows orders to end, which ends srun.
+        """
         import asyncio
 
-        for pause in (1, 2, 3, 0):
-            try:
-                sock = await self.connect(ORDERS)
-            except OSError:
-                await asyncio.sleep(pause)
-                continue
-            reader, self.control = await asyncio.open_connection(sock=sock)
-            if self.job.detached:  # the agent ends the job now, and well
-                self.keeper.recipe.cleanup.clear()
-                self.keeper.send_recipe()
-            if self.launch:  # restarted while the job waited
-                self.send(start=dict(self.connection), launch=self.launch)
-            return reader
-        raise UserError(
-            "The node {node} can't be reached at {address}, port {port}.".format(**self.place),
-            "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
-            "this host and the nodes and give --node-ports=FIRST-LAST.",
-        )
-
-    def send(self, **message: Any) -> None:
-        """Send the agent an order; one that can't be sent any more is dropped."""
-        if self.control:
-            self.control.write(to_json(message) + b"\n")
-
-    async def ping(self) -> None:
-        """Let the agent know that this process lives."""
-        import asyncio
-
-        while True:
-            self.send(ping=1)
-            await asyncio.sleep(PING)
-
-    async def open_tunnel(self) -> None:
-        """Lead a tunnel to the agent and wait until it can be used.  Raises UserError."""
-        import asyncio
-
-        path = self.care.folder + "/tunnel"
-        argv = tunnel_argv(self.job.tunnel, path, str(self.place["node"]), int(self.place["port"]))
-        err, err_end = os.pipe()
-        pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
-        os.close(err_end)
-        copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.on_stderr))
-        self.tunnel = asyncio.ensure_future(self.keeper.exited(pid))
-        while not os.path.exists(path):
-            if self.tunnel.done():
-                await asyncio.wait({copy}, timeout=1)
-                raise self.tunnel_error()
-            await asyncio.sleep(0.05)
-        self.place["path"] = path
-
-    def tunnel_error(self) -> UserError:
-        """Return the error for a tunnel that broke, or could not be opened."""
-        return UserError(
-            "The ssh tunnel to the node could not be opened, or broke.",
-            "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out.",
-            detail=self.said().strip(),
-        )
+        self.feeding.cancel()
+        os.close(self.stdin)
+        await asyncio.wait({self.exit}, timeout=Agent.GRACE + 1 if followed else self.job.grace)
+        if not self.exit.done():
+            send_signals([self.pid], 15)
+            await asyncio.wait({self.exit}, timeout=3 if followed else 1)
 
     async def ask(self, argv: Sequence[str]) -> Output:
         """Run a command of the cluster's; return what it said, status 127 for nothing within 10 s."""
@@ -8685,6 +8480,304 @@ class JobProgram(Program):
         finally:
             os.close(out)
             os.close(err)
+
+
+class AgentLink:
+    """The way to the agent on a node: a tunnel where one is wanted, orders, and the kernel's streams.
+
+    place: where the agent listens.
+    """
+
+    def __init__(self, job: Job, secret: str, keeper: Keeper, place: dict[str, Any]) -> None:
+        self.job, self.secret, self.keeper, self.place = job, bytes.fromhex(secret), keeper, place
+        self.control: asyncio.StreamWriter | None = None
+        self.tunnel: asyncio.Future[int] | None = None
+
+    async def open(self) -> asyncio.StreamReader:
+        """Open the connection for orders; return what the agent's news come on.  Raises UserError."""
+        import asyncio
+
+        if self.job.tunnel:
+            await self.open_tunnel()
+        self.warn()
+        for pause in (1, 2, 3, 0):
+            try:
+                sock = await self.connect(ORDERS)
+            except OSError:
+                await asyncio.sleep(pause)
+                continue
+            reader, self.control = await asyncio.open_connection(sock=sock)
+            return reader
+        raise UserError(
+            "The node {node} can't be reached at {address}, port {port}.".format(**self.place),
+            "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
+            "this host and the nodes and give --node-ports=FIRST-LAST.",
+        )
+
+    async def connect(self, number: int) -> socket.socket:
+        """Return a connection to the agent that has proved itself.  Raises OSError."""
+        import asyncio
+        import socket
+
+        path = self.place.get("path")
+        address = (self.place["address"], self.place["port"])
+        family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        sock = socket.socket(family)
+        sock.setblocking(False)
+
+        async def reach() -> None:
+            await asyncio.get_running_loop().sock_connect(sock, path or address)
+            set_no_delay(sock)
+            await open_stream(sock, self.secret, number)
+
+        try:
+            await asyncio.wait_for(reach(), 10)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise ConnectionRefusedError("The agent does not answer.") from None
+            raise
+        return sock
+
+    async def open_tunnel(self) -> None:
+        """Lead a tunnel to the agent and wait until it can be used.  Raises UserError."""
+        import asyncio
+
+        path = self.keeper.care.folder + "/tunnel"
+        argv = tunnel_argv(self.job.tunnel, path, str(self.place["node"]), int(self.place["port"]))
+        err, err_end = os.pipe()
+        pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
+        os.close(err_end)
+        copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.keeper.on_stderr))
+        self.tunnel = asyncio.ensure_future(self.keeper.exited(pid))
+        while not os.path.exists(path):
+            if self.tunnel.done():
+                await asyncio.wait({copy}, timeout=1)
+                raise self.tunnel_error()
+            await asyncio.sleep(0.05)
+        self.place["path"] = path
+
+    def tunnel_error(self) -> UserError:
+        """Return the error for a tunnel that broke, or could not be opened."""
+        return UserError(
+            "The ssh tunnel to the node could not be opened, or broke.",
+            "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out.",
+            detail=self.keeper.tail.decode(errors="replace").strip(),
+        )
+
+    def warn(self) -> None:
+        """Say that the cluster's network sees what the kernel says, where it does."""
+        address = self.place["address"]
+        encrypted = any(name.startswith("curve") for name in self.keeper.connection)
+        if not (encrypted or address.startswith("127.") or address == "::1"):
+            text = (
+                f"What this kernel says is signed, but crosses the network to {self.place['node']} readable."
+            )
+            text += " Set it up with --tunnel=ssh to encrypt it."
+            self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
+            append_log(self.keeper.launch.options.get("log", ""), text)
+
+    def send(self, **message: Any) -> None:
+        """Send the agent an order; one that can't be sent any more is dropped."""
+        if self.control:
+            self.control.write(to_json(message) + b"\n")
+
+    async def follow(
+        self, reader: asyncio.StreamReader, on_news: Callable[[dict[str, Any]], None]
+    ) -> UserError | None:
+        """Pass on what the agent reports until it is gone; return why, if that is known."""
+        import asyncio
+
+        pinging = asyncio.ensure_future(self.ping())
+        try:
+            while True:
+                line = await asyncio.wait_for(reader.readline(), LOST)
+                message = from_json(line) if line else {"stopped": 0}
+                if "stopped" in message:
+                    break
+                on_news(message)
+        except asyncio.TimeoutError:  # an OSError since Python 3.11
+            return UserError(
+                f"The node {self.place['node']} has not answered for {LOST:g} s.",
+                "Start the kernel again; it will get another node if that one is down.",
+            )
+        except OSError:
+            message = {}
+        finally:
+            pinging.cancel()
+            self.control = None
+        if self.tunnel and self.tunnel.done():
+            return self.tunnel_error()
+        problem: Any = message.get("problem")
+        return UserError(**problem) if problem else None
+
+    async def ping(self) -> None:
+        """Let the agent know that this process lives."""
+        import asyncio
+
+        while True:
+            self.send(ping=1)
+            await asyncio.sleep(PING)
+
+
+class JobProgram(Program):
+    """A kernel in a job of a cluster: srun or Skein's client as the program, an agent on the node.
+
+    The job outlives the kernel for `linger` seconds, so that a restart gets it.
+    """
+
+    what = "job"
+
+    NOTICE = 3.0
+    """Seconds in which the program that holds the job has to notice that its agent is gone."""
+
+    def __init__(self, plan: Plan, job: Job, launch: Launch, facts: Facts) -> None:
+        connection = read_connection(launch, facts)[2]
+        super().__init__(plan, Care(job_directory(launch, facts), connection=connection), facts)
+        self.job = job
+        self.linger, self.digest = job.linger, job.digest()
+        self.orders = agent_orders(job, launch, connection, os.environ)
+        self.connection: Mapping[str, Any] = connection
+        self.launches = 0
+        self.link: AgentLink | None = None
+        self.life: asyncio.Future[UserError] | None = None
+
+    def start(self) -> None:
+        """Start the program that holds the job."""
+        self.submission = Submission(self.job, self.orders, self.keeper, self.facts)
+        self.submission.start()
+
+    async def ready(self) -> None:
+        """Return when the agent has reported that the kernel listens."""
+        self.follow_job()
+        await self.listening.wait()
+
+    async def connect(self, number: int) -> socket.socket:
+        """Return a connection to a stream.  Raises OSError."""
+        if not self.link:
+            raise ConnectionRefusedError("The job has not started.")
+        return await self.link.connect(number)
+
+    def send(self, **message: Any) -> None:
+        """Send the agent an order, if it is there."""
+        if self.link:
+            self.link.send(**message)
+
+    def send_signal(self, number: int) -> None:
+        """Signal the kernel."""
+        self.send(signal=number)
+
+    async def wait(self) -> tuple[int, UserError | None]:
+        """Return the status of the kernel, or of the job if that has ended, and why it did."""
+        import asyncio
+
+        life = self.follow_job()
+        ends: set[asyncio.Future[Any]] = {life, self.ended}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # nobody uses this kernel any more
+            self.send(signal=9)
+            raise
+        if life.done():
+            self.over = True
+            error = life.result()
+            return error.status or 1, error
+        message = self.ended.result()
+        status = message["ended"]
+        problem = UserError(**message["problem"]) if message["problem"] else None
+        if not problem and not self.keeper.answered(status) and self.link:
+            where = f"{self.plan.where} on {self.link.place['node']}"
+            problem = ended_error(status, where, message["tail"], self.plan.install)
+        return status, problem
+
+    async def attach(self, connection: Mapping[str, Any]) -> None:
+        """Have the agent start another kernel, now or as soon as it is there."""
+        self.launches += 1
+        self.connection = connection
+        self.expect_kernel()
+        self.send(start=dict(connection), launch=self.launches)
+        self.submission.log_id()
+        if self.submission.state and not self.link:
+            self.keeper.report(self.submission.state)
+
+    async def end(self) -> None:
+        """End the job."""
+        followed = bool(self.link and self.link.control)
+        self.send(end=True)
+        if self.life:
+            await self.submission.end(followed)
+            self.life.cancel()
+
+    def expect_kernel(self) -> None:
+        """Prepare for the news of another kernel."""
+        import asyncio
+
+        self.listening = asyncio.Event()
+        self.ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    def on_news(self, message: dict[str, Any]) -> None:
+        """Note how the kernel of this launch does."""
+        if message.get("listening") == self.launches:
+            self.listening.set()
+        if "ended" in message and message["launch"] == self.launches and not self.ended.done():
+            self.ended.set_result(message)
+
+    def follow_job(self) -> asyncio.Future[UserError]:
+        """Return the task that brings the job to its end, and why it ended; it lives through restarts."""
+        import asyncio
+
+        if not self.life:
+            self.expect_kernel()
+            self.submission.follow()
+            self.life = asyncio.ensure_future(self.run())
+        return self.life
+
+    async def run(self) -> UserError:
+        """Bring the agent its orders and follow what it reports; return why the job is over."""
+        import asyncio
+
+        submission = self.submission
+        program = asyncio.ensure_future(submission.why_ended())
+        steps = asyncio.ensure_future(self.follow_agent())
+        first: set[asyncio.Future[Any]] = {program, submission.agent}
+        then: set[asyncio.Future[Any]] = {program, steps}
+        limit = self.job.queue_timeout or None
+        try:
+            await asyncio.wait(first, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if not program.done() and not submission.agent.done():
+                return UserError(
+                    f"The job did not start within {limit:g} s, the --queue-timeout.",
+                    "Try again later, ask for less, or for a partition or queue that has room.",
+                    detail=submission.state,
+                )
+            await asyncio.wait(then, return_when=asyncio.FIRST_COMPLETED)
+            problem = None if program.done() else steps.result()
+            if problem:
+                submission.cancel_later()
+                return problem
+            if not self.job.detached:  # the agent is gone: the program will know why
+                await asyncio.wait({program}, timeout=self.NOTICE)
+            if program.done():
+                return program.result()
+            node = submission.agent.result()["node"]
+            return await self.job.lost(node, submission.said(), submission.id, submission.ask)
+        except UserError as error:
+            return error
+        finally:
+            program.cancel()
+            steps.cancel()
+
+    async def follow_agent(self) -> UserError | None:
+        """Connect to the agent and follow what it reports; return why it is gone, if that is known."""
+        place = await self.submission.agent
+        link = AgentLink(self.job, self.orders["secret"], self.keeper, place)
+        reader = await link.open()
+        self.link = link
+        if self.job.detached:  # the agent ends the job now, and well
+            self.submission.cancel_later(False)
+        if self.launches:  # restarted while the job waited
+            self.send(start=dict(self.connection), launch=self.launches)
+        return await link.follow(reader, self.on_news)
 
 
 def tunnel_argv(program: str, path: str, node: str, port: int) -> list[str]:
@@ -8743,12 +8836,15 @@ def yarn_main(words: Sequence[str]) -> int:
     """The hidden commands ``envkernel yarn client ...`` (on the edge node) and ``yarn agent`` (on a node)."""
     if words[0] == "agent":
         return yarn_agent()
+    status = 1
     try:
         import_from_here()
-        return CLIENTS[words[1]](words[2:])
+        status = CLIENTS[words[1]](words[2:])
     except UserError as error:
         report_failure(error)
-        return error.status
+        status = error.status
+    finally:
+        os._exit(status)  # without Skein's destructors, which print a traceback when its Java was killed
 
 
 def open_skein() -> Any:
@@ -8803,6 +8899,17 @@ def client_submit(words: Sequence[str]) -> int:
     import threading
 
     asked = from_json(sys.stdin.buffer.readline())
+    submitting = threading.Lock()
+    started: list[tuple[Any, str]] = []
+
+    def kill_when_nobody_waits() -> None:
+        if not sys.stdin.buffer.read(1):
+            with submitting:
+                for client, number in started:
+                    kill_application(client, number)
+                os._exit(1)
+
+    threading.Thread(target=kill_when_nobody_waits, daemon=True).start()
     skein, client = open_skein()
     spec = asked["spec"]
     files = {name: skein.File(source="file://" + path, type="file") for name, path in spec["files"].items()}
@@ -8814,18 +8921,13 @@ def client_submit(words: Sequence[str]) -> int:
     )
     application = skein.ApplicationSpec(name=spec["name"], queue=spec["queue"], services={"kernel": service})
     try:
-        number = client.submit(application)
+        with submitting:
+            number = client.submit(application)
+            started.append((client, number))
     except Exception as error:
         hint = "See what it said; --queue, --memory and --vcores may have to change."
         raise UserError("YARN did not take the application.", hint, detail=str(error)) from None
     say_yarn(f"application {number} was submitted.")
-
-    def kill_when_nobody_waits() -> None:
-        if not sys.stdin.buffer.read(1):
-            client.kill_application(number)
-            os._exit(1)
-
-    threading.Thread(target=kill_when_nobody_waits, daemon=True).start()
     await_running(client, number)
     try:
         running = client.connect(number)

@@ -483,7 +483,7 @@ def serving_agent() -> tuple[envkernel.Agent, socket.socket]:
     listener = envkernel.listen_at("127.0.0.1", "")
     channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     orders = {"secret": b"s".hex() * 32, "tunnel": "", "place": 0}
-    agent = envkernel.Agent(orders, listener, channel[0], os.pipe()[0], os.getpid())
+    agent = envkernel.Agent(orders, listener, channel[0], os.pipe()[0])
     agent.far = channel[1]  # it stays open
     return agent, listener
 
@@ -512,7 +512,7 @@ def test_a_thousand_idle_strangers_do_not_keep_the_owner_out() -> None:
                 stack.enter_context(socket.create_connection(listener.getsockname()))
                 await asyncio.sleep(0)
             assert await send_ping(listener) == b'{"pong": 1}\n'
-            assert len(agent.strangers) <= agent.STRANGERS
+            assert len(agent.port.strangers) <= agent.port.STRANGERS
             assert await asyncio.wait_for(serving, 5) == 0
 
     asyncio.run(scenario())
