@@ -2138,6 +2138,7 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         argv = [*exec_argv(spec, program, name, options), *spec.command]
     else:
         care.signal = [program, "kill", "--signal={signal}", name]
+        care.container = name
         care.init = [program, "inspect", "--format={{.State.Pid}}", name] if podman and init else []
         care.cleanup.append(remove)
         argv = [*head, *options, *step.engine, image, *spec.command]
@@ -6081,7 +6082,8 @@ class Care(Record):
     cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
     again, so where nothing is left to do it has to succeed.
     remove: further files and folders to remove.  litter: the program leaves files where it is started,
-    so that is the private folder.  shared: the container that this and other kernels run in.
+    so that is the private folder.  container: the name of that of docker or podman.  shared: one that
+    this and other kernels run in.
     connection: what Jupyter's connection file says.  relay: where the kernel listens as seen from this
     host, if not there: a connection as well (``transport: ipc``: `ip` and ``-1`` or ``:1`` are the paths).
     owner: number of the user that root gives the private folder to, -1 for nobody.
@@ -6098,6 +6100,7 @@ class Care(Record):
     cleanup: list[Sequence[str]] = []
     remove: list[str] = []
     litter: bool = False
+    container: str = ""
     shared: Shared | None = None
     connection: dict[str, Any] = {}
     relay: dict[str, Any] = {}
@@ -6249,30 +6252,15 @@ def private_folder(path: str, above: str = "") -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a file or a folder with all that is in it, as far as that is allowed.  Follows no links."""
+    """Remove a file or a directory with all that is in it, as far as that is allowed.  Follows no links."""
     try:
         os.unlink(path)
-        return
     except FileNotFoundError:
         return
     except OSError:
-        pass
-    for _, folders, files, folder in os.fwalk(path, topdown=False):
-        for name in files:
-            _try(os.unlink, name, folder)
-        for name in folders:
-            if not _try(os.rmdir, name, folder):
-                _try(os.unlink, name, folder)  # it may be a link to a folder
-    remove_empty(path)
+        import shutil
 
-
-def _try(remove: Callable[..., None], name: str, folder: int) -> bool:
-    """Remove a name from an open folder; tell whether that could be done."""
-    try:
-        remove(name, dir_fd=folder)
-    except OSError:
-        return False
-    return True
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def process_birth(pid: int) -> bytes:
@@ -6416,7 +6404,7 @@ def make_copies(copies: Sequence[tuple[str, str]]) -> None:
 
 
 def copy_folder(source: str, copy: str) -> None:
-    """Copy a folder, links as links, leaving out sockets and pipes.
+    """Copy a directory, links as links, leaving out sockets and pipes.
 
     Raises UserError for a full disk or what can't be read; then nothing of the copy is left.
     """
@@ -6428,23 +6416,15 @@ def copy_folder(source: str, copy: str) -> None:
         kept = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
         return [name for name, mode in modes.items() if not any(is_kind(mode) for is_kind in kept)]
 
-    def copy_file(old: str, new: str) -> None:
-        try:
-            shutil.copy2(old, new, follow_symlinks=False)
-        except OSError as error:
-            raise failed(error, old) from None
-
-    def failed(error: OSError, path: str) -> UserError:
-        return UserError(
-            f"{path} can't be copied to {copy}: {os.strerror(error.errno or 0)}.",
-            "Free some space, point TMPDIR to a larger disk, or bind the folder without copying it.",
-        )
-
     try:
-        shutil.copytree(source, copy, symlinks=True, ignore=special, copy_function=copy_file)
-    except (UserError, OSError) as error:
+        shutil.copytree(source, copy, symlinks=True, ignore=special)
+    except OSError as error:
         remove_tree(copy)
-        raise error if isinstance(error, UserError) else failed(error, source) from None
+        path, _, reason = error.args[0][0] if isinstance(error, shutil.Error) else (source, "", error)
+        raise UserError(
+            f"{path} can't be copied to {copy}: {reason}.",
+            "Free some space, point TMPDIR to a larger disk, or bind the directory without copying it.",
+        ) from None
 
 
 def used_ports(connection: Mapping[str, Any], facts: Facts) -> set[bytes]:
@@ -6553,6 +6533,7 @@ class Recipe(Record):
     directory: the private one; the lock's path is this with ``.lock`` added.  session: that of everything
     the keeper starts, 0 for none.  started: when (time.monotonic), 0 where only files are to be removed.
     cleanup: commands.  remove: files and directories.  shared: the container of several kernels.
+    container: the name of one of podman's.
     """
 
     directory: str
@@ -6561,6 +6542,7 @@ class Recipe(Record):
     cleanup: list[Sequence[str]] = []
     remove: list[str] = []
     shared: dict[str, Any] | None = None
+    container: str = ""
 
 
 def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -> None:
@@ -6582,8 +6564,19 @@ def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -
     elif killed and time.monotonic() - recipe.started < 10:
         failed = commands  # the engine may have been about to create what had to be removed
         time.sleep(2 * bool(failed))
+        send_signals(container_monitors(recipe.container), 9)
     for command in failed:
         insist(command, environ)
+
+
+def container_monitors(name: str) -> list[int]:
+    """Return what stays of a container where podman is killed while it creates one."""
+    found = []
+    for pid in process_ids() if name else ():
+        words = (Facts().read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
+        if os.path.basename(words[0]) == b"conmon" and os.fsencode(name) in words:
+            found.append(pid)
+    return found
 
 
 def start_cleaner(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -> None:
@@ -6750,6 +6743,7 @@ class Program:
 
     linger: seconds that it outlives its run process, so that a restart finds it.  digest: what the
     launches have in common that may use it.  over: no further launch can use it.  what: its name.
+    has_front: the keeper owns Jupyter's ports; else the kernel listens there itself.
     """
 
     linger = 0.0
@@ -6762,11 +6756,7 @@ class Program:
         self.plan = plan
         self.care = care
         self.facts = facts
-
-    @property
-    def has_front(self) -> bool:
-        """Whether the keeper owns Jupyter's ports; else the kernel listens there itself."""
-        return True
+        self.has_front = True
 
     def start(self) -> None:
         """Start it, before asyncio is imported.  Raises UserError."""
@@ -6798,10 +6788,9 @@ class Program:
 class LocalProgram(Program):
     """An engine's client with a kernel in its container, or a kernel on this host."""
 
-    @property
-    def has_front(self) -> bool:
-        """Whether the kernel listens somewhere else than where Jupyter expects it."""
-        return bool(self.care.relay)
+    def __init__(self, plan: Plan, care: Care, facts: Facts) -> None:
+        super().__init__(plan, care, facts)
+        self.has_front = bool(care.relay)
 
     def start(self) -> None:
         """Start it with the keeper as its Jupyter; a shared container first."""
@@ -6964,6 +6953,7 @@ class Keeper:
             care.cleanup,
             [*care.remove, *(copy for _, copy in care.copies)],
             vars(care.shared) if care.shared else None,
+            care.container,
         )
         self.send_recipe()
         if self.channel.is_closed():

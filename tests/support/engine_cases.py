@@ -194,6 +194,9 @@ class EngineCases:
                 (container,) = engine.containers()
                 engine.call(how, *(["-t", "1"] if how == "stop" else []), container["Id"])
                 assert until(lambda kernel=kernel: not kernel.manager.is_alive())
+                kernel.restart(now=True)
+                assert words in kernel.execute("print('again')")[0]  # above what the first cell shows
+                assert kernel.execute("print('again')") == ("again\n", None)
             said = log.read_text()
             assert "envkernel: The kernel's container envkernel-ended-" in said
             assert words in said
