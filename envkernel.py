@@ -1100,9 +1100,6 @@ IGNORED_BY_PYTHON = (13, 25)
 SHELL_OWN = frozenset(("_", "SHLVL", "PWD", "OLDPWD", "PS1", "OPTIND"))
 """Variables that bash itself rewrites, no script of an environment (ACTIVATION.md, *When bash is needed*)."""
 
-_MODULE_VARIABLES = ("MODULESHOME", "MODULERCFILE")
-_MODULE_PREFIXES = ("LMOD_", "MODULEPATH", "MODULES_")
-
 
 def path_entries(environ: Mapping[str, str]) -> list[str]:
     """Return the entries of PATH as conda sees them: normalised, an unset PATH being /usr/bin."""
@@ -1156,7 +1153,7 @@ def conda_state(prefix: str, facts: Facts) -> dict[str, str]:
         except (ValueError, AttributeError, RecursionError):
             raise UserError(
                 f"The file {path} of the conda environment is broken.",
-                "Mend it with `conda env config vars`, or remove it.",
+                "Repair it with `conda env config vars`, or remove it.",
             ) from None
     return {
         name: value
@@ -1176,11 +1173,9 @@ def conda_variables(
     old = environ.get("CONDA_PREFIX", "") if level else ""
     entries = path_entries(environ)
     new = prefix + "/bin"
-    if not old:
-        if root and not level and not any(entry.endswith("condabin") for entry in entries):
-            entries.insert(0, root + "/condabin")
-        entries.insert(0, new)
-    elif old + "/bin" in entries:
+    if not old and root and not level and not any(entry.endswith("condabin") for entry in entries):
+        entries.insert(0, root + "/condabin")
+    if old and old + "/bin" in entries:
         entries[entries.index(old + "/bin")] = new
     else:
         entries.insert(0, new)
@@ -1301,7 +1296,7 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
             f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create), or give another.",
             facts.closed(script),
         )
-    if holds_code(text, os.fsencode(path)):
+    if any(holds_code(text, os.fsencode(place)) for place in (path, facts.real_path(path))):
         raise UserError(
             f"{script} does not quote the name of its directory: bash would run a part of that name.",
             "Create the virtualenv again in a directory without $ ` \" and ' in its name.",
@@ -1310,7 +1305,7 @@ def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     if not environ.get("VIRTUAL_ENV"):
         raise (facts.isdir(path + "/conda-meta") and not_this("virtualenv", path, facts)) or UserError(
             f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV.",
-            "Mend what you have edited in it, or make the virtualenv anew.",
+            "Repair what you have edited in it, or create the virtualenv again.",
         )
     return plan.but(
         environ=environ,
@@ -1351,7 +1346,7 @@ def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], commo
     if facts.real_path(active) != facts.real_path(path):
         facts.tell(
             f"envkernel: {path} was made as {active} and moved: its activate script puts that on PATH.\n"
-            "  Make it anew where it is now.\n".encode(errors="surrogateescape")
+            "  Create it again where it is now.\n".encode(errors="surrogateescape")
         )
     return step
 
@@ -1394,11 +1389,8 @@ _MODULECMD_PLACES = (
 
 def module_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables by which Lmod and Environment Modules are found: what a login shell sets."""
-    return {
-        name: value
-        for name, value in sorted(environ.items())
-        if name.startswith(_MODULE_PREFIXES) or name in _MODULE_VARIABLES
-    }
+    names = ("LMOD_", "MODULEPATH", "MODULES_", "MODULESHOME", "MODULERCFILE")
+    return {name: value for name, value in sorted(environ.items()) if name.startswith(names)}
 
 
 def module_command(environ: Mapping[str, str], facts: Facts) -> list[str]:
@@ -1561,7 +1553,7 @@ def with_modules(step: Step, environ: Mapping[str, str], facts: Facts) -> tuple[
     recorded = dict(entry.partition("=")[::2] for entry in step.options.get("recorded", []))
     environ = {
         **recorded,
-        **{name: value for name, value in environ.items() if value or name not in recorded},
+        **{name: environ[name] for name in environ if environ[name] or name not in recorded},
     }
     command = module_command(environ, facts)
     if not command or not environ.get("MODULEPATH"):
@@ -1635,14 +1627,11 @@ def resolve_program(plan: Plan, facts: Facts) -> Plan:
     program = plan.argv[0]
     if plan.search is None:
         return plan
+    if "/" in program and not facts.is_executable(program):
+        hint = "Install it, or set the kernel up again with another command."
+        raise UserError(f"There is no program {program}.", hint, 127)
     if "/" in program:
-        if facts.is_executable(program):
-            return plan
-        raise UserError(
-            f"There is no program {program}.",
-            "Install it, or set the kernel up again with another command.",
-            127,
-        )
+        return plan
     found = search_program(program, plan.search, facts)
     if not found:
         raise UserError(f"There is no {program} in {plan.where}.", missing_hint(program, plan, facts), 127)
@@ -1651,20 +1640,16 @@ def resolve_program(plan: Plan, facts: Facts) -> Plan:
 
 def missing_hint(program: str, plan: Plan, facts: Facts) -> str:
     """Return what to do about a kernel program that an environment does not have."""
-    pythons = [
-        name
-        for folder in plan.search or ()
-        for name in facts.listdir(folder)
-        if is_python(name) and facts.is_executable(f"{folder}/{name}")
-    ]
+    found = [(folder, name) for folder in plan.search or () for name in facts.listdir(folder)]
+    pythons = {name for folder, name in found if is_python(name) and facts.is_executable(f"{folder}/{name}")}
     if is_python(program) and pythons:
-        return f"It has {', '.join(sorted(set(pythons)))}: choose one of them with --python."
+        return f"It has {', '.join(sorted(pythons))}: choose one of them with --python."
     if is_python(program) and " -m pip " in plan.install:
         link = f"{(plan.search or [''])[0]}/{program}"
         goal = facts.real_path(link)
         gone = f"Its Python is gone (it was {goal})" if goal != link else "Its Python is gone"
-        anew = f"python3 -m venv --clear {quoted(os.path.dirname(os.path.dirname(link)))}"
-        return f"{gone}; make it anew: `{anew} && {plan.install % 'ipykernel'}`."
+        again = f"python3 -m venv --clear {quoted(os.path.dirname(os.path.dirname(link)))}"
+        return f"{gone}; create it again: `{again} && {plan.install % 'ipykernel'}`."
     if is_python(program):
         return f"Try: {plan.install % 'ipykernel'}."
     if program in PACKAGES and plan.install.startswith("conda "):
@@ -1710,7 +1695,7 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
     if said.status:
         raise UserError(
             f"{plan.argv[0]} does not work: it ended with status {said.status}.",
-            f"Mend or make anew {plan.where}.",
+            f"Repair {plan.where}, or create it again.",
             detail=detail,
         )
 
@@ -5552,23 +5537,12 @@ class Facts:
         Raises UserError (status 127) where it can't be started.
         """
         files = [_scratch_file(), _scratch_file()]
-        actions = [
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_DUP2, files[0], 1),
-            (os.POSIX_SPAWN_DUP2, files[1], 2),
-        ]
         try:
-            pid = os.posix_spawn(
-                argv[0], list(argv), environ, file_actions=actions, setsigdef=IGNORED_BY_PYTHON
-            )
-            _, status = os.waitpid(pid, 0)
-            texts = [_read_all(file) for file in files]
-        except OSError as error:
-            raise cannot_start(argv[0], error) from None
+            status = _spawn(argv, environ, [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)], *files)
+            return Output(exit_status(status), *(_read_all(file) for file in files))
         finally:
             for file in files:
                 os.close(file)
-        return Output(exit_status(status), *texts)
 
     def source(self, actions: Sequence[tuple[str, str, str]], environ: Mapping[str, str]) -> dict[str, str]:
         """Let bash source scripts and set variables, in order; return the environment that results.
@@ -5611,21 +5585,11 @@ class Facts:
     def _bash_environ(self, words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str] | None:
         """Return the environment that bash writes to descriptor 237; None where it wrote none."""
         file = _scratch_file()
-        actions = [
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
-            (os.POSIX_SPAWN_DUP2, file, 237),
-            (os.POSIX_SPAWN_DUP2, 0 if self.quiet else 2, 2),
-            (os.POSIX_SPAWN_DUP2, 2, 1),
-        ]
+        before = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, file, 237)]
+        errors = 0 if self.quiet else 2
         try:
-            command = ["/bin/bash", *words]
-            pid = os.posix_spawn(
-                "/bin/bash", command, environ, file_actions=actions, setsigdef=IGNORED_BY_PYTHON
-            )
-            os.waitpid(pid, 0)
+            _spawn(["/bin/bash", *words], environ, before, errors, errors)
             entries = os.fsdecode(_read_all(file)).split("\0")
-        except OSError as error:
-            raise cannot_start("/bin/bash", error) from None
         finally:
             os.close(file)
         return dict(entry.partition("=")[::2] for entry in entries if entry) or None
@@ -5737,16 +5701,6 @@ class Inside(Facts):
         """Tell whether a program is there."""
         return path in self.programs or not self.output(["test", "-x", path], {}).status
 
-    def archive_names(self, path: str) -> list[str] | None:
-        """Return the names of what is in a tar archive, None where there is none."""
-        import tarfile
-
-        try:
-            with tarfile.open(path) as archive:
-                return archive.getnames()
-        except (OSError, tarfile.TarError):
-            return None
-
     def listdir(self, path: str) -> list[str]:
         """Return the names in a folder of a kernelspec or on PATH, none for other folders."""
         start = path + "/"
@@ -5828,6 +5782,19 @@ exec /usr/bin/env -0 >&237
 """
 """The one shell program: it gets names and values as arguments, never as code; ``eval`` runs what a module
 system printed for a shell."""
+
+
+def _spawn(argv: Sequence[str], environ: Mapping[str, str], before: Sequence[Any], out: int, err: int) -> int:
+    """Run a program to its end, with descriptors as its stdout and stderr; return its wait status.
+
+    before: what else is done to its descriptors, first.  Raises UserError where it can't be started.
+    """
+    actions = [*before, (os.POSIX_SPAWN_DUP2, err, 2), (os.POSIX_SPAWN_DUP2, 2 if out == err else out, 1)]
+    try:
+        pid = os.posix_spawn(argv[0], list(argv), environ, file_actions=actions, setsigdef=IGNORED_BY_PYTHON)
+    except OSError as error:
+        raise cannot_start(argv[0], error) from None
+    return os.waitpid(pid, 0)[1]
 
 
 def _scratch_file() -> int:
