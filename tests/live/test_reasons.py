@@ -60,7 +60,7 @@ def test_a_missing_interpreter(jupyter, kernel_venv, tmp_path):
     (path / "bin" / "python").symlink_to("/usr/bin/python3.0")  # as after an upgrade of the system
     evalue = reason(jupyter, "headless")[0]["evalue"]
     assert f"There is no python in the virtualenv {path}." in evalue
-    assert "Its Python is gone (it was /usr/bin/python3.0); create it again: `python3 -m venv --clear " in evalue
+    assert "Its Python is gone (it was /usr/bin/python3.0); create it again: `python3 -m venv --cle" in evalue
 
 
 def test_a_missing_ipykernel(jupyter, kernel_venv, tmp_path):
