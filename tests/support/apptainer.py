@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support import missing
+
 STANDIN = Path(__file__).with_name("standin_apptainer.py")
 REAL = shutil.which("apptainer") or ""
 
@@ -58,7 +60,9 @@ def apptainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def link_apptainer(kind: str, folder: Path) -> Apptainer:
-    """Put ``apptainer`` and ``singularity`` of a kind into a folder."""
+    """Put ``apptainer`` and ``singularity`` of a kind into a directory."""
+    if kind == "standin" and os.getuid():
+        missing("root, which the stand-in for Apptainer needs, or a real Apptainer")
     for name in ("apptainer", "singularity"):
         (folder / name).symlink_to(STANDIN if kind == "standin" else Path(REAL))
     return Apptainer(kind, folder)
