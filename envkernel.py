@@ -5982,7 +5982,7 @@ def append_log(path: str, text: str) -> None:
         return
 
 
-# ---- supervising --------------------------------------------------------------------------------
+# ---- private directories, locks, processes ------------------------------------------------------
 
 
 def _ignore(*unused: object) -> None:
@@ -6873,106 +6873,84 @@ class LocalProgram(Program):
         return bool(used_ports(self.care.connection, self.facts) - self.earlier)
 
 
-class Keeper:
-    """Keeps a program: serves one run process, with `linger` one after the other, then cleans up."""
+class Children:
+    """The processes below this one: their ends, and what they say on stderr.
+
+    head, tail: the beginning of stderr, for the log, and the end of it, for an explanation.
+    """
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self) -> None:
+        self.children: dict[int, asyncio.Future[int]] = {}
+        self.head = self.tail = b""
+
+    def aside(self, call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        """Call what may block in a thread."""
+        return self.loop.run_in_executor(None, call, *arguments)
+
+    async def copy(self, file: int, target: int, learn: Callable[[bytes], bytes | None]) -> None:
+        """Pass on what a program says, to its end.  A target that is blocked holds the program up.
+
+        learn: called with each piece; returns what to pass on instead, None for all of it.
+        """
+        import asyncio
+
+        reader = asyncio.StreamReader(1 << 13)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        await self.loop.connect_read_pipe(lambda: protocol, open(file, "rb", 0))
+        while True:
+            text = await reader.read(1 << 13)
+            if not text:
+                return
+            passed = learn(text)
+            await self.aside(write_patiently, target, text if passed is None else passed)
+
+    def on_stderr(self, text: bytes) -> None:
+        """Keep beginning and end of what the program says on stderr."""
+        self.head += text[: LOGGED_STDERR - len(self.head)]
+        self.tail = (self.tail + text)[-1 << 13 :]
+
+    async def exited(self, pid: int) -> int:
+        """Return the exit status of a child, as in `Output`, when it has ended."""
+        import asyncio
+
+        future = self.children.setdefault(pid, self.loop.create_future())
+        self.collect()
+        return await asyncio.shield(future)
+
+    def collect(self) -> None:
+        """Reap the children that have ended, and only those that somebody waits for."""
+        for pid, future in list(self.children.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self.children[pid]
+                future.set_result(exit_status(status))
+
+
+class Service(Children):
+    """Serves one run process: Jupyter's ports, until the kernel has ended or nobody wants it any more."""
 
     HOLD = 3.0
     """Seconds before clients that connect are answered by the front."""
 
-    GRACE = 3.0
-    """Seconds that a kernel has for ending after it was asked to with a signal."""
-
     DRAIN = 1.0
     """Seconds that Jupyter has for taking the last that the kernel said."""
 
+    leaving: asyncio.Event
+    """Set when the run process is gone, or shall be served no longer."""
+
     def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
-        program.keeper = self
+        super().__init__()
         self.program = program
-        self.care = program.care
         self.environ = program.plan.environ
         self.launch = launch
         self.channel = channel
         self.connection: Mapping[str, Any] = program.care.connection
         self.front: Front | None = None
-        self.membership: Membership | None = None
-        self.locks: list[int] = []
-        self.recipe = Recipe(self.care.folder)
-        self.visitor: tuple[Channel, dict[str, Any]] | None = None
-        self.head = self.tail = b""
         self.cleaning: asyncio.Future[None] | None = None
         self.wanted = False  # somebody wants the kernel to end
         self.ending = False  # no restart will come
-
-    def begin(self) -> None:
-        """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
-        import time
-
-        care, base = self.care, os.path.dirname(self.care.folder)
-        if care.shared:
-            self.membership = Membership(care.shared, base)
-        lock = take_lock(care.folder + ".lock")
-        earlier = read_recipe(lock, care.folder + ".lock")
-        self.locks = [lock, *(self.membership.locks if self.membership else ())]
-        self.recipe = Recipe(
-            care.folder,
-            os.getpid(),
-            time.monotonic(),
-            care.cleanup,
-            [*care.remove, *(copy for _, copy in care.copies)],
-            vars(care.shared) if care.shared else None,
-            care.container,
-        )
-        self.send_recipe()
-        if self.channel.is_closed():
-            raise UserError("Jupyter ended the kernel before it was started.")
-        if earlier.started:
-            end_session(earlier.session)
-            for command in earlier.cleanup:
-                insist(command, self.environ, (0,))
-        try:
-            prepare(care)
-            self.program.start()
-        except UserError:
-            self.recipe.started = 0.0
-            raise
-        finally:
-            os.chdir("/")
-        for recipe, lock in stale_recipes("" if care.shared else base):
-            start_cleaner(recipe, self.environ, [lock])
-
-    def add_cleanup(self, *commands: Sequence[str]) -> None:
-        """Add commands to the recipe."""
-        self.recipe.cleanup += [list(command) for command in commands]
-        self.send_recipe()
-
-    def send_recipe(self) -> None:
-        """Send the recipe to the run process, and write it where kernels can't change it."""
-        self.channel.send({"recipe": vars(self.recipe)}, self.locks)
-        if not self.recipe.shared:
-            text = to_json(vars(self.recipe))
-            os.ftruncate(self.locks[0], os.pwrite(self.locks[0], text, 0))
-
-    async def serve(self) -> None:
-        """Serve one run process after the other until the program is over or no other comes."""
-        import asyncio
-        import signal
-
-        self.loop = asyncio.get_running_loop()
-        self.children: dict[int, asyncio.Future[int]] = {}
-        self.leaving = asyncio.Event()
-        self.loop.add_signal_handler(signal.SIGCHLD, self.collect)
-        self.loop.add_signal_handler(signal.SIGTERM, self.stop)
-        listener = self.listen() if self.program.linger else None
-        self.loop.add_reader(self.channel.sock, self.receive)
-        while True:
-            await self.serve_launch()
-            self.detach()
-            if not self.program.linger or self.ending or self.program.over or not await self.next_launch():
-                break
-        if listener:
-            self.loop.remove_reader(listener)
-            listener.close()
-        await (self.cleaning or self.end())
 
     async def serve_launch(self) -> None:
         """Serve a run process until the kernel has ended or nobody wants it any more."""
@@ -7002,7 +6980,7 @@ class Keeper:
                 await self.conclude(problem.status, problem)
             elif problem:
                 raise problem
-            elif ended.done():
+            elif ended.done() and not leaving.done():
                 await self.conclude(*ended.result())
             elif self.front and asked.done():  # by the front, before the kernel was there
                 self.ending = not self.front.restart
@@ -7085,12 +7063,6 @@ class Keeper:
         await self.front.drain(self.DRAIN)
         self.channel.send({"exit": error.status or 1, "error": None})
 
-    async def end(self) -> None:
-        """End the program and clean up."""
-        await self.program.end()
-        locks, self.locks = self.locks, []
-        await self.aside(clean_up, self.recipe, self.environ, locks)
-
     def answered(self, status: int) -> bool:
         """Return whether the kernel ever answered, as far as that can be seen."""
         if not self.front:
@@ -7103,6 +7075,112 @@ class Keeper:
         log_end(log, status, reason, self.head, self.connection.get("key", ""))
         self.channel.send({"exit": status, "error": None})
 
+    def report(self, text: str) -> None:
+        """Say what the kernel waits for: in the cells that wait, on stderr and in the launch log."""
+        if self.front:
+            self.front.wait(text)
+        self.aside(write_patiently, 2, f"envkernel: {text}\n".encode(errors="replace"))
+        append_log(self.launch.options.get("log", ""), text)
+
+    def leave(self) -> None:
+        """Serve the present run process no longer."""
+        if self.channel.sock.fileno() >= 0:
+            self.loop.remove_reader(self.channel.sock)
+        self.leaving.set()
+
+    def detach(self) -> None:
+        """Let go of a run process and of Jupyter: first the ports, then what waits for the end of a pipe."""
+        if self.front:
+            self.front.close()
+        drop_stdio((1, 2))
+        self.leave()
+        self.channel.sock.close()
+
+    async def end(self) -> None:
+        """End the program and clean up."""
+        raise NotImplementedError
+
+
+class Keeper(Service):
+    """Keeps a program: serves one run process, with `linger` one after the other, then cleans up."""
+
+    GRACE = 3.0
+    """Seconds that a kernel has for ending after it was asked to with a signal."""
+
+    def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
+        super().__init__(program, launch, channel)
+        program.keeper = self
+        self.care = program.care
+        self.membership: Membership | None = None
+        self.locks: list[int] = []
+        self.recipe = Recipe(self.care.folder)
+        self.visitor: tuple[Channel, dict[str, Any]] | None = None
+
+    def begin(self) -> None:
+        """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
+        import time
+
+        care, base = self.care, os.path.dirname(self.care.folder)
+        if care.shared:
+            self.membership = Membership(care.shared, base)
+        lock = take_lock(care.folder + ".lock")
+        earlier = read_recipe(lock, care.folder + ".lock")
+        self.locks = [lock, *(self.membership.locks if self.membership else ())]
+        self.recipe = Recipe(
+            care.folder,
+            os.getpid(),
+            time.monotonic(),
+            care.cleanup,
+            [*care.remove, *(copy for _, copy in care.copies)],
+            vars(care.shared) if care.shared else None,
+            care.container,
+        )
+        self.send_recipe()
+        if self.channel.is_closed():
+            raise UserError("Jupyter ended the kernel before it was started.")
+        if earlier.started:
+            end_session(earlier.session)
+            for command in earlier.cleanup:
+                insist(command, self.environ, (0,))
+        try:
+            prepare(care)
+            self.program.start()
+        except UserError:
+            self.recipe.started = 0.0
+            raise
+        finally:
+            os.chdir("/")
+        for recipe, lock in stale_recipes("" if care.shared else base):
+            start_cleaner(recipe, self.environ, [lock])
+
+    def send_recipe(self) -> None:
+        """Send the recipe to the run process, and write it where kernels can't change it."""
+        self.channel.send({"recipe": vars(self.recipe)}, self.locks)
+        if not self.recipe.shared:
+            text = to_json(vars(self.recipe))
+            os.ftruncate(self.locks[0], os.pwrite(self.locks[0], text, 0))
+
+    async def serve(self) -> None:
+        """Serve one run process after the other until the program is over or no other comes."""
+        import asyncio
+        import signal
+
+        self.loop = asyncio.get_running_loop()
+        self.leaving = asyncio.Event()
+        self.loop.add_signal_handler(signal.SIGCHLD, self.collect)
+        self.loop.add_signal_handler(signal.SIGTERM, self.stop)
+        listener = self.listen() if self.program.linger else None
+        self.loop.add_reader(self.channel.sock, self.receive)
+        while True:
+            await self.serve_launch()
+            self.detach()
+            if not self.program.linger or self.ending or self.program.over or not await self.next_launch():
+                break
+        if listener:
+            self.loop.remove_reader(listener)
+            listener.close()
+        await (self.cleaning or self.end())
+
     def receive(self) -> None:
         """Follow the run process."""
         messages = self.channel.receive()
@@ -7113,12 +7191,6 @@ class Keeper:
                 self.take_signal(message["signal"])
             if "end" in message:
                 self.stop()
-
-    def leave(self) -> None:
-        """Serve the present run process no longer."""
-        if self.channel.sock.fileno() >= 0:
-            self.loop.remove_reader(self.channel.sock)
-        self.leaving.set()
 
     def take_signal(self, number: int) -> None:
         """Act on a signal that Jupyter or a user sent to the run process."""
@@ -7142,14 +7214,6 @@ class Keeper:
         """Let the run process end without waiting for the program."""
         self.send_exit(status)
         self.leave()
-
-    def detach(self) -> None:
-        """Let go of a run process and of Jupyter: first the ports, then what waits for the end of a pipe."""
-        if self.front:
-            self.front.close()
-        drop_stdio((1, 2))
-        self.leave()
-        self.channel.sock.close()
 
     def listen(self) -> socket.socket:
         """Listen for the run process of a restart."""
@@ -7204,54 +7268,11 @@ class Keeper:
         await self.program.attach(self.connection)
         return True
 
-    def report(self, text: str) -> None:
-        """Say what the kernel waits for: in the cells that wait, on stderr and in the launch log."""
-        if self.front:
-            self.front.wait(text)
-        self.aside(write_patiently, 2, f"envkernel: {text}\n".encode(errors="replace"))
-        append_log(self.launch.options.get("log", ""), text)
-
-    async def copy(self, file: int, target: int, learn: Callable[[bytes], bytes | None]) -> None:
-        """Pass on what a program says, to its end.  A target that is blocked holds the program up.
-
-        learn: called with each piece; returns what to pass on instead, None for all of it.
-        """
-        import asyncio
-
-        reader = asyncio.StreamReader(1 << 13)
-        protocol = asyncio.StreamReaderProtocol(reader)
-        await self.loop.connect_read_pipe(lambda: protocol, open(file, "rb", 0))
-        while True:
-            text = await reader.read(1 << 13)
-            if not text:
-                return
-            passed = learn(text)
-            await self.aside(write_patiently, target, text if passed is None else passed)
-
-    def on_stderr(self, text: bytes) -> None:
-        """Keep beginning and end of what the program says on stderr."""
-        self.head += text[: LOGGED_STDERR - len(self.head)]
-        self.tail = (self.tail + text)[-1 << 13 :]
-
-    def aside(self, call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-        """Call what may block in a thread."""
-        return self.loop.run_in_executor(None, call, *arguments)
-
-    async def exited(self, pid: int) -> int:
-        """Return the exit status of a child, as in `Output`, when it has ended."""
-        import asyncio
-
-        future = self.children.setdefault(pid, self.loop.create_future())
-        self.collect()
-        return await asyncio.shield(future)
-
-    def collect(self) -> None:
-        """Reap the children that have ended, and only those that somebody waits for."""
-        for pid, future in list(self.children.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                del self.children[pid]
-                future.set_result(exit_status(status))
+    async def end(self) -> None:
+        """End the program and clean up."""
+        await self.program.end()
+        locks, self.locks = self.locks, []
+        await self.aside(clean_up, self.recipe, self.environ, locks)
 
 
 def become_keeper(program: Program, launch: Launch, channel: Channel) -> NoReturn:
