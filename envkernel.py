@@ -2952,9 +2952,13 @@ class Job(Record):
         """Return the job's id and whether it waits, from what the program said on stderr."""
         raise NotImplementedError
 
+    def progress(self, said: str) -> str:
+        """Return what the program itself said last of what the job waits for; empty for nothing."""
+        return ""
+
     async def pending(self, known: str, ask: Ask) -> str:
         """Return what the job waits for, in words; empty where that is not known."""
-        raise NotImplementedError
+        return ""
 
     def cancel(self, session: int, known: str) -> list[str]:
         """Return the command that ends a job; it has to succeed for one that has ended.
@@ -3331,9 +3335,10 @@ class YarnJob(Job):
                 known = line[line.index("application_") :].split()[0].rstrip(":.")
         return known, False
 
-    async def pending(self, known: str, ask: Ask) -> str:
-        """Return nothing: the helper itself says what the application waits for."""
-        return ""
+    def progress(self, said: str) -> str:
+        """Return what the helper said last of what the application waits for."""
+        lines = [line for line in said.splitlines() if line.startswith(YARN_SAYS) and " waits: " in line]
+        return lines[-1].partition(": ")[2] if lines else ""
 
     def cancel(self, session: int, known: str) -> list[str]:
         """Return the command that kills the application."""
@@ -8378,6 +8383,10 @@ class Submission:
         if waits and not self.waits:
             self.watching = asyncio.ensure_future(self.watch_queue())
         self.waits = waits
+        state = self.job.progress(self.said())
+        if state != self.state and state and self.keeper.front and not self.agent.done():
+            self.state = state
+            self.keeper.front.wait(state)
         return text
 
     def said(self) -> str:

@@ -402,6 +402,8 @@ def test_yarn_state() -> None:
     said = "x\nenvkernel: YARN application application_1_0002 waits: ACCEPTED\n"
     assert job.read_state(said, "") == ("application_1_0002", False)
     assert job.read_state("", "application_1_0002") == ("application_1_0002", False)
+    assert job.progress(said) == "YARN application application_1_0002 waits: ACCEPTED"
+    assert job.progress("envkernel: YARN application application_1_0002 was submitted.\n") == ""
 
 
 def test_no_text_of_the_user_is_in_the_containers_script() -> None:

@@ -181,6 +181,7 @@ def wait_for(client: Any, timeout: float = 60) -> None:
     """Wait until a kernel answers and what it publishes is heard.
 
     A subscription may reach the kernel after its first answer; what it published before is lost then.
+    A kernel that takes long to start is spoken for (`Front`), but for what is to be executed.
     """
     client.wait_for_ready(timeout=timeout)
     for asked in range(1, 41):
@@ -193,8 +194,12 @@ def wait_for(client: Any, timeout: float = 60) -> None:
                 "execution_state"
             ) not in ("idle", "starting"):
                 message = client.get_iopub_msg(timeout=10)
-            return
-    raise TimeoutError("the kernel publishes nothing")
+            break
+    else:
+        raise TimeoutError("the kernel publishes nothing")
+    request = client.execute("", silent=True)  # not answered by what speaks for a kernel that still starts
+    while client.get_shell_msg(timeout=timeout)["parent_header"].get("msg_id") != request:
+        pass
 
 
 class Jupyter:
