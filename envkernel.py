@@ -9662,6 +9662,7 @@ class Progress:
 
     def change(self, text: str) -> None:
         """Show another state: as a new display, for jupyter console ignores updates of one."""
+        text = text.rstrip(".")
         if text == self.text:
             return
         self.text = text
