@@ -42,7 +42,7 @@ class Late:
         file = self.directory / "kernel.json"
         file.write_text(json.dumps(own))
         command = os.environ.get("KERNEL", f"{sys.executable} -m ipykernel_launcher -f {{}}").format(file)
-        environ = {**os.environ, "JPY_PARENT_PID": str(os.getpid())}
+        environ = {**os.environ, "JPY_PARENT_PID": str(os.getpid()), "TMPDIR": str(self.directory)}
         self.process = await asyncio.create_subprocess_exec(
             *shlex.split(command), env=environ, start_new_session=True
         )
