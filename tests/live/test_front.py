@@ -37,7 +37,7 @@ def late(jupyter):
 
 
 class Cell:
-    """One execution, what is published for it and its reply; messages of other cells are put aside for them."""
+    """One execution, what is published for it and its reply; what is for other cells is put aside."""
 
     def __init__(self, client, code, **options):
         self.client = client
