@@ -530,7 +530,7 @@ class EngineCases:
             engine.call("rmi", next(word for word in image if word.startswith("sha256:")))
 
     def test_a_built_image_stays_and_a_failing_build_is_said(
-        self, place: Jupyter, engine: Engine, tmp_path: Path
+        self, place: Jupyter, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A tag keeps it from `image prune`; it goes with the kernel."""
         (tmp_path / "Dockerfile").write_text(f"FROM {self.image}\nENV BUILT=one\n")
@@ -542,6 +542,9 @@ class EngineCases:
         engine.call("image", "prune", "-f")
         with place.kernel("stays") as kernel:
             assert kernel.value("__import__('os').environ['BUILT']") == "one"
+        assert until(lambda: engine.ids() == [])
+        for name, value in engine.environ.items():
+            monkeypatch.setenv(name, value)
         tag = f"envkernel/stays:{os.getuid()}"
         assert tag in engine.call("images", "--format={{.Repository}}:{{.Tag}}")
         launch = envkernel.launch_from_argv(envkernel.run_tokens(place.spec("stays")["argv"]))
