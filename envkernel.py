@@ -40,7 +40,7 @@ else:
 
 # ---- constants ----------------------------------------------------------------------------------
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 
 FORMAT = "2"
 """Version of the form in which a launch is written into a kernelspec."""
