@@ -4822,6 +4822,8 @@ def update_command(options: Mapping[str, Any], facts: Facts) -> int:
     """``envkernel update NAME``: write a kernel again from the command that made it; or all of them."""
     if not options.get("all"):
         return update_kernel(our_kernel(options["NAME"], facts), facts)
+    if options.get("NAME"):
+        raise usage_error("--all updates every kernel.", f"Leave {options['NAME']} or --all out.")
     failed = []
     for kernel in our_kernels(facts):
         try:

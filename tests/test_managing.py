@@ -923,6 +923,9 @@ def test_update_all_goes_on_after_one_that_fails(call, world):
     ]
     assert sorted(languages) == ["broken", "python", "python"]
     assert call("update")[0] == 2
+    status, _, err = call("update", "--all", "a")
+    assert status == 2
+    assert "--all updates every kernel." in err
 
 
 def test_jupyters_own_kernel_is_not_made_by_envkernel(call):
