@@ -358,6 +358,11 @@ class ProtocolTests(jupyter_kernel_test.KernelTests):
     supported_history_operations = ("tail", "search")  # "range" fails with the native kernel too
     code_history_pattern = "1?2*"
 
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        wait_for(cls.kc)
+
 
 def run_protocol_tests(name: str) -> None:
     """Run jupyter_kernel_test on an installed Python kernel."""
