@@ -2922,6 +2922,9 @@ class Job(Record):
     detached = False
     """Whether the program may end once the agent is there."""
 
+    patience = 10.0
+    """Seconds that a command of the cluster's may take."""
+
     grace = 0.0
     """Seconds that the program has for taking its job back when its stdin ends before the agent is there."""
 
@@ -3307,6 +3310,7 @@ class YarnJob(Job):
     """
 
     detached = True
+    patience = 30.0
     grace = 8.0
 
     def __init__(
@@ -7652,7 +7656,7 @@ class Starter:
     def __init__(self, orders: Mapping[str, Any], channel: socket.socket, agent: int, stderr: int) -> None:
         self.orders, self.channel, self.agent, self.stderr = orders, channel, agent, stderr
         self.kernel = self.launch = 0
-        self.file = -1
+        self.file = self.lock = -1
         self.directory = ""
 
     def run(self) -> int:
@@ -7700,7 +7704,7 @@ class Starter:
         self.end()
         transport = self.orders["transport"]
         self.launch = launch
-        self.directory = make_node_directory() if transport == "ipc" else ""
+        self.directory, self.lock = make_node_directory() if transport == "ipc" else ("", -1)
         own = node_connection(connection, transport, self.directory)
         self.file = os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
@@ -7748,9 +7752,10 @@ class Starter:
         """Remove what the kernel leaves."""
         if self.directory:
             remove_tree(self.directory)
-        if self.file >= 0:
-            os.close(self.file)
-        self.directory, self.file = "", -1
+        for file in (self.file, self.lock):
+            if file >= 0:
+                os.close(file)
+        self.directory, self.file, self.lock = "", -1, -1
 
 
 def node_connection(connection: Mapping[str, Any], transport: str, directory: str) -> dict[str, Any]:
@@ -7770,14 +7775,45 @@ def node_connection(connection: Mapping[str, Any], transport: str, directory: st
     return {**own, "transport": "tcp", "ip": "127.0.0.1"}
 
 
-def make_node_directory() -> str:
-    """Make the private directory in which a node's kernel binds its sockets; it is gone when it has."""
+def make_node_directory() -> tuple[str, int]:
+    """Make the private directory in which a node's kernel binds its sockets; it is gone when it has.
+
+    Also returns its lock.  Where all of a node's processes were killed at once, the next start removes it.
+    """
+    import fcntl
+
     root = os.environ.get("TMPDIR", "/tmp")
     if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
         root = "/tmp"
+    remove_stale_directories(root)
     path = f"{root}/envkernel-node-{os.urandom(8).hex()}"
     os.mkdir(path, 0o700)
-    return path
+    lock = os.open(path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return path, lock
+
+
+def remove_stale_directories(root: str) -> None:
+    """Remove the directories of `make_node_directory` that nobody uses any more."""
+    import fcntl
+    import time
+
+    for name in os.listdir(root):
+        path = f"{root}/{name}"
+        if not name.startswith("envkernel-node-"):
+            continue
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # another user's
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_mtime < time.time() - 60:  # else its owner may be about to lock it
+                remove_tree(path)
+        except OSError:
+            pass
+        finally:
+            os.close(file)
 
 
 def become_node_kernel(starter: Starter) -> NoReturn:
@@ -8438,28 +8474,33 @@ class Submission:
             await asyncio.Event().wait()
         return await self.job.explain(status, self.said(), self.id, self.ask)
 
-    async def end(self, followed: bool) -> None:
+    async def end(self, link: AgentLink | None) -> None:
         """End the program: first by the end of stdin, then by a signal.
 
-        followed: the agent follows orders to end, which ends srun.
+        link: to the agent, which has been ordered to end, if it is still there.
         """
         import asyncio
 
         self.feeding.cancel()
         os.close(self.stdin)
-        await asyncio.wait({self.exit}, timeout=Agent.GRACE + 1 if followed else self.job.grace)
+        seconds = self.job.grace
+        if link and link.control:
+            seconds = Agent.GRACE + 1
+        elif not link and not self.waits:  # the agent may be about to start, and to see the end of stdin
+            seconds = max(seconds, 2)
+        await asyncio.wait({self.exit}, timeout=seconds)
         if not self.exit.done():
             send_signals([self.pid], 15)
-            await asyncio.wait({self.exit}, timeout=3 if followed else 1)
+            await asyncio.wait({self.exit}, timeout=1 + seconds / 2)
 
     async def ask(self, argv: Sequence[str]) -> Output:
-        """Run a command of the cluster's; return what it said, status 127 for nothing within 10 s."""
+        """Run a command of the cluster's; return what it said, status 127 where it does not end."""
         import asyncio
 
         out, err = os.memfd_create("out"), os.memfd_create("err")
         try:
             pid = spawn(argv, self.job.environ, out=out, err=err)
-            status = await asyncio.wait_for(self.keeper.exited(pid), 10)
+            status = await asyncio.wait_for(self.keeper.exited(pid), self.job.patience)
             return Output(status, _read_all(out), _read_all(err))
         except asyncio.TimeoutError:
             send_signals([-pid], 9)
@@ -8691,10 +8732,9 @@ class JobProgram(Program):
 
     async def end(self) -> None:
         """End the job."""
-        followed = bool(self.link and self.link.control)
         self.send(end=True)
         if self.life:
-            await self.submission.end(followed)
+            await self.submission.end(self.link)
             self.life.cancel()
 
     def expect_kernel(self) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -440,6 +441,27 @@ def test_node_connection() -> None:
     ports = envkernel.node_connection({**jupyter, "ip": "*"}, "tcp", "/tmp/f")
     assert ports["ip"] == "127.0.0.1"
     assert len({ports[name + "_port"] for name in envkernel.STREAMS}) == 5
+
+
+def test_directories_that_nobody_uses_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stays where all processes of a node were killed at once."""
+    short = tempfile.TemporaryDirectory(prefix="ek", dir="/tmp")  # for the paths of unix sockets
+    tmp_path = Path(short.name)
+    monkeypatch.setenv("TMPDIR", short.name)
+    stale, young = tmp_path / "envkernel-node-1", tmp_path / "envkernel-node-2"
+    for path in (stale, young, tmp_path / "other"):
+        path.mkdir()
+        (path / "kernel-1").touch()
+    for path in (stale, tmp_path / "other"):
+        os.utime(path, (1, 1))
+    used, lock = envkernel.make_node_directory()
+    os.utime(used, (1, 1))
+    again, second = envkernel.make_node_directory()
+    names = sorted(os.listdir(tmp_path))
+    assert names == sorted(["envkernel-node-2", os.path.basename(used), os.path.basename(again), "other"])
+    os.close(lock)
+    os.close(second)
+    short.cleanup()
 
 
 def test_tunnel_command() -> None:
