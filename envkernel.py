@@ -2369,8 +2369,9 @@ def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, st
         info = json.loads(said.out)
     except ValueError:
         info = {}
+    info = info if isinstance(info, dict) else {}
     if said.status or not info or info.get("ServerErrors"):
-        errors = " ".join([os.fsdecode(said.err), *(info.get("ServerErrors") or [])])
+        errors = " ".join([os.fsdecode(said.err), *map(str, info.get("ServerErrors") or [])])
         raise engine_error(program, "", 125, errors) or UserError(f"{program} does not work.", "", 1, errors)
     host = info.get("host") or {}
     podman = bool(host)
@@ -10527,7 +10528,10 @@ def plan_launch(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Pla
     plan = Plan(launch.command, {**environ, **here}, given=given)
     for index, step in enumerate(launch.steps):
         mode = MODES[step.mode]
-        plan = mode.plan(step, plan, facts, launch.but(steps=launch.steps[index + 1 :]))
+        try:
+            plan = mode.plan(step, plan, facts, launch.but(steps=launch.steps[index + 1 :]))
+        except KeyError as lacking:  # an option that setup always writes
+            raise broken_kernelspec(f"{step.mode} has no --{lacking.args[0]}") from None
         if mode.remote:
             break
     return plan.but(environ={**plan.environ, **here})

@@ -17,7 +17,7 @@ from typing import Iterator
 import psutil
 import pytest
 
-from support.jupyter import MARK, Jupyter, Kernel, private_jupyter, wait_for
+from support.jupyter import Jupyter, Kernel, private_jupyter, wait_for
 from support.modes import MAKERS, Mode
 from support.slurm import wait_for as wait_until
 
@@ -69,10 +69,12 @@ class Life:
         return found
 
 
-def words_of(mode: Mode) -> list[str]:
+def words_of(mode: Mode, work: Path) -> list[str]:
     """Return a setup's words, with which the kernel starts in the notebook's folder."""
     if mode.kind != "container":
         return mode.words
+    if "--shared" in mode.words:  # the container is there before the notebook
+        return [f"--bind={work}", "--pwd", *mode.words]
     contain = ["--contain"] if mode.mode == "apptainer" else []  # else the debugger's cells stay in /tmp
     return ["--pwd", *contain, *mode.words]
 
@@ -86,7 +88,7 @@ def life(mode: Mode, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]
         (root / "work").mkdir()
         (root / "work" / "data.csv").write_text("1,2")
         own = Life(mode, place, root / "work")
-        place.setup(mode.mode, own.name, f"--env=GREETING={GREETING}", *words_of(mode))
+        place.setup(mode.mode, own.name, f"--env=GREETING={GREETING}", *words_of(mode, own.work))
         for name, value in LEAKS.items():
             if value and not name.startswith(("PYTHON", "LD_")):
                 patch.setenv(name, value)
@@ -117,7 +119,7 @@ def test_variables_reach_the_kernel_and_nothing_leaks(life: Life) -> None:
         mine = ("PYTHONPATH", "LD_LIBRARY_PATH") if life.mode.mode == "slurm" else ()  # srun takes them along
         assert [name for name in leaks if name not in mine] == []
     if life.mode.kind == "container":
-        assert [name for name in environ if name.startswith(("JPY_", "JUPYTER", "LD_", MARK))] == []
+        assert [name for name in environ if name.startswith(("JPY_", "JUPYTER", "LD_"))] == []
 
 
 def test_it_starts_in_the_notebooks_folder(life: Life, request: pytest.FixtureRequest) -> None:
@@ -265,7 +267,7 @@ def test_a_kernel_that_ends_at_once_says_why(life: Life) -> None:
     """Its status and what it said are in the cell, in the log, and on stderr."""
     if life.mode.kind == "environment":
         return  # it is the process that Jupyter started: only the next start can tell, see `test_reasons`
-    words = words_of(life.mode)
+    words = words_of(life.mode, life.work)
     words = [word for word in words if not word.startswith("--python=")]
     words = words[: words.index("--")] if "--" in words else words
     command = ["/bin/sh", "-c", "echo no licence >&2; exit 3", "{connection_file}"]

@@ -37,7 +37,13 @@ def test_nothing_is_left_of_what_is_killed(mode: Mode) -> None:
     play(mode, JUPYTERS)
 
 
-@pytest.mark.xfail(reason="issue 9: fixed by the one keeper of the redesign", strict=False)
-@pytest.mark.parametrize("mode", [key for key in MAKERS if key != "virtualenv"], indirect=True)
+LATE = pytest.mark.xfail(reason="issue 9: a JVM kills an application, on a busy machine not within 11 s")
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(key, marks=LATE if key == "yarn" else ()) for key in MAKERS if key != "virtualenv"],
+    indirect=True,
+)
 def test_nothing_is_left_where_keepers_die(mode: Mode) -> None:
     play(mode, KEEPERS)

@@ -30,7 +30,7 @@ from typing import Any, Callable, Iterable, Iterator
 from jupyter_client import BlockingKernelClient
 
 from support import SCRIPT
-from support.jupyter import MARK, Jupyter
+from support.jupyter import MARK, Jupyter, wait_for
 from support.modes import Mode
 
 LIMIT = 10.0
@@ -437,7 +437,7 @@ class Round:
         self.outcome.survived = True
         try:
             client = self.connect()
-            client.wait_for_ready(timeout=self.mode.patience)
+            wait_for(client, self.mode.patience)
             info = client.kernel_info(reply=True, timeout=10)["content"]
             if info.get("implementation") != "ipython":  # it says why there is no kernel
                 self.watch_the_failed()
