@@ -302,7 +302,8 @@ class Jupyter:
         while True:
             left = [f"process {pid}: {command}" for pid, command in marked_processes(self.mark).items()]
             for folder in ("runtime", "tmp"):
-                left += [f"file {path}" for path in (self.root / folder).rglob("*") if not path.is_dir()]
+                for top, _, files in os.walk(self.root / folder):  # rglob fails where one goes meanwhile
+                    left += [f"file {top}/{name}" for name in files]
             if not left or time.monotonic() > deadline:
                 return "\n".join(left)
             time.sleep(0.05)

@@ -402,9 +402,12 @@ class Round:
         """Return what is left of the kernel."""
         left = [str(process) for process in self.ours()]
         for folder in ("runtime", "tmp", "user"):
-            for path in (self.root / folder).rglob("*"):
-                if path != self.connection:
-                    left.append(f"{'folder' if path.is_dir() else 'file'} {path.relative_to(self.root)}")
+            for top, folders, files in os.walk(self.root / folder):  # rglob fails where one goes meanwhile
+                paths = [("folder", name) for name in folders] + [("file", name) for name in files]
+                for kind, name in paths:
+                    path = Path(top, name)
+                    if path != self.connection:
+                        left.append(f"{kind} {path.relative_to(self.root)}")
         sockets = Path("/proc/net/unix").read_text().splitlines()
         left += [f"socket {row.split()[-1]}" for row in sockets if self.mark in row or str(self.root) in row]
         mounts = Path("/proc/mounts").read_text().splitlines()
