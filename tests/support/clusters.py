@@ -52,6 +52,9 @@ manager.start_kernel()
 client = manager.blocking_client()
 client.start_channels()
 client.wait_for_ready(timeout=30)
+request = client.execute("", silent=True)  # not answered by what speaks for a kernel that still starts
+while client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != request:
+    pass
 print(manager.provisioner.process.pid, flush=True)
 time.sleep(600)
 """
