@@ -10,8 +10,8 @@ builds the environment and executes the kernel.
 
 The file reads top to bottom: constants, errors, records with the registry of modes, kernelspec tokens,
 command line, environment modes, container modes, cluster modes, kernelspecs, logos, completion, managing,
-effects (facts, launch log, relay, supervising, the agent on a node, front), main.
-Planning is apart from effect: a mode is a function from options, facts and environment to a `Plan`;
+host (the only access to the world), launch log, keeper, agent on a node, YARN, front, main.
+Planning is apart from effect: a mode is a function from options, what `Host` knows and environment to a `Plan`;
 only the last sections touch the world.
 
 Imports are few on purpose.  Jupyter starts this file before each kernel, and every module costs:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform() -> Any:
-        """Tell type checkers that `Record` builds constructors from annotations (PEP 681)."""
+        """Report type checkers that `Record` builds constructors from annotations (PEP 681)."""
         return lambda cls: cls
 
 # ---- constants ----------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ CONNECTION_FILE = "{connection_file}"
 """Jupyter's placeholder, and ours: stands in a kernel command until the path is known."""
 
 RESOURCE_DIR = "{resource_dir}"
-"""Jupyter's placeholder for the folder of the kernelspec."""
+"""Jupyter's placeholder for the directory of the kernelspec."""
 
 LOADER = (
     "import sys,importlib.machinery as i;m=type(sys)('envkernel');m.__file__=f=sys.argv.pop(1);"
@@ -71,10 +71,10 @@ ANSWER = 1024
 
 
 class UserError(Exception):
-    """Something that the user can mend.
+    """Something that the user can fix.
 
     message: one sentence that names the thing.  hint: one sentence that says what to do.
-    status: exit status (1 mend it, 2 usage, 127 program not found).  detail: further lines, such as
+    status: exit status (1 fix it, 2 usage, 127 program not found).  detail: further lines, such as
     what a program said.  `main` alone catches it.
     """
 
@@ -170,14 +170,14 @@ def explain(program: str, said: str, **names: str) -> UserError | None:
     return None
 
 
-def environment_at(path: str, facts: Facts) -> str:
+def environment_at(path: str, host: Host) -> str:
     """Return the mode for the environment at a path: ``conda``, ``virtualenv``, empty where there is none."""
-    if facts.isdir(path + "/conda-meta"):
+    if host.isdir(path + "/conda-meta"):
         return "conda"
-    return "virtualenv" if facts.exists(path + "/bin/activate") else ""
+    return "virtualenv" if host.exists(path + "/bin/activate") else ""
 
 
-def not_this(what: str, path: str, facts: Facts) -> UserError | None:
+def not_this(what: str, path: str, host: Host) -> UserError | None:
     """Return the error for a path that is something else than an environment of the wanted kind.
 
     what: as in `missing_place`.  None: nothing that is known is at or around the path.
@@ -186,7 +186,7 @@ def not_this(what: str, path: str, facts: Facts) -> UserError | None:
     parent = os.path.dirname(os.path.dirname(path))
     places = [path, parent if os.path.basename(os.path.dirname(path)) == "bin" else ""]
     for place in filter(None, [*places, *(f"{path}/{inner}" for inner in (".venv", "venv", "env"))]):
-        mode = environment_at(place, facts)
+        mode = environment_at(place, host)
         if mode:
             is_other = "a virtualenv" if mode == "virtualenv" else "a conda environment"
             message = f"{path} is {is_other}, not a {what}." if place == path else f"{path} is not a {what}."
@@ -194,7 +194,7 @@ def not_this(what: str, path: str, facts: Facts) -> UserError | None:
     if name.endswith((".yml", ".yaml")):
         hint = f"Create it first (conda env create --prefix DIR --file {quoted(path)}), then give DIR."
         return UserError(f"{path} describes an environment, it is none.", hint)
-    if facts.exists(path) and not facts.isdir(path):
+    if host.exists(path) and not host.isdir(path):
         return UserError(f"{path} is a file, not a {what}.", "Give the directory of the environment.")
     return None
 
@@ -245,7 +245,7 @@ class Record:
         fields = ", ".join("{}={!r}".format(*item) for item in vars(self).items())
         return f"{type(self).__name__}({fields})"
 
-    def but(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
@@ -319,7 +319,7 @@ class Plan(Record):
     install: how to install something there, in words, ``%s`` standing for the package.
     care: what has to stand beside the program; None where it takes this process's place.
     given: variables of the user's for the kernel (``--env``), for modes that start with a clean one.
-    inside: how a command is run once inside of a container, without its private folder; empty for none.
+    inside: how a command is run once inside of a container, without its private directory; empty for none.
     job: what runs it on a cluster; None on this host.
     """
 
@@ -347,11 +347,11 @@ class Mode(Record):
 
     target: metavar of what stands after the options; empty for none.  targets: how many there may
     be, ``(least, most)``.  minus: a target may begin with a minus (``-gcc`` unloads a module).
-    setup: ``(step, facts, environ, common) -> Step``: checks and normalises; the kernelspec holds the
+    setup: ``(step, host, environ, common) -> Step``: checks and normalises; the kernelspec holds the
     result.  common: the common options by name.
-    plan: ``(step, plan, facts, rest) -> Plan``: one fold of the launch; `rest` is the `Launch` of
+    plan: ``(step, plan, host, rest) -> Plan``: one fold of the launch; `rest` is the `Launch` of
     what comes after this step.  remote: it takes the rest of the chain along, so the fold ends here.
-    engine: ``(name, tokens, environ, facts) -> [[program, subcommand], ...]``: the commands of the engine
+    engine: ``(name, tokens, environ, host) -> [[program, subcommand], ...]``: the commands of the engine
     whose options may be given; None where there is no engine.
     """
 
@@ -609,7 +609,7 @@ _GROUPS = {
         recorded("--resource-dir", "Directory of the kernelspec.", "DIR"),
     ],
 }
-COMMON_OPTIONS = [option.but(group=group) for group, options in _GROUPS.items() for option in options]
+COMMON_OPTIONS = [option.replace(group=group) for group, options in _GROUPS.items() for option in options]
 """Options of every mode; they come before the first ``--`` (``--env`` after any mode)."""
 
 # ---- command line -------------------------------------------------------------------------------
@@ -656,17 +656,17 @@ class Request(Record):
     command: list[str] | None = None
 
 
-def parse_setup(tokens: Sequence[str], facts: Facts, environ: Mapping[str, str] | None = None) -> Request:
+def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | None = None) -> Request:
     """Read ``MODE [options] TARGET [-- MODE ... ] [-- KERNEL COMMAND]`` as a user types it.
 
     Each mode is read in the environment that the modes before it make: its engine may exist only there.
     Raises UserError (status 2) for what neither envkernel nor the engine knows.
     """
-    start = launch_environ(facts) if environ is None else environ
+    start = launch_environ(host) if environ is None else environ
 
     def before() -> Mapping[str, str]:
         near = [step for step in steps if not (MODES[step.mode].remote or MODES[step.mode].container)]
-        return setup_steps(Request(common, near), facts, start)[1]
+        return setup_steps(Request(common, near), host, start)[1]
 
     common: dict[str, Any] = {}
     steps: list[Step] = []
@@ -674,7 +674,7 @@ def parse_setup(tokens: Sequence[str], facts: Facts, environ: Mapping[str, str] 
     while rest and (not steps or rest[0] in MODES):
         mode = find_mode(rest[0])
         own, rest = split_chain(rest[1:])
-        step = parse_step(mode, own, facts, before, common, first=not steps)
+        step = parse_step(mode, own, host, before, common, first=not steps)
         check_targets(mode, step, own, common)
         steps.append(step)
     if rest is not None and not rest:
@@ -721,14 +721,14 @@ def check_targets(
         raise usage_error(message, hint)
 
 
-def derive_name(request: Request, facts: Facts) -> str:
+def derive_name(request: Request, host: Host) -> str:
     """Return a name for a kernel that was given none: its last target's, behind that of a cluster's mode."""
     names: list[str] = []
     for step in request.steps:
         made_of = [step.options[name] for name in ("build", "uri", "restore") if name in step.options][:1]
         targets = [target for target in step.targets if not target.startswith("-")] or made_of
         if step.mode != "lmod" and targets:
-            path = facts.absolute(targets[0].partition("@")[0])
+            path = host.absolute(targets[0].partition("@")[0])
             is_usual = os.path.basename(path).strip(".") in ("venv", "env")
             targets = [os.path.basename(os.path.dirname(path) if is_usual else path)]
         earlier = [name for name in names if name == "slurm"] if targets else names
@@ -742,7 +742,7 @@ def derive_name(request: Request, facts: Facts) -> str:
 def parse_step(
     mode: Mode,
     tokens: Sequence[str],
-    facts: Facts,
+    host: Host,
     environ: Callable[[], Mapping[str, str]],
     common: dict[str, Any],
     first: bool = True,
@@ -759,7 +759,7 @@ def parse_step(
     def engine() -> EngineOptions:
         around = environ() if mode.engine else {}
         return EngineOptions(
-            mode.engine(mode.name, tokens, around, facts) if mode.engine else [], facts, around
+            mode.engine(mode.name, tokens, around, host) if mode.engine else [], host, around
         )
 
     options = [option for option in COMMON_OPTIONS if first or option.name == "env"] + mode.options
@@ -777,7 +777,7 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
     command = COMMANDS[name]
     own, rest = split_chain(tokens)
     step = Step(name)
-    normal = normalise(name, own, command.options, lambda: EngineOptions([], Facts(), {}), step)
+    normal = normalise(name, own, command.options, lambda: EngineOptions([], Host(), {}), step)
     values = vars(make_parser().parse_args([name, *normal]))
     usage = f"Usage: envkernel {name} {command.argument}".rstrip()
     surplus = step.targets[1 if command.argument else 0 :] + (rest or [] if name != "completion" else [])
@@ -882,14 +882,14 @@ class EngineOptions:
     UNKNOWN = ("unknown flag", "unknown shorthand", "unrecognized option", "invalid option", "is ambiguous")
     """How engines refuse an option that they don't know."""
 
-    def __init__(self, commands: Sequence[Sequence[str]], facts: Facts, environ: Mapping[str, str]) -> None:
+    def __init__(self, commands: Sequence[Sequence[str]], host: Host, environ: Mapping[str, str]) -> None:
         """Ask what the help lists (see `read_engine_help`).  Raises UserError without an answer."""
         self.commands = commands
-        self.facts = facts
+        self.host = host
         self.environ = {**environ, "LC_ALL": "C"}
         self.known: dict[str, tuple[str, str]] = {}
         for command in commands:
-            answer = facts.output([*command, "--help"], self.environ)
+            answer = host.output([*command, "--help"], self.environ)
             found = read_engine_help(os.fsdecode(answer.out))
             if not found:
                 name = " ".join(command)
@@ -904,7 +904,7 @@ class EngineOptions:
         """Return an option's long name and how it takes a value, None where the engine does not know it."""
         if flag not in self.known:
             for command in self.commands:
-                answer = self.facts.output([*command, flag, "--help"], self.environ)
+                answer = self.host.output([*command, flag, "--help"], self.environ)
                 if not any(sign in os.fsdecode(answer.err) for sign in self.UNKNOWN):
                     self.known[flag] = (flag, "=" if answer.status else "")
                     break
@@ -956,16 +956,16 @@ def typed_value(tokens: Sequence[str], flag: str) -> str:
     return next((value for name, value in pairs if name == flag and value), "")
 
 
-def legacy_launch(tokens: Sequence[str], facts: Facts | None = None) -> Launch:
+def legacy_launch(tokens: Sequence[str], host: Host | None = None) -> Launch:
     """Return the launch of a kernelspec that envkernel 1.x wrote: ``MODE run [options] TARGET -- COMMAND``.
 
     There the kernel command is literal and the rest is as a user would have typed it.
     """
     mode = find_mode(tokens[0])
     common: dict[str, Any] = {}
-    facts = facts or Facts()
+    host = host or Host()
     own, command = split_chain(tokens[2:])
-    step = parse_step(mode, own, facts, lambda: launch_environ(facts), common)
+    step = parse_step(mode, own, host, lambda: launch_environ(host), common)
     check_targets(mode, step)
     if not command:
         raise usage_error(
@@ -1069,14 +1069,14 @@ def called_as() -> str:
     return f"{quoted(sys.executable)} {quoted(os.path.abspath(__file__))}"
 
 
-def carry_out(argv: Sequence[str], facts: Facts) -> int:
+def carry_out(argv: Sequence[str], host: Host) -> int:
     """Do what a user types: help, a management command or a setup.  Raises UserError."""
     name = argv[0] if argv else "-h"
     try:
         if name in COMMANDS:
-            return COMMANDS[name].run(parse_command(name, argv[1:]), facts)
+            return COMMANDS[name].run(parse_command(name, argv[1:]), host)
         if name in MODES:
-            return setup(argv, facts)
+            return setup(argv, host)
         if name in ("-h", "--help", "help", "-V", "--version"):
             make_parser().parse_args(["-h" if name == "help" else name])
     except SystemExit as end:  # the parser has printed what was asked for
@@ -1106,36 +1106,36 @@ def path_entries(environ: Mapping[str, str]) -> list[str]:
     return [os.path.normpath(entry) for entry in environ.get("PATH", "/usr/bin").split(":")]
 
 
-def conda_root(prefix: str, facts: Facts, environ: Mapping[str, str]) -> str:
-    """Return the root prefix that belongs to a conda environment, empty where it can't be told.
+def conda_root(prefix: str, host: Host, environ: Mapping[str, str]) -> str:
+    """Return the root prefix that belongs to a conda environment, empty where it can't be reported.
 
     By CONDA_EXE, the parent of ``envs/`` or the commands in ``conda-meta/history``.
     """
     candidates = [environ.get("CONDA_EXE", ""), prefix + "/bin/conda"]
-    parent, folder = os.path.split(os.path.dirname(prefix))
-    if folder == "envs":
+    parent, directory = os.path.split(os.path.dirname(prefix))
+    if directory == "envs":
         candidates.append(parent + "/bin/conda")
-    for line in (facts.read(prefix + "/conda-meta/history") or b"").splitlines():
+    for line in (host.read(prefix + "/conda-meta/history") or b"").splitlines():
         words = line.split()
         if line.startswith(b"# cmd:") and len(words) > 2:
             candidates.append(os.fsdecode(words[2]))
     for candidate in candidates:
         root = os.path.dirname(os.path.dirname(candidate))
-        if os.path.isabs(candidate) and facts.isdir(root + "/conda-meta") and facts.exists(candidate):
+        if os.path.isabs(candidate) and host.isdir(root + "/conda-meta") and host.exists(candidate):
             return root
     return ""
 
 
-def conda_state(prefix: str, facts: Facts) -> dict[str, str]:
+def conda_state(prefix: str, host: Host) -> dict[str, str]:
     """Return the variables that a conda environment sets: ``env_vars.d``, then ``conda-meta/state``.
 
     PATH and what is marked as unset are left out.
     Raises UserError for a file that is not JSON.
     """
-    folder = prefix + "/etc/conda/env_vars.d/"
-    files = [folder + name for name in sorted(facts.listdir(folder))]
+    directory = prefix + "/etc/conda/env_vars.d/"
+    files = [directory + name for name in sorted(host.listdir(directory))]
     state = prefix + "/conda-meta/state"
-    texts = [(path, facts.read(path)) for path in [*files, state]]
+    texts = [(path, host.read(path)) for path in [*files, state]]
     variables: dict[str, str] = {}
     for path, text in texts:
         if text is None:
@@ -1212,31 +1212,31 @@ def conda_level(environ: Mapping[str, str]) -> int:
         return 0
 
 
-def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan what ``conda activate PREFIX`` does.  Raises UserError where there is no environment."""
     prefix = os.path.normpath(step.targets[0])  # envkernel 1.x wrote it as it was typed
-    if not facts.isdir(prefix + "/conda-meta"):
-        raise not_this("conda environment", prefix, facts) or missing_place(
+    if not host.isdir(prefix + "/conda-meta"):
+        raise not_this("conda environment", prefix, host) or missing_place(
             "conda environment",
             prefix,
             f"Create it (conda create --prefix {quoted(prefix)} ipykernel), or set the kernel up elsewhere.",
-            facts.closed(prefix + "/conda-meta"),
+            host.closed(prefix + "/conda-meta"),
         )
     environ = plan.environ
-    root = step.options.get("root", "") or conda_root(prefix, facts, environ)
+    root = step.options.get("root", "") or conda_root(prefix, host, environ)
     old = environ.get("CONDA_PREFIX", "") if conda_level(environ) else ""
-    leave = shell_scripts(old + "/etc/conda/deactivate.d", facts) if old else []
-    enter = shell_scripts(prefix + "/etc/conda/activate.d", facts)
-    state = {} if old == prefix else conda_state(prefix, facts)
+    leave = shell_scripts(old + "/etc/conda/deactivate.d", host) if old else []
+    enter = shell_scripts(prefix + "/etc/conda/activate.d", host)
+    state = {} if old == prefix else conda_state(prefix, host)
     variables = conda_variables(prefix, root, state, environ)
     if leave or enter:
         actions = [("source", script, "") for script in reversed(leave)]
         actions += [("export", name, value) for name, value in variables.items()]
         actions += [("source", script, "") for script in enter]
-        environ = facts.source(actions, environ)
+        environ = host.source(actions, environ)
     else:
         environ = {**environ, **variables}
-    return plan.but(
+    return plan.replace(
         environ=environ,
         search=[prefix + "/bin"],
         where=f"the conda environment {prefix}",
@@ -1244,91 +1244,91 @@ def plan_conda(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     )
 
 
-def conda_prefix(name: str, facts: Facts, environ: Mapping[str, str]) -> str:
+def conda_prefix(name: str, host: Host, environ: Mapping[str, str]) -> str:
     """Return the prefix that a name or path of a conda environment means (ACTIVATION.md, *resolve*).
 
     Raises UserError with a suggestion where there is no environment of that name.
     """
     if "/" in name or name in (".", "..") or name.startswith("~"):
-        return facts.absolute(os.path.expandvars(name))
-    homes = [folder for folder in environ.get("CONDA_ENVS_PATH", "").split(":") if folder]
-    known = (facts.read(facts.absolute("~/.conda/environments.txt")) or b"").splitlines()
+        return host.absolute(os.path.expandvars(name))
+    homes = [directory for directory in environ.get("CONDA_ENVS_PATH", "").split(":") if directory]
+    known = (host.read(host.absolute("~/.conda/environments.txt")) or b"").splitlines()
     prefixes = [os.fsdecode(line.strip()) for line in known if line.strip()]
     roots = [os.path.dirname(os.path.dirname(environ.get("CONDA_EXE", "")))]
     for prefix in [environ.get("CONDA_PREFIX", ""), *prefixes]:
-        roots.append(conda_root(prefix, facts, environ) if prefix else "")
+        roots.append(conda_root(prefix, host, environ) if prefix else "")
     roots = [root for root in dict.fromkeys(roots) if root]
     if name in ("base", "root") and roots:
         return roots[0]
-    homes += [root + "/envs" for root in roots] + [facts.absolute("~/.conda/envs")]
+    homes += [root + "/envs" for root in roots] + [host.absolute("~/.conda/envs")]
     for prefix in [f"{home}/{name}" for home in homes] + prefixes:
-        if os.path.basename(prefix) == name and facts.isdir(prefix + "/conda-meta"):
-            return facts.absolute(prefix)
+        if os.path.basename(prefix) == name and host.isdir(prefix + "/conda-meta"):
+            return host.absolute(prefix)
     names = [os.path.basename(prefix) for prefix in prefixes]
-    names += [found for home in homes for found in facts.listdir(home)]
-    other = not_this("conda environment", facts.absolute(name), facts)
+    names += [found for home in homes for found in host.listdir(home)]
+    other = not_this("conda environment", host.absolute(name), host)
     known_names = sorted({*names, "base"}) if roots else names
     hint = suggestion(name, known_names) if names else "Give its path instead."
     raise UserError(f"There is no conda environment named {name}.", other.hint if other else hint)
 
 
-def setup_conda(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def setup_conda(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Resolve the environment's name and find conda's root, so that run needs neither."""
-    prefix = conda_prefix(step.targets[0], facts, environ)
-    root = conda_root(prefix, facts, environ)
-    return step.but(targets=[prefix], options={**step.options, **({"root": root} if root else {})})
+    prefix = conda_prefix(step.targets[0], host, environ)
+    root = conda_root(prefix, host, environ)
+    return step.replace(targets=[prefix], options={**step.options, **({"root": root} if root else {})})
 
 
-def shell_scripts(folder: str, facts: Facts) -> list[str]:
-    """Return the ``*.sh`` files of a folder in their order, hidden ones too."""
-    return [folder + "/" + name for name in sorted(facts.listdir(folder)) if name.endswith(".sh")]
+def shell_scripts(directory: str, host: Host) -> list[str]:
+    """Return the ``*.sh`` files of a directory in their order, hidden ones too."""
+    return [directory + "/" + name for name in sorted(host.listdir(directory)) if name.endswith(".sh")]
 
 
-def plan_virtualenv(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan what ``source PATH/bin/activate`` does.  Raises UserError where there is no environment."""
     path = step.targets[0]
     script = path + "/bin/activate"
-    text = facts.read(script)
+    text = host.read(script)
     if text is None:
-        raise not_this("virtualenv", path, facts) or missing_place(
+        raise not_this("virtualenv", path, host) or missing_place(
             "virtualenv",
             path,
             f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create), or give another.",
-            facts.closed(script),
+            host.closed(script),
         )
-    if any(holds_code(text, os.fsencode(place)) for place in (path, facts.real_path(path))):
+    if any(holds_code(text, os.fsencode(place)) for place in (path, host.real_path(path))):
         raise UserError(
             f"{script} does not quote the name of its directory: bash would run a part of that name.",
             "Create the virtualenv again in a directory without $ ` \" and ' in its name.",
         )
-    environ = facts.source([("source", script, "")], plan.environ)
+    environ = host.source([("source", script, "")], plan.environ)
     if not environ.get("VIRTUAL_ENV"):
-        raise (facts.isdir(path + "/conda-meta") and not_this("virtualenv", path, facts)) or UserError(
+        raise (host.isdir(path + "/conda-meta") and not_this("virtualenv", path, host)) or UserError(
             f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV.",
             "Repair what you have edited in it, or create the virtualenv again.",
         )
-    return plan.but(
+    return plan.replace(
         environ=environ,
         search=[path + "/bin"],
         where=f"the virtualenv {path}",
-        install=installer(path, facts),
+        install=installer(path, host),
     )
 
 
-def installer(path: str, facts: Facts) -> str:
+def installer(path: str, host: Host) -> str:
     """Return how a package is installed into a virtualenv, ``%s`` for its name: one of uv's has no pip."""
     python = quoted(path + "/bin/python").replace("%", "%%")
-    if b"\nuv = " in (facts.read(path + "/pyvenv.cfg") or b""):
+    if b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b""):
         return f"uv pip install --python {python} %s"
     return python + " -m pip install %s"
 
 
-def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
+def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
     """Make the path absolute; with ``--create`` make the environment and install ipykernel into it.
 
     Raises UserError where that fails; then nothing is left of the environment.
     """
-    path = facts.absolute(step.targets[0])
+    path = host.absolute(step.targets[0])
     options = {name: value for name, value in step.options.items() if name != "create"}
     if step.options.get("create"):
         if common.get("dry-run"):
@@ -1337,31 +1337,31 @@ def setup_virtualenv(step: Step, facts: Facts, environ: Mapping[str, str], commo
             )
         chosen = common.pop("python", "")  # it makes the environment; the kernel's is the one inside
         python = sys.executable if chosen in ("", "SELF") else chosen
-        if chosen and facts.is_executable(path + "/bin/python"):
-            found = python if "/" in python else search_program(python, path_entries(environ), facts)
-            check_same_python(path, found or python, facts, environ)
-        facts.create_virtualenv(path, python)
-    step = step.but(targets=[path], options=options)
-    active = plan_virtualenv(step, Plan([], dict(environ)), facts, Launch([], [])).environ["VIRTUAL_ENV"]
-    if facts.real_path(active) != facts.real_path(path):
-        facts.tell(
+        if chosen and host.is_executable(path + "/bin/python"):
+            found = python if "/" in python else search_program(python, path_entries(environ), host)
+            check_same_python(path, found or python, host, environ)
+        host.create_virtualenv(path, python)
+    step = step.replace(targets=[path], options=options)
+    active = plan_virtualenv(step, Plan([], dict(environ)), host, Launch([], [])).environ["VIRTUAL_ENV"]
+    if host.real_path(active) != host.real_path(path):
+        host.warn(
             f"envkernel: {path} was made as {active} and moved: its activate script puts that on PATH.\n"
             "  Create it again where it is now.\n".encode(errors="surrogateescape")
         )
     return step
 
 
-def check_same_python(path: str, python: str, facts: Facts, environ: Mapping[str, str]) -> None:
+def check_same_python(path: str, python: str, host: Host, environ: Mapping[str, str]) -> None:
     """Raise UserError unless the virtualenv that is there already has the Python that is asked for."""
-    told = [
-        os.fsdecode(facts.output([program, "-c", "import sys; print(sys.version)"], environ).out)
+    reported = [
+        os.fsdecode(host.output([program, "-c", "import sys; print(sys.version)"], environ).out)
         for program in (path + "/bin/python", python)
     ]
-    if told[0] != told[1]:
-        has = told[0].partition(" ")[0]
+    if reported[0] != reported[1]:
+        has = reported[0].partition(" ")[0]
         raise UserError(
             f"{path} is there already and has Python {has}, which is not that of --python={python}.",
-            "Give a folder that does not exist yet, or leave --python out.",
+            "Give a directory that does not exist yet, or leave --python out.",
         )
 
 
@@ -1393,24 +1393,24 @@ def module_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in sorted(environ.items()) if name.startswith(names)}
 
 
-def module_command(environ: Mapping[str, str], facts: Facts) -> list[str]:
+def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
     """Return the start of a module command line, empty where there is no module system.
 
     By ``LMOD_CMD``, ``MODULES_CMD``, ``LMOD_PKG``, ``MODULESHOME``, then well-known places.
     """
     home = environ.get("MODULESHOME", "")
     lmod, modulecmd = environ.get("LMOD_CMD", ""), environ.get("MODULES_CMD", "")
-    if not modulecmd or facts.is_executable(lmod):
+    if not modulecmd or host.is_executable(lmod):
         homes = (environ.get("LMOD_PKG", ""), home, *_LMOD_PLACES)
         for place in (lmod, *(directory + "/libexec/lmod" for directory in homes)):
-            if facts.is_executable(place):
+            if host.is_executable(place):
                 return [place]
     directories = (home + "/libexec", *_MODULECMD_PLACES)
     for place in (modulecmd, *(directory + "/modulecmd.tcl" for directory in directories)):
-        if facts.is_executable(place):
+        if host.is_executable(place):
             return [place]
-        if facts.exists(place):
-            tclsh = search_program("tclsh", environ.get("PATH", os.defpath).split(":"), facts)
+        if host.exists(place):
+            tclsh = search_program("tclsh", environ.get("PATH", os.defpath).split(":"), host)
             return [tclsh or "/usr/bin/tclsh", place]
     return []
 
@@ -1490,14 +1490,14 @@ def _read_tcl_quoted(text: bytes, start: int) -> tuple[bytes, int]:
 
 
 def run_modules(
-    words: Sequence[str], command: Sequence[str], environ: Mapping[str, str], facts: Facts
+    words: Sequence[str], command: Sequence[str], environ: Mapping[str, str], host: Host
 ) -> dict[str, str]:
     """Return the environment after ``module WORDS``.
 
     command: what `module_command` found.  Raises UserError with what the module system said where
     it failed; a warning of Lmod's (exit 1, but assignments) is no failure, as bash applies it.
     """
-    said = facts.output([*command, "python", *words], environ)
+    said = host.output([*command, "python", *words], environ)
     changes, states = parse_modules(said.out)
     is_tcl = command[-1].endswith(".tcl")
     failed = not all(states) if is_tcl else not changes and (said.status != 0 or not all(states))
@@ -1508,22 +1508,22 @@ def run_modules(
             f"now (MODULEPATH is {environ.get('MODULEPATH', 'not set')}).",
             detail=os.fsdecode(said.err or said.out).strip(),
         )
-    facts.tell(said.err)
+    host.warn(said.err)
     result = {**environ, **{name: value for name, value in changes.items() if value is not None}}
     result = {name: value for name, value in result.items() if changes.get(name, "") is not None}
-    if is_tcl or facts.quiet or not executes_commands(environ, result, facts):
+    if is_tcl or host.quiet or not executes_commands(environ, result, host):
         return result
-    said = facts.output([*command, "bash", *words], environ)
-    return facts.source([("eval", os.fsdecode(said.out), "")], environ)
+    said = host.output([*command, "bash", *words], environ)
+    return host.source([("eval", os.fsdecode(said.out), "")], environ)
 
 
-def executes_commands(before: Mapping[str, str], after: Mapping[str, str], facts: Facts) -> bool:
+def executes_commands(before: Mapping[str, str], after: Mapping[str, str], host: Host) -> bool:
     """Return whether a module that was loaded or unloaded may give commands to the shell.
 
     Lmod's ``execute`` prints them for a shell only; bash runs them, as it does after ``module load``.
     """
     files = [set(environ.get("_LMFILES_", "").split(":")) for environ in (before, after)]
-    return any(b"execute" in (facts.read(path) or b"") for path in files[0] ^ files[1])
+    return any(b"execute" in (host.read(path) or b"") for path in files[0] ^ files[1])
 
 
 def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
@@ -1534,7 +1534,7 @@ def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
     calls: list[list[str]] = []
     if step.options.get("purge") and environ.get("LOADEDMODULES", ""):
         calls.append(["purge"])
-    calls += [["use", folder] for folder in step.options.get("use", [])]
+    calls += [["use", directory] for directory in step.options.get("use", [])]
     if "restore" in step.options:
         calls.append(["restore", step.options["restore"]])
     unload = [target[1:] for target in step.targets if target.startswith("-")]
@@ -1544,7 +1544,7 @@ def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
     return calls
 
 
-def with_modules(step: Step, environ: Mapping[str, str], facts: Facts) -> tuple[dict[str, str], list[str]]:
+def with_modules(step: Step, environ: Mapping[str, str], host: Host) -> tuple[dict[str, str], list[str]]:
     """Return an environment in which the module system is found, and its command.
 
     First by the environment, then by what setup recorded, last by a login shell.
@@ -1555,10 +1555,10 @@ def with_modules(step: Step, environ: Mapping[str, str], facts: Facts) -> tuple[
         **recorded,
         **{name: environ[name] for name in environ if environ[name] or name not in recorded},
     }
-    command = module_command(environ, facts)
+    command = module_command(environ, host)
     if not command or not environ.get("MODULEPATH"):
-        environ = {**module_variables(facts.login_environ(environ)), **environ}
-        command = module_command(environ, facts)
+        environ = {**module_variables(host.login_environ(environ)), **environ}
+        command = module_command(environ, host)
     if not command:
         raise UserError(
             "There is no module system (Lmod or Environment Modules) on this machine.",
@@ -1568,27 +1568,27 @@ def with_modules(step: Step, environ: Mapping[str, str], facts: Facts) -> tuple[
     return dict(environ), command
 
 
-def plan_lmod(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan what ``module purge|use|restore|load`` make of the environment.
 
     Raises UserError for a module that can't be loaded.
     """
-    start, command = with_modules(step, plan.environ, facts)
+    start, command = with_modules(step, plan.environ, host)
     environ: Mapping[str, str] = start
     for words in module_calls(step, environ):
-        environ = run_modules(words, command, environ, facts)
+        environ = run_modules(words, command, environ, host)
     before = set(plan.environ.get("PATH", "").split(":"))
     entries = environ.get("PATH", "").split(":")
     search = [entry for entry in entries if entry not in before or entry in (plan.search or ())]
     program = plan.argv[0] if plan.argv else ""
-    if start.get("LOADEDMODULES") and program and not search_program(program, search, facts):
-        bare = run_modules(["purge"], command, environ, facts).get("PATH", "").split(":")
+    if start.get("LOADEDMODULES") and program and not search_program(program, search, host):
+        bare = run_modules(["purge"], command, environ, host).get("PATH", "").split(":")
         search = [entry for entry in entries if entry not in bare or entry in (plan.search or ())]
-    brought = not program or search_program(program, search, facts)
-    if rest.legacy and not brought and search_program(program, entries, facts):
-        facts.tell(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
+    brought = not program or search_program(program, search, host)
+    if rest.legacy and not brought and search_program(program, entries, host):
+        host.warn(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
         search = entries
-    return plan.but(
+    return plan.replace(
         environ=environ,
         search=search,
         where=f"the modules {' '.join(step.targets)}".rstrip(),
@@ -1597,27 +1597,27 @@ def plan_lmod(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     )
 
 
-def setup_lmod(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def setup_lmod(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Record by what variables the module system is found, for a Jupyter without a login shell."""
     if not module_calls(step, {"LOADEDMODULES": "any"}) or "-" in step.targets:
         raise usage_error("lmod has nothing to load.", f"Usage: {usage_line(MODES['lmod'])}")
-    found, _ = with_modules(step, environ, facts)
+    found, _ = with_modules(step, environ, host)
     options = dict(step.options)
     options["recorded"] = [f"{name}={value}" for name, value in module_variables(found).items()]
     if "use" in options:
-        options["use"] = [facts.absolute(folder) for folder in options["use"]]
-    return step.but(options=options)
+        options["use"] = [host.absolute(directory) for directory in options["use"]]
+    return step.replace(options=options)
 
 
-def search_program(name: str, folders: Sequence[str], facts: Facts) -> str:
-    """Return the first executable of that name in some folders, empty where there is none."""
-    for folder in folders:
-        if folder and facts.is_executable(f"{folder}/{name}"):
-            return f"{folder}/{name}"
+def search_program(name: str, directories: Sequence[str], host: Host) -> str:
+    """Return the first executable of that name in some directories, empty where there is none."""
+    for directory in directories:
+        if directory and host.is_executable(f"{directory}/{name}"):
+            return f"{directory}/{name}"
     return ""
 
 
-def resolve_program(plan: Plan, facts: Facts) -> Plan:
+def resolve_program(plan: Plan, host: Host) -> Plan:
     """Make the kernel program of a plan absolute.
 
     A bare name is looked for in what the modes brought, never in what else is on PATH: that would be
@@ -1627,26 +1627,28 @@ def resolve_program(plan: Plan, facts: Facts) -> Plan:
     program = plan.argv[0]
     if plan.search is None:
         return plan
-    if "/" in program and not facts.is_executable(program):
+    if "/" in program and not host.is_executable(program):
         hint = "Install it, or set the kernel up again with another command."
         raise UserError(f"There is no program {program}.", hint, 127)
     if "/" in program:
         return plan
-    found = search_program(program, plan.search, facts)
+    found = search_program(program, plan.search, host)
     if not found:
-        raise UserError(f"There is no {program} in {plan.where}.", missing_hint(program, plan, facts), 127)
-    return plan.but(argv=[found, *plan.argv[1:]])
+        raise UserError(f"There is no {program} in {plan.where}.", missing_hint(program, plan, host), 127)
+    return plan.replace(argv=[found, *plan.argv[1:]])
 
 
-def missing_hint(program: str, plan: Plan, facts: Facts) -> str:
+def missing_hint(program: str, plan: Plan, host: Host) -> str:
     """Return what to do about a kernel program that an environment does not have."""
-    found = [(folder, name) for folder in plan.search or () for name in facts.listdir(folder)]
-    pythons = {name for folder, name in found if is_python(name) and facts.is_executable(f"{folder}/{name}")}
+    found = [(directory, name) for directory in plan.search or () for name in host.listdir(directory)]
+    pythons = {
+        name for directory, name in found if is_python(name) and host.is_executable(f"{directory}/{name}")
+    }
     if is_python(program) and pythons:
         return f"It has {', '.join(sorted(pythons))}: choose one of them with --python."
     if is_python(program) and " -m pip " in plan.install:
         link = f"{(plan.search or [''])[0]}/{program}"
-        goal = facts.real_path(link)
+        goal = host.real_path(link)
         gone = f"Its Python is gone (it was {goal})" if goal != link else "Its Python is gone"
         again = f"python3 -m venv --clear {quoted(os.path.dirname(os.path.dirname(link)))}"
         return f"{gone}; create it again: `{again} && {plan.install % 'ipykernel'}`."
@@ -1662,11 +1664,11 @@ PACKAGES = {"R": "r-irkernel", "ipykernel_launcher": "ipykernel"}
 
 
 def is_python(program: str) -> bool:
-    """Tell whether a program's name is that of a Python interpreter."""
+    """Return whether a program's name is that of a Python interpreter."""
     return os.path.basename(program).rstrip("0123456789.") in ("python", "pypy")
 
 
-def check_kernel_module(plan: Plan, facts: Facts) -> None:
+def check_kernel_module(plan: Plan, host: Host) -> None:
     """Raise UserError unless the module of ``python -m MODULE`` can be imported.
 
     A look into site-packages answers in microseconds where the module is in its usual place; only
@@ -1677,15 +1679,15 @@ def check_kernel_module(plan: Plan, facts: Facts) -> None:
     cut = plan.argv.index("-m", 1)
     top = plan.argv[cut + 1].partition(".")[0]
     library = os.path.dirname(os.path.dirname(plan.argv[0])) + "/lib/"
-    version = os.path.basename(facts.real_path(plan.argv[0]))  # python3.11
+    version = os.path.basename(host.real_path(plan.argv[0]))  # python3.11
     for packages in (version + "/site-packages/", "python3/dist-packages/"):
-        if any(facts.exists(library + packages + file) for file in (top + ".py", top + "/__init__.py")):
+        if any(host.exists(library + packages + file) for file in (top + ".py", top + "/__init__.py")):
             return
-    said = facts.output([*plan.argv[:cut], "-c", FIND_MODULE, top], plan.environ)
+    said = host.output([*plan.argv[:cut], "-c", FIND_MODULE, top], plan.environ)
     detail = os.fsdecode(said.err).strip()
     if said.status == MODULE_MISSING:
         install = plan.install
-        if facts.host is facts and os.path.dirname(plan.argv[0]) not in (plan.search or ()):
+        if host.host is host and os.path.dirname(plan.argv[0]) not in (plan.search or ()):
             install = quoted(plan.argv[0]).replace("%", "%%") + " -m pip install %s"  # it is from elsewhere
         raise UserError(
             f"There is no {top} in {plan.where}: {plan.argv[0]} can't import it.",
@@ -1705,7 +1707,7 @@ FIND_MODULE = (
     "import sys; sys.path = [entry for entry in sys.path if entry]; from importlib.util import find_spec; "
     f"sys.exit({MODULE_MISSING} if find_spec(sys.argv[1]) is None else 0)"
 )
-"""What a Python is asked for a module: not in the current folder, which is not the notebook's."""
+"""What a Python is asked for a module: not in the current directory, which is not the notebook's."""
 
 
 register(
@@ -1750,7 +1752,7 @@ register(
 # ---- container modes ----------------------------------------------------------------------------
 
 INSIDE = "/run/envkernel"
-"""Where a kernel's private folder appears inside of its container."""
+"""Where a kernel's private directory appears inside of its container."""
 
 CONTAINER_OPTIONS = [
     Option(
@@ -1769,7 +1771,7 @@ CONTAINER_OPTIONS = [
     recorded("--reach", "How setup reached the kernel.", "HOW"),
 ]
 CONTAINER_OPTIONS += [
-    option.but(group="engine")
+    option.replace(group="engine")
     for option in (
         Option("--engine", "Program that runs the container (default: the mode's own).", "PROGRAM", run=True),
         Option("--build", "Build the image of this directory or FILE.def, at each update again.", "PATH"),
@@ -1832,13 +1834,13 @@ def read_binds(texts: Sequence[str], commas: bool = False) -> list[Bind]:
     return binds
 
 
-def setup_binds(texts: Sequence[str], facts: Facts) -> list[str]:
+def setup_binds(texts: Sequence[str], host: Host) -> list[str]:
     """Return binds with absolute sources.  Raises UserError for a source that does not exist."""
     binds = []
     for bind in read_binds(texts):
-        source = facts.absolute(bind.source)
+        source = host.absolute(bind.source)
         target = source if bind.target == bind.source else os.path.normpath(bind.target)
-        if not facts.exists(source):
+        if not host.exists(source):
             raise UserError(f"--bind: there is no {source}.", "Create it, or correct its path.")
         binds.append(str(Bind(source, target, bind.options)))
     return binds
@@ -1891,17 +1893,17 @@ class ContainerSpec(Record):
 
 
 def container_spec(
-    step: Step, plan: Plan, facts: Facts, rest: Launch, *, host_network: bool, inside: str = INSIDE
+    step: Step, plan: Plan, host: Host, rest: Launch, *, host_network: bool, inside: str = INSIDE
 ) -> ContainerSpec:
     """Return what the engine has to know: the private directory, binds, working directory, variables.
 
     inside: where the private directory appears, empty for its path on the host.
     Raises UserError where the kernel can't have what it was set up with.
     """
-    path, _, connection = read_connection(rest, facts)
-    base = private_base(plan.environ, step.options.get("place", ""), facts)
-    key = kernel_key(path if connection else facts.random())
-    shared = shared_name(step, rest, facts) if step.options.get("shared") else ""
+    path, _, connection = read_connection(rest, host)
+    base = private_base(plan.environ, step.options.get("place", ""), host)
+    key = kernel_key(path if connection else host.random())
+    shared = shared_name(step, rest, host) if step.options.get("shared") else ""
     directory = "/".join([base, *([shared] if shared else []), key])
     inside = (f"{inside}/{key}" if shared else inside) or directory
     file = f"{inside}/connection.json"
@@ -1919,18 +1921,16 @@ def container_spec(
     spec.binds += read_binds(step.options.get("bind", []))
     if connection:
         transport = step.options.get("transport") or step.options.get("reach", "")
-        own = kernel_connection(spec, host_network, transport, facts)
+        own = kernel_connection(spec, host_network, transport, host)
         spec.care.files.append((spec.path("connection.json"), to_json(own)))
         if connection.get("transport") == "ipc":
             spec.care.remove += [f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS]
     if step.options.get("pwd") or step.options.get("copy-workdir"):
-        use_workdir(spec, step, plan, facts)
+        use_workdir(spec, step, plan, host)
     return spec
 
 
-def kernel_connection(
-    spec: ContainerSpec, host_network: bool, transport: str, facts: Facts
-) -> dict[str, Any]:
+def kernel_connection(spec: ContainerSpec, host_network: bool, transport: str, host: Host) -> dict[str, Any]:
     """Decide where the kernel listens; return what its connection file says, and record how it is reached.
 
     Jupyter's own addresses are opened outside of the container, and joined with the kernel's.  Those are
@@ -1943,7 +1943,7 @@ def kernel_connection(
         numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
         spec.care.relay = {**numbers, "transport": "ipc", "ip": spec.path("s")}
         return {**jupyters, **numbers, "transport": "ipc", "ip": f"{spec.inside}/s"}
-    random = bytes.fromhex(facts.random())
+    random = bytes.fromhex(host.random())
     address = "127.{}.{}.{}".format(*(byte % 254 + 1 for byte in random[:3]))
     ports = {name + "_port": int(jupyters[name + "_port"]) for name in STREAMS}
     if jupyters.get("transport") == "ipc" or jupyters["ip"] in ("0.0.0.0", "::", "*", ""):
@@ -1955,12 +1955,12 @@ def kernel_connection(
     return {**jupyters, **spec.care.relay, "ip": address if host_network else "0.0.0.0"}
 
 
-def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, facts: Facts) -> None:
+def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, host: Host) -> None:
     """Let the kernel work in the notebook's directory: bind it, or a copy of it, at its own path.
 
     A shared container has its binds already; one of them has to show the directory.  Raises UserError.
     """
-    directory = facts.absolute(".")
+    directory = host.absolute(".")
     if spec.shared:
         volumes = [value.split(":") for value in engine_values(step.engine, "--volume")]
         shown = [*spec.binds, *(Bind(*parts[:2]) for parts in volumes)]
@@ -1975,7 +1975,7 @@ def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, facts: Facts) -> No
                 "Open a notebook in a directory that --bind shows there, or bind this one as well.",
             )
     elif directory != "/":
-        source = add_copy(spec, directory, plan, facts) if step.options.get("copy-workdir") else directory
+        source = add_copy(spec, directory, plan, host) if step.options.get("copy-workdir") else directory
         spec.binds.append(Bind(source, directory))
         spec.workdir = spec.workdir or directory
     elif spec.care.connection:
@@ -1983,9 +1983,9 @@ def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, facts: Facts) -> No
         raise UserError("The kernel was started in /, which can't be bound into a container.", hint)
 
 
-def add_copy(spec: ContainerSpec, directory: str, plan: Plan, facts: Facts) -> str:
+def add_copy(spec: ContainerSpec, directory: str, plan: Plan, host: Host) -> str:
     """Have a directory copied before the start; return where the copy will be (on disk, not in memory)."""
-    disk = private_base({**plan.environ, "XDG_RUNTIME_DIR": ""}, "", facts)
+    disk = private_base({**plan.environ, "XDG_RUNTIME_DIR": ""}, "", host)
     owner = spec.shared or os.path.basename(spec.directory)
     copy = f"{disk}/{owner}.{len(spec.care.copies)}"
     spec.care.copies.append((directory, copy))
@@ -2015,7 +2015,7 @@ def split_csv(text: str) -> list[str]:
     return next(csv.reader([text]), [])
 
 
-def mount_options(step: Step, spec: ContainerSpec, plan: Plan, facts: Facts) -> list[str]:
+def mount_options(step: Step, spec: ContainerSpec, plan: Plan, host: Host) -> list[str]:
     """Return the mounts that a user wants from the engine; directories marked ``copy`` are copied first."""
     tokens = []
     for mount in step.options.get("mount", []):
@@ -2025,16 +2025,16 @@ def mount_options(step: Step, spec: ContainerSpec, plan: Plan, facts: Facts) -> 
             for index, field in enumerate(fields):
                 key, _, value = field.partition("=")
                 if key in ("src", "source"):
-                    fields[index] = f"{key}={add_copy(spec, facts.absolute(value), plan, facts)}"
+                    fields[index] = f"{key}={add_copy(spec, host.absolute(value), plan, host)}"
         tokens.append("--mount=" + ",".join(map(csv_field, fields)))
     return tokens
 
 
-def shared_name(step: Step, launch: Launch, facts: Facts) -> str:
+def shared_name(step: Step, launch: Launch, host: Host) -> str:
     """Return what names the container that all kernels of a kernelspec share: the same for the same spec."""
     parts = [launch.options.get("name", ""), *step.targets, *step.engine]
     parts += [f"{name}={value}" for name, value in sorted(step.options.items())]
-    return "shared-" + kernel_key("\0".join([str(facts.ids()[0]), *parts]))
+    return "shared-" + kernel_key("\0".join([str(host.ids()[0]), *parts]))
 
 
 def last_value(step: Step, *flags: str) -> str:
@@ -2042,7 +2042,7 @@ def last_value(step: Step, *flags: str) -> str:
     return (engine_values(step.engine, *flags) or [""])[-1]
 
 
-def absolute_value(token: str, facts: Facts, names: Sequence[str] = ("volume",)) -> str:
+def absolute_value(token: str, host: Host, names: Sequence[str] = ("volume",)) -> str:
     """Return an engine option whose value begins with a path of the host with that path absolute.
 
     A volume of docker's is a path only where it looks like one.
@@ -2051,7 +2051,7 @@ def absolute_value(token: str, facts: Facts, names: Sequence[str] = ("volume",))
     path, colon, rest = value.partition(":")
     if not path or flag[2:] not in names or (flag == "--volume" and not path.startswith((".", "~"))):
         return token
-    return f"{flag}={facts.absolute(path)}{colon}{rest}"
+    return f"{flag}={host.absolute(path)}{colon}{rest}"
 
 
 def refuse_options(step: Step) -> None:
@@ -2090,25 +2090,25 @@ def shares_host(step: Step) -> bool:
     return last_value(step, "--network", "--net") in ("", "host") and not step.options.get("no-host-network")
 
 
-def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan a kernel in a container of docker or podman.  Raises UserError for what can't be done."""
-    program = find_engine(step, plan.environ, facts)
+    program = find_engine(step, plan.environ, host)
     if rest.legacy:
-        step = step.but(options={"identity": "user", **step.options})
+        step = step.replace(options={"identity": "user", **step.options})
     on_host, network = shares_host(step), last_value(step, "--network", "--net")
-    spec = container_spec(step, plan, facts, rest, host_network=on_host)
+    spec = container_spec(step, plan, host, rest, host_network=on_host)
     care = spec.care
-    name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), spec.shared or facts.random())
+    name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), spec.shared or host.random())
     image, podman, init = step.targets[0], is_podman(step), bool(step.options.get("init"))
     head = [program, "run", "--rm", "--pull=never", *(["--init"] if init else [])]
-    user = [*identity_tokens(step, spec, facts), *gpu_tokens(step)]
+    user = [*identity_tokens(step, spec, host), *gpu_tokens(step)]
     binds = ["--mount=" + mount_token(one) for one in read_binds(step.options.get("bind", []))]
     look = [*head, *([] if network else ["--network=none"]), *user, *binds, *step.engine, image]
-    head += [f"--name={name}", *label_tokens(rest, plan, facts)]
+    head += [f"--name={name}", *label_tokens(rest, plan, host)]
     head += ["--network=host"] if on_host and not network else []
     head += [*("--publish=" + port for port in spec.publish), *user]
     head += ["--mount=" + mount_token(binding) for binding in spec.binds]
-    head += mount_options(step, spec, plan, facts)
+    head += mount_options(step, spec, plan, host)
     environ, variables = variable_tokens(spec, plan.environ, init)
     options = [*(["--workdir=" + spec.workdir] if spec.workdir else []), *variables]
     remove = [program, "rm", "-f", "-v", *(["-t", "0"] if podman else []), name]
@@ -2128,8 +2128,8 @@ def plan_engine(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         care.cleanup.append(remove)
         argv = [*head, *options, *step.engine, image, *spec.command]
     install = "RUN pip install %s (a line for its Dockerfile)"
-    plan = plan.but(where=f"the image {image}", install=install, inside=look, search=None)
-    return plan.but(argv=argv, environ=environ, care=care)
+    plan = plan.replace(where=f"the image {image}", install=install, inside=look, search=None)
+    return plan.replace(argv=argv, environ=environ, care=care)
 
 
 def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[str]) -> list[str]:
@@ -2145,18 +2145,18 @@ def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[st
     return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
 
 
-def find_engine(step: Step, environ: Mapping[str, str], facts: Facts) -> str:
+def find_engine(step: Step, environ: Mapping[str, str], host: Host) -> str:
     """Return the path of a step's engine.  Raises UserError (status 127)."""
     if "program" in step.options:
         return str(step.options["program"])
     names = APPTAINER_PROGRAMS.get(step.mode, (step.mode,))
     wanted = (step.options["engine"],) if "engine" in step.options else names
     for name in wanted:
-        path = facts.absolute(name) if "/" in name else ""
+        path = host.absolute(name) if "/" in name else ""
         if not path:
-            path = search_program(name, environ.get("PATH", os.defpath).split(":"), facts) or ""
-        if path and facts.is_executable(path):
-            return facts.absolute(path)
+            path = search_program(name, environ.get("PATH", os.defpath).split(":"), host) or ""
+        if path and host.is_executable(path):
+            return host.absolute(path)
     raise UserError(
         "There is no {} on this machine.".format(" and no ".join(wanted)),
         f"Install {step.mode}, load its module first (envkernel lmod ... -- {step.mode} ...), "
@@ -2166,16 +2166,16 @@ def find_engine(step: Step, environ: Mapping[str, str], facts: Facts) -> str:
 
 
 def container_commands(
-    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
+    mode: str, tokens: Sequence[str], environ: Mapping[str, str], host: Host
 ) -> list[list[str]]:
     """Return the engine's commands whose options may be given: run or exec, with --build also build."""
     given = typed_value(tokens, "--engine")
-    program = find_engine(Step(mode, {"engine": given} if given else {}), environ, facts)
+    program = find_engine(Step(mode, {"engine": given} if given else {}), environ, host)
     start = [program, "exec" if mode in APPTAINER_PROGRAMS else "run"]
     return [start, *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
-def identity_tokens(step: Step, spec: ContainerSpec, facts: Facts) -> list[str]:
+def identity_tokens(step: Step, spec: ContainerSpec, host: Host) -> list[str]:
     """Return the options that let files in bound directories belong to the user, and HOME be writable.
 
     identity: ``user`` (rootful: the user's own ids), ``keep-id`` (rootless podman), ``root`` (rootless
@@ -2183,7 +2183,7 @@ def identity_tokens(step: Step, spec: ContainerSpec, facts: Facts) -> list[str]:
     ``keep-id:uid=X,gid=Y`` (so in rootless podman: X inside is the user outside).
     """
     who = step.options.get("identity", "given")
-    uid, gid, groups = facts.ids()
+    uid, gid, groups = host.ids()
     tokens = ["--security-opt=label=disable"] if step.options.get("no-selinux") else []
     if who.startswith("keep-id"):
         tokens.append("--userns=" + who)
@@ -2208,9 +2208,9 @@ def gpu_tokens(step: Step) -> list[str]:
     return ["--gpus=all"] if kind else []
 
 
-def label_tokens(launch: Launch, plan: Plan, facts: Facts) -> list[str]:
+def label_tokens(launch: Launch, plan: Plan, host: Host) -> list[str]:
     """Return the labels that explain a container in ``docker ps``, and by which it is found again."""
-    uid = str(facts.ids()[0])
+    uid = str(host.ids()[0])
     user = plan.environ.get("LOGNAME") or plan.environ.get("USER") or uid
     labels = {"envkernel": launch.options.get("name", "kernel"), "envkernel.user": user, "envkernel.uid": uid}
     return [f"--label={name}={value}" for name, value in labels.items()]
@@ -2242,29 +2242,29 @@ def variable_tokens(
 
 
 class ContainerEnd(Record):
-    """Explains the end of a container of docker or podman: called with exit status, end of stderr, facts."""
+    """Explains the end of a container of docker or podman: called with exit status, end of stderr, host."""
 
     program: str
     image: str
     name: str
     mark: str = ""  # a file that exists after an OOM kill
 
-    def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
+    def __call__(self, status: int, said: str, host: Host) -> UserError | None:
         """Return the reason, None where the exit status says all."""
         error = engine_error(self.program, self.image, status, said)
-        return self.killed(status, facts) if status in (137, 143) and not error else error
+        return self.killed(status, host) if status in (137, 143) and not error else error
 
-    def killed(self, status: int, facts: Facts) -> UserError | None:
+    def killed(self, status: int, host: Host) -> UserError | None:
         """Return who ended the container, by what the engine remembers of it."""
         import time
 
         argv = [self.program, "events", "--since=1h", f"--until={time.time():.9f}"]
         argv += [f"--filter=container={self.name}", "--format={{json .}}"]
-        said = facts.output(argv, os.environ)
+        said = host.output(argv, os.environ)
         if said.status:
             return engine_error(self.program, self.image, 125, "error waiting for container")
         events = os.fsdecode(said.out).lower()
-        events += '"action":"oom"' if facts.exists(self.mark) else ""
+        events += '"action":"oom"' if host.exists(self.mark) else ""
         engine = os.path.basename(self.program)
         reasons = {
             "oom": ("ran out of memory and was killed", "Give it more (--memory), or use less."),
@@ -2309,30 +2309,30 @@ def engine_error(program: str, image: str, status: int, said: str) -> UserError 
     )
 
 
-def setup_options(step: Step, program: str, facts: Facts) -> dict[str, Any]:
+def setup_options(step: Step, program: str, host: Host) -> dict[str, Any]:
     """Return the options of a container step with the paths of its engine and of its binds absolute."""
     paths = {"program": program, "engine": program if "engine" in step.options else None}
-    options = {**step.options, **paths, "bind": setup_binds(step.options.get("bind", []), facts)}
+    options = {**step.options, **paths, "bind": setup_binds(step.options.get("bind", []), host)}
     return {name: value for name, value in options.items() if value not in (None, [])}
 
 
-def setup_engine(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def setup_engine(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Check docker or podman and the image, and find out once what each start has to know.
 
     Builds or fetches the image where that was asked for.  Raises UserError for whatever is missing.
     """
-    program = find_engine(step, environ, facts)
-    step = split_build(step, EngineOptions([[program, "run"]], facts, environ))
+    program = find_engine(step, environ, host)
+    step = split_build(step, EngineOptions([[program, "run"]], host, environ))
     refuse_options(step)
-    options = {**setup_options(step, program, facts), **engine_info(step, program, facts, environ)}
+    options = {**setup_options(step, program, host), **engine_info(step, program, host, environ)}
     if options.get("gpu"):
-        options["gpu-kind"] = options.get("gpu-kind") or ("amd" if facts.exists("/dev/kfd") else "nvidia")
+        options["gpu-kind"] = options.get("gpu-kind") or ("amd" if host.exists("/dev/kfd") else "nvidia")
     usual = ("--interactive", "--tty", "--rm")  # from a command line for a terminal
-    engine = [absolute_value(token, facts) for token in step.engine if token not in usual]
-    step = step.but(options=options, engine=engine)
+    engine = [absolute_value(token, host) for token in step.engine if token not in usual]
+    step = step.replace(options=options, engine=engine)
     build = build_image if "build" in options else need_image
-    step = step.but(targets=[build(step, program, facts, environ, common)])
-    step = probe_engine(step, facts, environ)
+    step = step.replace(targets=[build(step, program, host, environ, common)])
+    step = probe_engine(step, host, environ)
     chosen = {"pwd", "copy-workdir", "workdir"} & options.keys() or last_value(step, "--workdir")
     if not (chosen or common.get("dry-run")):
         print(
@@ -2354,17 +2354,17 @@ def split_build(step: Step, run: EngineOptions) -> Step:
     moved = [*step.options.get("build-option", []), *(token for token in step.engine if token not in for_run)]
     if step.targets and not step.targets[0].startswith("sha256:"):
         moved.append("--tag=" + step.targets[0])
-    return step.but(engine=for_run, options={**step.options, "build-option": moved})
+    return step.replace(engine=for_run, options={**step.options, "build-option": moved})
 
 
-def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
+def engine_info(step: Step, program: str, host: Host, environ: Mapping[str, str]) -> dict[str, Any]:
     """Return what an engine reports about itself that each start has to know, as recorded options.
 
     Raises UserError where it does not answer.
     """
     import json
 
-    said = facts.output([program, "info", "--format={{json .}}"], environ)
+    said = host.output([program, "info", "--format={{json .}}"], environ)
     try:
         info = json.loads(said.out)
     except ValueError:
@@ -2373,12 +2373,12 @@ def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, st
     if said.status or not info or info.get("ServerErrors"):
         errors = " ".join([os.fsdecode(said.err), *map(str, info.get("ServerErrors") or [])])
         raise engine_error(program, "", 125, errors) or UserError(f"{program} does not work.", "", 1, errors)
-    host = info.get("host") or {}
-    podman = bool(host)
+    machine = info.get("host") or {}
+    podman = bool(machine)
     security = " ".join(info.get("SecurityOptions") or [])
-    rootless = host.get("security", {}).get("rootless", "name=rootless" in security)
-    desktop = "Docker Desktop" in str(info.get("OperatingSystem")) or host.get("serviceIsRemote", False)
-    selinux = host.get("security", {}).get("selinuxEnabled", "name=selinux" in security)
+    rootless = machine.get("security", {}).get("rootless", "name=rootless" in security)
+    desktop = "Docker Desktop" in str(info.get("OperatingSystem")) or machine.get("serviceIsRemote", False)
+    selinux = machine.get("security", {}).get("selinuxEnabled", "name=selinux" in security)
     identity = ("keep-id" if podman else "root") if rootless else "user"
     if engine_values(step.engine, "--user", "--userns"):
         identity = "given"
@@ -2392,14 +2392,14 @@ def engine_info(step: Step, program: str, facts: Facts, environ: Mapping[str, st
 
 
 def need_image(
-    step: Step, program: str, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]
+    step: Step, program: str, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]
 ) -> str:
     """Return the image of a step once it is here; fetched, with the engine's progress, where it is not.
 
     Without ``--pull`` a person at a terminal is asked first.  Raises UserError where it can't be had.
     """
     image, when = step.targets[0], step.options.get("pull")
-    is_here = not facts.output([program, "image", "inspect", image], environ).status
+    is_here = not host.output([program, "image", "inspect", image], environ).status
     if is_here and (when != "always" or common.get("dry-run")):
         return image
     engine = os.path.basename(program)
@@ -2408,11 +2408,11 @@ def need_image(
         raise missing
     if not is_here:
         print(f"There is no image {image} here yet.", flush=True)
-    if not when and not facts.agrees(f"Fetch it now ({engine} pull {image})?"):
+    if not when and not host.agrees(f"Fetch it now ({engine} pull {image})?"):
         raise missing
-    pull = EngineOptions([[program, "pull"]], facts, environ).known if step.engine else {}
+    pull = EngineOptions([[program, "pull"]], host, environ).known if step.engine else {}
     for_pull = [token for token in step.engine if token.partition("=")[0] in pull]
-    if facts.show([program, "pull", *for_pull, image], environ):
+    if host.show([program, "pull", *for_pull, image], environ):
         raise UserError(
             f"The image {image} can't be fetched: {engine} pull failed.",
             "See above; correct its name, or build it: --build DIR.",
@@ -2421,7 +2421,7 @@ def need_image(
 
 
 def build_image(
-    step: Step, program: str, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]
+    step: Step, program: str, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]
 ) -> str:
     """Build the image of ``--build DIR``, with the engine's progress; return its id.
 
@@ -2429,40 +2429,40 @@ def build_image(
     """
     import tempfile
 
-    directory = step.options["build"] = facts.absolute(step.options["build"])
+    directory = step.options["build"] = host.absolute(step.options["build"])
     options = list(step.options.get("build-option", []))
     if not any(token.split("=")[0] in ("-f", "--file") for token in options):
-        names = [name for name in ("Dockerfile", "Containerfile") if facts.exists(f"{directory}/{name}")]
+        names = [name for name in ("Dockerfile", "Containerfile") if host.exists(f"{directory}/{name}")]
         if not names:
             raise UserError(f"There is no Dockerfile or Containerfile in {directory}.", "Correct --build.")
         options += [f"--file={directory}/{names[0]}"] if names[0] != "Dockerfile" else []
     if common.get("dry-run"):
         show_build([program, "build", *options, directory])
     name = common.get("name", "kernel").lower()  # as Jupyter has it
-    marks = [f"--tag={image_tag(name, facts)}", f"--label=envkernel.image={name}"]
+    marks = [f"--tag={image_tag(name, host)}", f"--label=envkernel.image={name}"]
     with tempfile.TemporaryDirectory() as scratch:  # a build that fails removes the file
         words = [program, "build", f"--iidfile={scratch}/id", *marks, *options, directory]
-        status = facts.show(words, environ)
-        image = os.fsdecode(facts.read(scratch + "/id") or b"").strip()
+        status = host.show(words, environ)
+        image = os.fsdecode(host.read(scratch + "/id") or b"").strip()
     if status or not image:
         raise UserError(f"The image of {directory} can't be built.", "Correct what the build says above.")
     return image
 
 
-def image_tag(name: str, facts: Facts) -> str:
+def image_tag(name: str, host: Host) -> str:
     """Return the tag of the image that this user builds for a kernel, in the letters that tags may have."""
     plain = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
-    return f"envkernel/{plain or 'kernel'}:{facts.ids()[0]}"
+    return f"envkernel/{plain or 'kernel'}:{host.ids()[0]}"
 
 
-def remove_built_image(step: Step, name: str, facts: Facts) -> None:
+def remove_built_image(step: Step, name: str, host: Host) -> None:
     """Remove what ``--build`` has made for a kernel, unless a container or another tag still uses it."""
     program = step.options.get("program", "")
     built = step.mode in ("docker", "podman") and "".join(step.targets).startswith("sha256:")
-    if built and facts.is_executable(program):
+    if built and host.is_executable(program):
         mine = f"--filter=label=envkernel.image={name.lower()}"
-        for words in (["rmi", image_tag(name, facts)], ["image", "prune", "--force", mine]):
-            facts.output([program, *words], launch_environ(facts))
+        for words in (["rmi", image_tag(name, host)], ["image", "prune", "--force", mine]):
+            host.output([program, *words], launch_environ(host))
 
 
 def show_build(argv: Sequence[str]) -> NoReturn:
@@ -2474,17 +2474,17 @@ def show_build(argv: Sequence[str]) -> NoReturn:
 
 
 def try_image(
-    step: Step, program: str, extra: Mapping[str, Any], facts: Facts, environ: Mapping[str, str]
+    step: Step, program: str, extra: Mapping[str, Any], host: Host, environ: Mapping[str, str]
 ) -> Output:
     """Start the image once, with options to be tried and a program for the kernel; return what it said."""
     skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
     options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
     launch = Launch([], [], {"name": "probe"})
     start = Plan([program], dict(environ))
-    return facts.try_plan(MODES[step.mode].plan(step.but(options=options), start, facts, launch))
+    return host.try_plan(MODES[step.mode].plan(step.replace(options=options), start, host, launch))
 
 
-def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
+def probe_engine(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
     """Return the step with what a start of the image has shown:
 
     whether the engine takes the options, sees the private directory and the binds, and has an init.
@@ -2492,16 +2492,16 @@ def probe_engine(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
     """
     text, status = "", 0
     for extra in ({"init": True}, {}, {"init": True, "place": "home"}, {"place": "home"}):
-        said = try_image(step, "true", extra, facts, environ)
+        said = try_image(step, "true", extra, host, environ)
         text, status = os.fsdecode(said.err), said.status
         if not engine_refuses(status, text) and "docker-init" not in text:
-            return container_user(step.but(options={**step.options, **extra}), facts, environ)
+            return container_user(step.replace(options={**step.options, **extra}), host, environ)
         if not any(word in text for word in ("init", "source path", "statfs", "mount")):
             break
     raise engine_error(step.options["program"], step.targets[0], status or 125, text) or UserError(text)
 
 
-def container_user(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
+def container_user(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
     """Return the step with what lets a user of the user's choice (``--user=X``) use the private directory.
 
     Root gives the directory to them; in rootless podman X can be the user.  Raises UserError where
@@ -2509,14 +2509,14 @@ def container_user(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step
     """
     if step.options["identity"] != "given":
         return step
-    plan = plan_engine(step, Plan([], dict(environ)), facts, Launch([], [], {"name": "probe"}))
-    said = facts.output([*plan.inside, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
+    plan = plan_engine(step, Plan([], dict(environ)), host, Launch([], [], {"name": "probe"}))
+    said = host.output([*plan.inside, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
     try:
         uid, gid, *rows = [int(word) for word in said.out.split()]
     except ValueError:  # an image without these programs
         return step
     outside = [there + uid - here for here, there, n in zip(*[iter(rows)] * 3) if here <= uid < here + n]
-    me = facts.ids()[0]
+    me = host.ids()[0]
     offline = last_value(step, "--network", "--net") == "none"
     if not outside or outside[0] == me:
         return step
@@ -2533,7 +2533,7 @@ def container_user(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step
         )
     if step.options.get("shared"):
         raise usage_error("--shared is for kernels that run as you.", "Leave --user or --shared out.")
-    return step.but(options={**step.options, **guest})
+    return step.replace(options={**step.options, **guest})
 
 
 # -- singularity and apptainer --
@@ -2572,7 +2572,7 @@ def apptainer_step(step: Step, legacy: bool = False) -> Step:
     if binds:
         options["bind"] = [str(bind) for bind in read_binds(binds, commas=True)]
     engine = [token for token in engine if not token.startswith("--bind=") and token != "--network=host"]
-    return step.but(options=options, engine=engine)
+    return step.replace(options=options, engine=engine)
 
 
 def bind_token(bind: Bind) -> str:
@@ -2593,7 +2593,7 @@ def apptainer_environ(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[s
     """Return the environment to start the engine in: what it hands on, and what it sets inside.
 
     Values are given as ``APPTAINERENV_NAME``, so they are in no argv; the engine must not let a shell
-    evaluate them, as it does unless told otherwise (APPTAINER_NO_EVAL).
+    evaluate them, as it does unless reported otherwise (APPTAINER_NO_EVAL).
     """
     result = {name: value for name, value in environ.items() if not name.startswith(_LEAKS)}
     for family in ("APPTAINER", "SINGULARITY"):
@@ -2603,13 +2603,13 @@ def apptainer_environ(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[s
     return result
 
 
-def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+def plan_apptainer(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan a kernel in a container of Apptainer or Singularity.  Raises UserError for what is missing."""
-    program = find_engine(step, plan.environ, facts)
+    program = find_engine(step, plan.environ, host)
     if "program" not in step.options:
         step = apptainer_step(step, rest.legacy)
     image = step.targets[0]
-    if "://" not in image and not facts.exists(image):
+    if "://" not in image and not host.exists(image):
         raise UserError(
             f"There is no image {image}.",
             "Restore it; if it was fetched or built at setup: envkernel update NAME.",
@@ -2619,14 +2619,14 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         inside = "/tmp/envkernel" * bool(engine_values(step.engine, "--contain", "--containall", "--compat"))
     on_host = apptainer_shares_host(step.engine, plan.environ)
     if not on_host:  # it publishes no ports
-        step = step.but(options={**step.options, "transport": "ipc"})
-    spec = container_spec(step, plan, facts, rest, host_network=on_host, inside=inside)
-    gpu = "--rocm" if facts.exists("/dev/kfd") and not facts.exists("/dev/nvidiactl") else "--nv"
+        step = step.replace(options={**step.options, "transport": "ipc"})
+    spec = container_spec(step, plan, host, rest, host_network=on_host, inside=inside)
+    gpu = "--rocm" if host.exists("/dev/kfd") and not host.exists("/dev/nvidiactl") else "--nv"
     head = [*([gpu] if step.options.get("gpu") else []), *step.engine]
-    mounts = [*map(bind_token, spec.binds), *mount_options(step, spec, plan, facts)]
+    mounts = [*map(bind_token, spec.binds), *mount_options(step, spec, plan, host)]
     workdir = ["--pwd=" + spec.workdir] if spec.workdir else []
     spec.care.leader = False  # it passes signals on to the kernel, which has them already
-    spec.care.explain = ApptainerEnd(image, oom_kills(facts))
+    spec.care.explain = ApptainerEnd(image, oom_kills(host))
     argv = [program, "run" if step.options.get("runscript") else "exec"]
     if spec.shared:
         name = "envkernel-" + spec.shared
@@ -2639,26 +2639,26 @@ def plan_apptainer(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         argv += [*head, *mounts, *workdir, image, *spec.command]
     look = [program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image]
     install = "pip install %s (a line for %%post of its definition file)"
-    plan = plan.but(where=f"the image {image}", install=install, inside=look, search=None)
-    return plan.but(argv=argv, environ=apptainer_environ(spec, plan.environ), care=spec.care)
+    plan = plan.replace(where=f"the image {image}", install=install, inside=look, search=None)
+    return plan.replace(argv=argv, environ=apptainer_environ(spec, plan.environ), care=spec.care)
 
 
-def oom_kills(facts: Facts) -> int:
+def oom_kills(host: Host) -> int:
     """Return how many processes Linux has killed on this machine because memory ran out (/proc/vmstat)."""
-    lines = (facts.read("/proc/vmstat") or b"").splitlines()
+    lines = (host.read("/proc/vmstat") or b"").splitlines()
     return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), 0)
 
 
 class ApptainerEnd(Record):
-    """Explains the end of a container of Apptainer: called with exit status, end of stderr and facts."""
+    """Explains the end of a container of Apptainer: called with exit status, end of stderr and host."""
 
     image: str
     oom_kills: int = 0
 
-    def __call__(self, status: int, said: str, facts: Facts) -> UserError | None:
+    def __call__(self, status: int, said: str, host: Host) -> UserError | None:
         """Return the reason, None where the exit status says all."""
         if status in (137, -9):
-            memory = ", most likely because memory ran out" * (oom_kills(facts) > self.oom_kills)
+            memory = ", most likely because memory ran out" * (oom_kills(host) > self.oom_kills)
             return UserError(
                 f"The kernel in a container of {self.image} was killed (SIGKILL){memory}.",
                 "If it ran out of memory, ask for more, or use less.",
@@ -2674,45 +2674,45 @@ class ApptainerEnd(Record):
         return error
 
 
-def setup_apptainer(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def setup_apptainer(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Check the engine, the image and the binds; fetch or build the image where that was asked for.
 
     Raises UserError for whatever is missing.
     """
     step = apptainer_step(step)
-    program = find_engine(step, environ, facts)
-    options = setup_options(step, program, facts)
-    tokens = [absolute_value(token, facts, _APPTAINER_PATHS) for token in step.engine]
-    for_build = fetch_options(step.but(engine=tokens), program, facts, environ)
+    program = find_engine(step, environ, host)
+    options = setup_options(step, program, host)
+    tokens = [absolute_value(token, host, _APPTAINER_PATHS) for token in step.engine]
+    for_build = fetch_options(step.replace(engine=tokens), program, host, environ)
     if common.get("kernel") == OWN_COMMAND:
         options["runscript"] = True
     if for_build:
         options["build-option"] = [*options.get("build-option", []), *for_build]
     odd = [entry for entry in common.get("env", []) if any(c in entry for c in '$`\\"')]
     if odd:
-        said = facts.output([program, "exec", "--help"], environ)
+        said = host.output([program, "exec", "--help"], environ)
         if "--no-eval" not in read_engine_help(os.fsdecode(said.out)):
             raise UserError(
                 "This {} is too old to set {} as it is.".format(program, odd[0].partition("=")[0]),
                 "Take $, `, \\ and quotes out of the value, or use a newer engine.",
             )
-    step = step.but(options=options, engine=[token for token in tokens if token not in for_build])
+    step = step.replace(options=options, engine=[token for token in tokens if token not in for_build])
     refuse_options(step)
-    return probe_apptainer(need_sif(step, facts, environ, common), facts, environ)
+    return probe_apptainer(need_sif(step, host, environ, common), host, environ)
 
 
-def fetch_options(step: Step, program: str, facts: Facts, environ: Mapping[str, str]) -> list[str]:
+def fetch_options(step: Step, program: str, host: Host, environ: Mapping[str, str]) -> list[str]:
     """Return the options of the engine that are for building or fetching the image, which setup does."""
     fetches = "build" in step.options or "uri" in step.options or "://" in "".join(step.targets)
     if not fetches or not step.engine:
         return []
-    start = EngineOptions([[program, "exec"]], facts, environ)
-    pull = EngineOptions([[program, "pull"]], facts, environ).known
+    start = EngineOptions([[program, "exec"]], host, environ)
+    pull = EngineOptions([[program, "pull"]], host, environ).known
     flags = {token: token.partition("=")[0] for token in step.engine}
     return [token for token, flag in flags.items() if flag in pull or not start.find(flag)]
 
 
-def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def need_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Return the step with its image's absolute path, built or fetched where that was asked for.
 
     Raises UserError where there is no image.
@@ -2725,13 +2725,13 @@ def need_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mappi
     if not target and not source:
         raise usage_error(f"{step.mode} needs IMAGE.", "Give an image file, a URI, or --build FILE.def.")
     if "://" not in target:
-        target = facts.absolute(target or image_path(source, common, environ))
+        target = host.absolute(target or image_path(source, common, environ))
     if "build" in options:
-        options["build"] = facts.absolute(options["build"])
-    step = step.but(options=options, targets=[target])
+        options["build"] = host.absolute(options["build"])
+    step = step.replace(options=options, targets=[target])
     if source:
-        produce_sif(step, facts, environ, common)
-    elif "://" not in target and not facts.exists(target):
+        produce_sif(step, host, environ, common)
+    elif "://" not in target and not host.exists(target):
         raise UserError(f"There is no image {target}.", "Correct its path, or give a URI (docker://...).")
     return step
 
@@ -2749,7 +2749,7 @@ def image_path(source: str, common: Mapping[str, Any], environ: Mapping[str, str
     return directory + (name if name.endswith(".sif") else name + ".sif")
 
 
-def produce_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
+def produce_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
     """Build the image of ``--build FILE.def``, or fetch that of a URI, with the engine's progress.
 
     One that was fetched before is fetched again at an update only.  Raises UserError where that fails.
@@ -2760,23 +2760,23 @@ def produce_sif(step: Step, facts: Facts, environ: Mapping[str, str], common: Ma
     words = [step.options["program"], action, *step.options.get("build-option", []), image, source or uri]
     again = common.get("update") or when == "always"
     if source:
-        if facts.isdir(source) or not facts.exists(source):
+        if host.isdir(source) or not host.exists(source):
             raise UserError(f"There is no definition file {source}.", "Give one: --build FILE.def.")
         if common.get("dry-run"):
             show_build(words)
-    elif facts.exists(image) and (when == "never" or not again):
+    elif host.exists(image) and (when == "never" or not again):
         return
     elif when == "never" or common.get("dry-run"):
         raise UserError(f"There is no image {image}.", f"Fetch it: {step.mode} pull {image} {uri}")
     else:
         print(f"Fetching {uri} to {image}", flush=True)
-    if facts.produce(words, image, environ, os.path.dirname(source) or None):
+    if host.produce(words, image, environ, os.path.dirname(source) or None):
         if source:
             raise UserError(f"The image of {source} can't be built.", "Correct what the build says above.")
         raise UserError(f"The image {uri} can't be fetched.", "See above; correct its name.")
 
 
-def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Step:
+def probe_apptainer(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
     """Return the step with what a start of the image, with a program that does not exist, has shown:
 
     whether the engine takes the options, the image, the binds and the private directory.
@@ -2784,14 +2784,14 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
     """
     text = ""
     for extra in ({}, *([] if step.options.get("shared") else [{"place": "tmp"}])):
-        said = try_image(step, "/no/such/program", extra, facts, environ)
+        said = try_image(step, "/no/such/program", extra, host, environ)
         text = os.fsdecode(said.err)
         if not said.status or "/no/such/program" in text:
-            return step.but(options={**step.options, **extra})
+            return step.replace(options={**step.options, **extra})
         if "exist in container" not in text:
             break
     message = f"{step.options['program']} can't run the image {step.targets[0]}."
-    raise ApptainerEnd(step.targets[0])(255, text, facts) or UserError(
+    raise ApptainerEnd(step.targets[0])(255, text, host) or UserError(
         message, "Correct what it says.", 1, text
     )
 
@@ -2799,15 +2799,15 @@ def probe_apptainer(step: Step, facts: Facts, environ: Mapping[str, str]) -> Ste
 # -- what setup sees inside, and what runs --
 
 
-def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan, Facts]:
-    """Return the plan of a kernel command as it is seen inside of the container, and facts from there.
+def look_inside(plan: Plan, host: Host, command: Sequence[str]) -> tuple[Plan, Host]:
+    """Return the plan of a kernel command as it is seen inside of the container, and host from there.
 
     For a plan without a container: both as they are.  Raises UserError for an image whose entrypoint
     keeps programs from being run.
     """
     if not plan.inside:
-        return plan, facts
-    world = facts if isinstance(facts, Inside) else Inside(facts, plan.inside, plan.environ)
+        return plan, host
+    world = host if isinstance(host, Inside) else Inside(host, plan.inside, plan.environ)
     if not world.programs:
         raise UserError(
             f"No shell can be run in {plan.where}.",
@@ -2815,10 +2815,10 @@ def look_inside(plan: Plan, facts: Facts, command: Sequence[str]) -> tuple[Plan,
             1,
             os.fsdecode(world.said.err).strip(),
         )
-    return plan.but(argv=list(command), search=world.search), world
+    return plan.replace(argv=list(command), search=world.search), world
 
 
-def find_transport(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Step:
+def find_transport(launch: Launch, host: Host, environ: Mapping[str, str]) -> Step:
     """Return the last step of a launch, for a container with how its kernel is reached.
 
     The kernel is started once.  Where it can be reached on unix sockets (it binds them as its own user, and
@@ -2829,12 +2829,12 @@ def find_transport(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> 
         return step
     skip = ("mount", "pwd", "copy-workdir", "shared", "keep")
     options = {name: value for name, value in step.options.items() if name not in skip}
-    tried = step.but(options={**options, "transport": "ipc"})
-    if facts.listens(launch.but(steps=[*launch.steps[:-1], tried]), environ):
-        return step.but(options={**step.options, "reach": "ipc"})
+    tried = step.replace(options={**options, "transport": "ipc"})
+    if host.listens(launch.replace(steps=[*launch.steps[:-1], tried]), environ):
+        return step.replace(options={**step.options, "reach": "ipc"})
     apart = step.mode in APPTAINER_PROGRAMS and not apptainer_shares_host(step.engine, environ)
     if not apart and last_value(step, "--network", "--net") != "none":
-        return step.but(options={**step.options, "reach": "tcp"})
+        return step.replace(options={**step.options, "reach": "tcp"})
     text = "The kernel was not seen listening on unix sockets, and a container without network has no others."
     print(text, "Test it (envkernel check), or let it have a network.", file=sys.stderr)
     return step
@@ -2934,7 +2934,7 @@ class Job(Record):
     ) -> None:
         self.argv = list(argv)
         self.environ = dict(environ)
-        self.launch = launch.but(options={**launch.options})
+        self.launch = launch.replace(options={**launch.options})
         self.queue_timeout = read_seconds(options, "queue-timeout", 0)
         self.linger = read_seconds(options, "linger", 5)
         self.tunnel = options.get("tunnel-program", "") if "tunnel" in options else ""
@@ -3009,11 +3009,11 @@ def check_node_options(options: Mapping[str, Any]) -> None:
             )
 
 
-def find_tunnel(options: dict[str, Any], facts: Facts, environ: Mapping[str, str]) -> dict[str, Any]:
+def find_tunnel(options: dict[str, Any], host: Host, environ: Mapping[str, str]) -> dict[str, Any]:
     """Return the options with the path of the tunnel's program.  Raises UserError where it is missing."""
     if "tunnel" not in options:
         return options
-    program = search_program(options["tunnel"], path_entries(environ), facts)
+    program = search_program(options["tunnel"], path_entries(environ), host)
     if not program:
         raise UserError("There is no ssh on this machine.", "Install it, or leave --tunnel out.")
     return {**options, "tunnel-program": program}
@@ -3072,10 +3072,10 @@ class SlurmJob(Job):
 
     async def explain(self, status: int, said: str, number: str, ask: Ask) -> UserError:
         """Return why the job ended; Slurm itself is asked where srun has not said it."""
-        told = srun_lines(said)
-        if number and not slurm_reason(told)[0]:
-            told += await self.outcome(number, ask)
-        return slurm_end(status, told, number)
+        reported = srun_lines(said)
+        if number and not slurm_reason(reported)[0]:
+            reported += await self.outcome(number, ask)
+        return slurm_end(status, reported, number)
 
     async def outcome(self, number: str, ask: Ask, waits: Sequence[float] = (0.1, 0.2, 0.5, 1)) -> str:
         """Return a line with the state in which a job has ended; empty where Slurm can't say it.
@@ -3095,9 +3095,9 @@ class SlurmJob(Job):
 
     async def lost(self, node: str, said: str, number: str, ask: Ask) -> UserError:
         """Return why the agent is gone while srun lives on: what Slurm thinks of the job and the node."""
-        told = (srun_lines(said) + await self.outcome(number, ask, ())).strip()
-        if slurm_reason(told)[0]:
-            return slurm_end(1, told, number)
+        reported = (srun_lines(said) + await self.outcome(number, ask, ())).strip()
+        if slurm_reason(reported)[0]:
+            return slurm_end(1, reported, number)
         state = os.fsdecode((await ask([self.tool("sinfo"), "-h", "-n", node, "-o", "%T"])).out).split("\n")[
             0
         ]
@@ -3105,7 +3105,7 @@ class SlurmJob(Job):
         return UserError(
             f"The node {node} broke off the connection without a word{about}.",
             "The node failed, or somebody killed what ran there.  Start the kernel again.",
-            detail=told,
+            detail=reported,
         )
 
     def tool(self, name: str) -> str:
@@ -3198,23 +3198,26 @@ def srun_lines(said: str) -> str:
     return "\n".join(lines)
 
 
-def slurm_reason(told: str) -> tuple[str, str]:
-    """Return message and hint for what Slurm told of a job's end; both empty where that says too little."""
+def slurm_reason(reported: str) -> tuple[str, str]:
+    """Return message and hint for what Slurm reported of a job's end; both empty where that says too
+    little."""
     for signs, message, hint in SLURM_ENDS:
-        if any(sign in told for sign in signs):
+        if any(sign in reported for sign in signs):
             return message, hint
-    return ("Slurm refuses the job: {}.", "") if "Unable to allocate resources: " in told else ("", "")
+    return ("Slurm refuses the job: {}.", "") if "Unable to allocate resources: " in reported else ("", "")
 
 
-def slurm_end(status: int, told: str, number: str) -> UserError:
-    """Return why a job ended or never began, from srun's exit status and what Slurm told of it."""
-    message, hint = slurm_reason(told)
+def slurm_end(status: int, reported: str, number: str) -> UserError:
+    """Return why a job ended or never began, from srun's exit status and what Slurm reported of it."""
+    message, hint = slurm_reason(reported)
     if message and not hint:
-        return refused_by_slurm(told.rpartition("Unable to allocate resources: ")[2].splitlines()[0], told)
+        return refused_by_slurm(
+            reported.rpartition("Unable to allocate resources: ")[2].splitlines()[0], reported
+        )
     words = f"signal {-status}" if status < 0 else f"exit status {status}"
     message = message or f"The Slurm job {{}} has ended (srun: {words})."
     hint = hint or "What srun said is below; `sacct` may know more."
-    return UserError(message.format(number).replace("  ", " "), hint, detail=told)
+    return UserError(message.format(number).replace("  ", " "), hint, detail=reported)
 
 
 def refused_by_slurm(reason: str, said: str) -> UserError:
@@ -3231,10 +3234,10 @@ def refused_by_slurm(reason: str, said: str) -> UserError:
 
 
 def srun_commands(
-    mode: str, tokens: Sequence[str], environ: Mapping[str, str], facts: Facts
+    mode: str, tokens: Sequence[str], environ: Mapping[str, str], host: Host
 ) -> list[list[str]]:
     """Return the command whose options may be given.  Raises UserError without srun."""
-    srun = search_program("srun", path_entries(environ), facts)
+    srun = search_program("srun", path_entries(environ), host)
     if not srun:
         raise UserError(
             "There is no srun on this machine.",
@@ -3252,35 +3255,35 @@ def refuse_srun_options(tokens: Sequence[str]) -> None:
             )
 
 
-def setup_slurm(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def setup_slurm(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Check that Slurm would take such a job.  Raises UserError where it would not, or is not there."""
     check_node_options(step.options)
-    srun = srun_commands(step.mode, [], environ, facts)[0][0]
+    srun = srun_commands(step.mode, [], environ, host)[0][0]
     refuse_srun_options(step.engine)
-    ask_slurm(step, srun, facts, environ)
-    return step.but(options={**find_tunnel(step.options, facts, environ), "srun": srun})
+    ask_slurm(step, srun, host, environ)
+    return step.replace(options={**find_tunnel(step.options, host, environ), "srun": srun})
 
 
-def ask_slurm(step: Step, srun: str, facts: Facts, environ: Mapping[str, str]) -> None:
+def ask_slurm(step: Step, srun: str, host: Host, environ: Mapping[str, str]) -> None:
     """Raise UserError unless Slurm would take such a job now or later; none is submitted."""
-    test = facts.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
+    test = host.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
     if test.status:
         said = os.fsdecode(test.err).strip()
         said = said.replace("allocation failure:", "srun: error: Unable to allocate resources:")
-        told = srun_lines(said)
-        if not slurm_reason(told)[0]:
+        reported = srun_lines(said)
+        if not slurm_reason(reported)[0]:
             raise UserError(
                 f"Slurm can't be asked whether it takes such a job (srun: exit status {test.status}).",
                 "`sinfo` has to work here.",
-                detail=told or said,
+                detail=reported or said,
             )
-        raise slurm_end(test.status, told, "")
+        raise slurm_end(test.status, reported, "")
 
 
-def plan_slurm(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+def plan_slurm(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan the job: srun with the rest of the chain for a node.  Raises UserError where srun is gone."""
     srun = step.options["srun"]
-    if not facts.is_executable(srun):
+    if not host.is_executable(srun):
         raise UserError(
             f"There is no {srun} any more.", "Set the kernel up again: envkernel update NAME.", 127
         )
@@ -3294,7 +3297,7 @@ def plan_slurm(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
         argv.append("--job-name=" + rest.options.get("name", "envkernel"))
     python = step.options.get("node-python", "python3")
     argv += [*step.engine, python, "-I", "-S", "-c", NODE_BOOT]
-    return plan.but(
+    return plan.replace(
         argv=argv,
         environ=environ,
         search=None,
@@ -3392,7 +3395,7 @@ def check_packed(path: str, names: Sequence[str] | None, command: Sequence[str])
             raise UserError(f"The packed environment {path} has {lack}.", hint + ".")
 
 
-def setup_yarn(step: Step, facts: Facts, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Check the packed environment, Skein, Java, the ``yarn`` command and the queue.
 
     Raises UserError for what is missing.
@@ -3402,28 +3405,28 @@ def setup_yarn(step: Step, facts: Facts, environ: Mapping[str, str], common: Map
     for name in ("memory", "vcores"):
         if not options.get(name, "1").isdigit() or int(options.get(name, "1")) < 1:
             raise usage_error(f"--{name} takes a number, not {options[name]!r}.", f"For example: --{name}=2.")
-    path = facts.absolute(step.targets[0])
-    check_packed(path, facts.archive_names(path), [common["kernel-cmd"]] if "kernel-cmd" in common else [])
+    path = host.absolute(step.targets[0])
+    check_packed(path, host.archive_names(path), [common["kernel-cmd"]] if "kernel-cmd" in common else [])
     files = [entry.partition("=") for entry in options.get("file", [])]
     for name, _, source in files:
         if not name or "/" in name or name in ("environment", "envkernel.py") or not source:
             raise usage_error(f"--file {name}={source} names no file.", "Write it as --file NAME=PATH.")
-        if not facts.exists(facts.absolute(source)):
+        if not host.exists(host.absolute(source)):
             raise UserError(f"There is no {source} to send along.", "Check the path that --file has.")
     if files:
-        options["file"] = [f"{name}={facts.absolute(source)}" for name, _, source in files]
+        options["file"] = [f"{name}={host.absolute(source)}" for name, _, source in files]
     for program, hint in (
         ("java", "Install it, or load the module that brings it."),
         ("yarn", "Set the kernel up on an edge node of the cluster, where Hadoop's commands are on PATH."),
     ):
-        if not search_program(program, path_entries(environ), facts) and not (
-            program == "java" and facts.is_executable(environ.get("JAVA_HOME", "") + "/bin/java")
+        if not search_program(program, path_entries(environ), host) and not (
+            program == "java" and host.is_executable(environ.get("JAVA_HOME", "") + "/bin/java")
         ):
             raise UserError(f"There is no {program} on this machine.", hint)
-    said = facts.output([*yarn_client(), "check", options.get("queue", "default")], environ)
+    said = host.output([*yarn_client(), "check", options.get("queue", "default")], environ)
     if said.status:
         raise client_error(said)
-    return step.but(options=find_tunnel(options, facts, environ), targets=[path])
+    return step.replace(options=find_tunnel(options, host, environ), targets=[path])
 
 
 def yarn_client() -> list[str]:
@@ -3443,10 +3446,10 @@ def client_error(said: Output) -> UserError:
     )
 
 
-def plan_yarn(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
+def plan_yarn(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan the application.  Raises UserError where the packed environment is gone."""
     path = step.targets[0]
-    if not facts.exists(path):
+    if not host.exists(path):
         raise UserError(
             f"There is no {path} any more.",
             "Pack the environment again, or set the kernel up with another one.",
@@ -3462,7 +3465,7 @@ def plan_yarn(step: Step, plan: Plan, facts: Facts, rest: Launch) -> Plan:
     }
     environ = cluster_environ(plan.environ)
     argv = [*yarn_client(), "submit"]
-    return plan.but(
+    return plan.replace(
         argv=argv,
         environ=environ,
         search=None,
@@ -3519,7 +3522,7 @@ register(
 class Kernel(Record):
     """A kernel as a kernelspec describes it.
 
-    command: with `CONNECTION_FILE` in it.  folder: the kernelspec it was read from, empty for none; its
+    command: with `CONNECTION_FILE` in it.  directory: the kernelspec it was read from, empty for none; its
     files come along.  files: further ones (logos), by name.  env: variables, as Jupyter reads them.
     test: a command that succeeds where the kernel is really installed, empty where the command tells.
     """
@@ -3531,7 +3534,7 @@ class Kernel(Record):
     interrupt_mode: str = ""
     protocol: str = ""
     files: dict[str, bytes] = {}
-    folder: str = ""
+    directory: str = ""
     env: dict[str, str] = {}
     test: list[str] = []
 
@@ -3588,45 +3591,45 @@ def kernel_from_spec(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Ker
     )
 
 
-def kernels_inside(plan: Plan, facts: Facts) -> dict[str, str]:
-    """Return the kernelspecs that an environment itself holds: their folders by name."""
+def kernels_inside(plan: Plan, host: Host) -> dict[str, str]:
+    """Return the kernelspecs that an environment itself holds: their directories by name."""
     found: dict[str, str] = {}
-    for folder in plan.search or ():
-        kernels = os.path.dirname(folder) + "/share/jupyter/kernels"
-        for name in facts.listdir(kernels):
-            if facts.exists(f"{kernels}/{name}/kernel.json"):
+    for directory in plan.search or ():
+        kernels = os.path.dirname(directory) + "/share/jupyter/kernels"
+        for name in host.listdir(kernels):
+            if host.exists(f"{kernels}/{name}/kernel.json"):
                 found.setdefault(name, f"{kernels}/{name}")
     return found
 
 
-def read_kernelspec(folder: str, facts: Facts) -> Kernel:
-    """Return the kernel of a kernelspec's folder with its files.  Raises UserError where it is broken."""
+def read_kernelspec(directory: str, host: Host) -> Kernel:
+    """Return the kernel of a kernelspec's directory with its files.  Raises UserError where it is broken."""
     import json
 
     try:
-        spec = json.loads(facts.read(folder + "/kernel.json") or b"")
+        spec = json.loads(host.read(directory + "/kernel.json") or b"")
         argv = spec["argv"]
         if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
             raise ValueError("no argv")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"The kernelspec {folder} is broken: its kernel.json can't be read.",
+            f"The kernelspec {directory} is broken: its kernel.json can't be read.",
             "Install that kernel again.",
         ) from None
-    names = [name for name in facts.listdir(folder) if name != "kernel.json" and name != "__pycache__"]
-    texts = {name: facts.read(f"{folder}/{name}") for name in names}
+    names = [name for name in host.listdir(directory) if name != "kernel.json" and name != "__pycache__"]
+    texts = {name: host.read(f"{directory}/{name}") for name in names}
     kernel = kernel_from_spec(spec, {name: text for name, text in texts.items() if text is not None})
-    return kernel.but(folder=folder if facts.host is facts else "")
+    return kernel.replace(directory=directory if host.host is host else "")
 
 
-def kernel_in_environment(name: str, plan: Plan, facts: Facts) -> Kernel:
+def kernel_in_environment(name: str, plan: Plan, host: Host) -> Kernel:
     """Return a kernel by name: a known one, or one whose kernelspec is inside the environment.
 
     Its interpreter becomes the environment's.  Raises UserError with a suggestion where there is none.
     """
-    inside = kernels_inside(plan, facts)
+    inside = kernels_inside(plan, host)
     if name in inside and name != "ipykernel":
-        return own_interpreter(read_kernelspec(inside[name], facts), plan, facts)
+        return own_interpreter(read_kernelspec(inside[name], host), plan, host)
     if name in KERNELS:
         return KERNELS[name]
     raise UserError(
@@ -3635,20 +3638,20 @@ def kernel_in_environment(name: str, plan: Plan, facts: Facts) -> Kernel:
     )
 
 
-def own_interpreter(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
+def own_interpreter(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
     """Make a kernel that was set up elsewhere use the environment's own program of that name.
 
     Of Pythons any will do: the one that stands in a kernelspec is another environment's.
     """
     program = os.path.basename(kernel.command[0])
-    if is_python(program) and not search_program(program, plan.search or (), facts):
+    if is_python(program) and not search_program(program, plan.search or (), host):
         program = "python"
-    if is_python(program) or search_program(program, plan.search or (), facts):
-        return kernel.but(command=[program, *kernel.command[1:]])
+    if is_python(program) or search_program(program, plan.search or (), host):
+        return kernel.replace(command=[program, *kernel.command[1:]])
     return kernel
 
 
-def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
+def describe_ipykernel(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
     """Add to an ipykernel what the environment's own one says of itself: metadata, protocol, logos.
 
     Raises UserError where it can't be loaded at all.
@@ -3656,26 +3659,26 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
     import json
 
     python = plan.argv[: plan.argv.index("-m")]
-    said = facts.output([*python, "-c", DESCRIBE_IPYKERNEL], plan.environ)
+    said = host.output([*python, "-c", DESCRIBE_IPYKERNEL], plan.environ)
     try:
         spec = json.loads(said.out.split(b"\nipykernel:")[1].splitlines()[0])
-        folder = spec["resources"]
+        directory = spec["resources"]
     except (ValueError, IndexError, KeyError):
         if said.status:
-            said = facts.output([*python, "-c", "import ipykernel.kernelapp"], plan.environ)
+            said = host.output([*python, "-c", "import ipykernel.kernelapp"], plan.environ)
         if said.status:
             raise UserError(
                 f"ipykernel is there but can't be loaded in {plan.where}.",
-                f"Mend that, or install it anew: {plan.install % 'ipykernel'}.",
+                f"Fix that, or install it again: {plan.install % 'ipykernel'}.",
                 detail=os.fsdecode(said.err).strip().rpartition("\n")[2],
             ) from None
         return kernel
-    texts = {name: facts.read(f"{folder}/{name}") for name in (*LOGO_PNGS, LOGO_SVG)}
+    texts = {name: host.read(f"{directory}/{name}") for name in (*LOGO_PNGS, LOGO_SVG)}
     logos = {name: text for name, text in texts.items() if text is not None}
     own = kernel_from_spec(spec, {**logos, **kernel.files})
-    return own.but(
+    return own.replace(
         command=kernel.command,
-        folder=kernel.folder,
+        directory=kernel.directory,
         env=kernel.env,
         language=kernel.language,
         metadata={**own.metadata, **kernel.metadata},
@@ -3684,23 +3687,23 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, facts: Facts) -> Kernel:
     )
 
 
-def template_kernel(name: str, facts: Facts) -> Kernel:
+def template_kernel(name: str, host: Host) -> Kernel:
     """Return the kernel of an installed kernelspec with all its files (``--kernel-template``).
 
     Of a kernelspec that envkernel wrote the kernel command is taken, not envkernel's own.
     Raises UserError where no kernel of that name is installed.
     """
-    folders = installed_kernels()
-    if name not in folders:
+    directories = installed_kernels()
+    if name not in directories:
         raise UserError(
-            f"There is no kernel named {name} to take as a template.", suggestion(name, sorted(folders))
+            f"There is no kernel named {name} to take as a template.", suggestion(name, sorted(directories))
         )
-    kernel = read_kernelspec(folders[name], facts)
+    kernel = read_kernelspec(directories[name], host)
     tokens = run_tokens(kernel.command)
-    return kernel.but(command=launch_from_argv(tokens).command) if tokens else kernel
+    return kernel.replace(command=launch_from_argv(tokens).command) if tokens else kernel
 
 
-def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
+def choose_kernel(request: Request, plan: Plan, host: Host) -> Kernel:
     """Return the kernel that a request asks for.
 
     plan: the environment it will run in.  The command after ``--`` or of --kernel-cmd takes the place of
@@ -3709,9 +3712,9 @@ def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
     """
     common = request.common
     if "kernel-template" in common:
-        kernel = own_interpreter(template_kernel(common["kernel-template"], facts.host), plan, facts)
+        kernel = own_interpreter(template_kernel(common["kernel-template"], host.host), plan, host)
     else:
-        kernel = kernel_in_environment(common.get("kernel", "ipykernel"), plan, facts)
+        kernel = kernel_in_environment(common.get("kernel", "ipykernel"), plan, host)
     command = kernel.command
     if request.command is not None or "kernel-cmd" in common:
         command = request.command if request.command is not None else split_command(common["kernel-cmd"])
@@ -3727,10 +3730,10 @@ def choose_kernel(request: Request, plan: Plan, facts: Facts) -> Kernel:
         command = [os.path.basename(command[0]), *command[1:]]
     if "python" in common and is_python(command[0]) and request.command is None:
         python = sys.executable if common["python"] == "SELF" else common["python"]
-        command = [facts.absolute(python) if "/" in python else python, *command[1:]]
+        command = [host.absolute(python) if "/" in python else python, *command[1:]]
     if "/" in command[0] and not command[0].startswith(RESOURCE_DIR):
-        command = [facts.absolute(command[0]), *command[1:]]
-    return kernel.but(command=command, language=common.get("language", kernel.language))
+        command = [host.absolute(command[0]), *command[1:]]
+    return kernel.replace(command=command, language=common.get("language", kernel.language))
 
 
 def split_command(text: str) -> list[str]:
@@ -3848,7 +3851,7 @@ def check_request(request: Request) -> None:
             "Use ASCII letters, digits, '.', '_' and '-' only, and begin with a letter, a digit or '_'.",
         )
     if len(name) > 255:
-        raise usage_error(f"The kernel's name has {len(name)} characters.", "A folder's may have 255.")
+        raise usage_error(f"The kernel's name has {len(name)} characters.", "A directory's may have 255.")
     places = [option for option in ("user", "sys-prefix", "prefix") if option in common]
     if len(places) > 1:
         raise usage_error(f"--{places[0]} and --{places[1]} exclude each other.", "Give one of them.")
@@ -3875,70 +3878,71 @@ def check_choice(request: Request) -> None:
 
 
 def setup(
-    tokens: Sequence[str], facts: Facts, folder: str = "", recorded: Mapping[str, str] | None = None
+    tokens: Sequence[str], host: Host, directory: str = "", recorded: Mapping[str, str] | None = None
 ) -> int:
     """The setup phase: check what was asked for, then write the kernelspec.
 
-    folder: where an existing kernelspec is to be written again (`update`); recorded: variables that it
+    directory: where an existing kernelspec is to be written again (`update`); recorded: variables that it
     had recorded, for those that are missing now.
     Raises UserError; then nothing has been installed.
     """
-    request = parse_setup(tokens, facts)
-    request.common.setdefault("name", derive_name(request, facts))
+    request = parse_setup(tokens, host)
+    request.common.setdefault("name", derive_name(request, host))
     check_request(request)
     common = request.common
     for name in {"prefix", "logo"} & common.keys():
-        common[name] = facts.absolute(common[name])
-    environ = {**(recorded or {}), **launch_environ(facts)}
-    destination = folder or kernelspec_folder(common)
-    if folder:
+        common[name] = host.absolute(common[name])
+    environ = {**(recorded or {}), **launch_environ(host)}
+    destination = directory or kernelspec_directory(common)
+    if directory:
         common["update"] = True
-    if os.path.exists(destination) and not common.get("replace") and not folder:
+    if os.path.exists(destination) and not common.get("replace") and not directory:
         raise name_taken(destination)
     try:
-        write_kernel(request, destination, facts, environ)
+        write_kernel(request, destination, host, environ)
     except BaseException:
-        facts.unmake()
+        host.unmake()
         raise
     if common.get("check") and not common.get("dry-run"):
-        return check_installed(common["name"], destination, facts)
+        return check_installed(common["name"], destination, host)
     return 0
 
 
-def check_installed(name: str, folder: str, facts: Facts) -> int:
-    """Check the kernel in a kernelspec's folder, also where Jupyter finds none there or another one first."""
-    if installed_kernels().get(name.lower()) != folder:
-        paths = [os.path.dirname(os.path.dirname(folder)), *os.environ.get("JUPYTER_PATH", "").split(":")]
+def check_installed(name: str, directory: str, host: Host) -> int:
+    """Check the kernel in a kernelspec's directory, also where Jupyter finds none there or another one
+    first."""
+    if installed_kernels().get(name.lower()) != directory:
+        paths = [os.path.dirname(os.path.dirname(directory)), *os.environ.get("JUPYTER_PATH", "").split(":")]
         os.environ["JUPYTER_PATH"] = ":".join(path for path in paths if path)
-    return check_command({"NAME": name}, facts)
+    return check_command({"NAME": name}, host)
 
 
-def name_taken(folder: str) -> UserError:
-    """Return the error for a kernelspec's folder that is there already."""
+def name_taken(directory: str) -> UserError:
+    """Return the error for a kernelspec's directory that is there already."""
     return UserError(
-        f"There is a kernel named {os.path.basename(folder)} already, in {folder}.",
+        f"There is a kernel named {os.path.basename(directory)} already, in {directory}.",
         "Add --replace to replace it, or give another name: --name=NAME.",
     )
 
 
-def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapping[str, str]) -> None:
+def write_kernel(request: Request, destination: str, host: Host, environ: Mapping[str, str]) -> None:
     """Prepare the modes and the kernel of a request, then write the kernelspec, or print it (--dry-run).
 
     Raises UserError for what is missing.
     """
     common = request.common
-    steps, _ = setup_steps(request, facts, environ)
-    kernel, launch = prepare_kernel(request, steps, facts, environ)
+    steps, _ = setup_steps(request, host, environ)
+    kernel, launch = prepare_kernel(request, steps, host, environ)
     script = os.path.abspath(__file__)
     if not os.path.isfile(script):
         raise UserError(
             "envkernel.py is not read from a file.", "Save it first: kernels need it at each start."
         )
-    files = logo_files(kernel, steps[0].mode, common.get("logo", ""), facts)
+    files = logo_files(kernel, steps[0].mode, common.get("logo", ""), host)
     if common.get("self-contained"):
-        files["envkernel.py"] = facts.read(script) or b""
+        files["envkernel.py"] = host.read(script) or b""
         script = os.path.join(destination, "envkernel.py")
-    python = plain_path(lasting_python(facts) if common.get("self-contained") else sys.executable, facts)
+    python = plain_path(lasting_python(host) if common.get("self-contained") else sys.executable, host)
     spec = kernelspec_json(request, launch, kernel, [*launcher(python, script), *launch_to_argv(launch)])
     if common.get("dry-run"):
         import json
@@ -3946,13 +3950,13 @@ def write_kernel(request: Request, destination: str, facts: Facts, environ: Mapp
         print(json.dumps(spec, indent=1))
         return
     replace = "replace" in common or "update" in common
-    install_kernelspec(destination, spec, files, "user" not in common, kernel.folder, replace)
-    write_bytecode(python, script, facts)
+    install_kernelspec(destination, spec, files, "user" not in common, kernel.directory, replace)
+    write_bytecode(python, script, host)
     say_installed(common["name"], destination, offer="check" not in common)
 
 
 def setup_steps(
-    request: Request, facts: Facts, environ: Mapping[str, str]
+    request: Request, host: Host, environ: Mapping[str, str]
 ) -> tuple[list[Step], Mapping[str, str]]:
     """Let each mode check and normalise its step, in the environment that the modes before it make.
 
@@ -3963,30 +3967,30 @@ def setup_steps(
     for step in request.steps:
         mode = MODES[step.mode]
         try:
-            steps.append(mode.setup(step, facts, environ, request.common))
+            steps.append(mode.setup(step, host, environ, request.common))
         except UserError as error:
             if error.status == 1 and any(MODES[earlier.mode].remote for earlier in steps):
                 error.hint += " The nodes may have it, but setup can only look on this host."
             raise
         if mode.remote or mode.container:
             continue
-        environ = mode.plan(steps[-1], Plan([], dict(environ)), facts, Launch([], [])).environ
+        environ = mode.plan(steps[-1], Plan([], dict(environ)), host, Launch([], [])).environ
     return steps, environ
 
 
-def logo_files(kernel: Kernel, mode: str, own: str, facts: Facts) -> dict[str, bytes]:
+def logo_files(kernel: Kernel, mode: str, own: str, host: Host) -> dict[str, bytes]:
     """Return the kernel's files with the logos that its kernelspec gets.
 
     own: path of the user's own logo, empty for the kernel's with the badge of `mode`.
     """
     if own:
         others = {name: data for name, data in kernel.files.items() if not name.startswith("logo-")}
-        return {**others, **own_logos(own, facts.read(own))}
+        return {**others, **own_logos(own, host.read(own))}
     return {**kernel.files, LOGO_SVG: badge_logo(kernel.files, mode, kernel.language)}
 
 
 def prepare_kernel(
-    request: Request, steps: Sequence[Step], facts: Facts, environ: Mapping[str, str]
+    request: Request, steps: Sequence[Step], host: Host, environ: Mapping[str, str]
 ) -> tuple[Kernel, Launch]:
     """Choose the kernel and test that it could start, with the variables that the user wants it to have.
 
@@ -3994,20 +3998,20 @@ def prepare_kernel(
     """
     environ = {**environ, **encoded_variables(request)}
     seen = seen_here(steps)
-    probe = plan_launch(launch_of(request, seen, []), facts, environ)
+    probe = plan_launch(launch_of(request, seen, []), host, environ)
     if request.common.get("kernel") == OWN_COMMAND:
         kernel = image_kernel(request, probe)
         launch = launch_of(request, seen, kernel.command)
-        return kernel, launch.but(steps=[*steps[:-1], find_transport(launch, facts, environ)])
-    probe, world = look_inside(probe, facts, [])
+        return kernel, launch.replace(steps=[*steps[:-1], find_transport(launch, host, environ)])
+    probe, world = look_inside(probe, host, [])
     kernel = choose_kernel(request, probe, world)
     launch = launch_of(request, steps, kernel.command, list(kernel.env))
-    resources = {"resource-dir": kernel.folder} if kernel.folder else {}
-    plan, facts = look_inside(plan_launch(launch.but(steps=seen), facts, environ), world, kernel.command)
-    plan = finish_plan(plan, launch.but(options=resources), facts)
+    resources = {"resource-dir": kernel.directory} if kernel.directory else {}
+    plan, host = look_inside(plan_launch(launch.replace(steps=seen), host, environ), world, kernel.command)
+    plan = finish_plan(plan, launch.replace(options=resources), host)
     if plan.search is not None:
         if kernel.test:
-            said = facts.output([plan.argv[0], *kernel.test[1:]], plan.environ)
+            said = host.output([plan.argv[0], *kernel.test[1:]], plan.environ)
             if said.status:
                 package = PACKAGES.get(kernel.test[0], kernel.test[0])
                 raise UserError(
@@ -4016,9 +4020,9 @@ def prepare_kernel(
                     detail=os.fsdecode(said.err).strip(),
                 )
         if plan.argv[1:3] == ["-m", "ipykernel_launcher"]:
-            kernel = describe_ipykernel(kernel, plan, facts)
-    last = find_transport(launch.but(steps=seen), facts.host, environ)
-    return kernel, launch.but(steps=[*steps[:-1], last])
+            kernel = describe_ipykernel(kernel, plan, host)
+    last = find_transport(launch.replace(steps=seen), host.host, environ)
+    return kernel, launch.replace(steps=[*steps[:-1], last])
 
 
 def seen_here(steps: Sequence[Step]) -> list[Step]:
@@ -4031,26 +4035,26 @@ def seen_here(steps: Sequence[Step]) -> list[Step]:
     return near if near and near[-1] is steps[-1] else list(steps)
 
 
-def plain_path(path: str, facts: Facts) -> str:
-    """Return a program's path without ``..``, so that it needs no other folder; a link stays followed."""
+def plain_path(path: str, host: Host) -> str:
+    """Return a program's path without ``..``, so that it needs no other directory; a link stays followed."""
     plain = os.path.normpath(path)
-    folders = {facts.real_path(os.path.dirname(one)) for one in (path, plain)}
-    return plain if len(folders) == 1 else path
+    directories = {host.real_path(os.path.dirname(one)) for one in (path, plain)}
+    return plain if len(directories) == 1 else path
 
 
-def lasting_python(facts: Facts) -> str:
+def lasting_python(host: Host) -> str:
     """Return a Python >= 3.8 that stays when this one's environment goes, this one where there is none.
 
     The run phase needs the standard library only, so the system's Python does.
     """
     base = str(getattr(sys, "_base_executable", sys.executable))
-    if sys.prefix != sys.base_prefix and (base == sys.executable or not facts.is_executable(base)):
+    if sys.prefix != sys.base_prefix and (base == sys.executable or not host.is_executable(base)):
         base = "{}/bin/python{}.{}".format(sys.base_prefix, *sys.version_info)  # Python < 3.11 does not say
-    if not facts.exists(os.path.dirname(os.path.dirname(base)) + "/conda-meta"):
+    if not host.exists(os.path.dirname(os.path.dirname(base)) + "/conda-meta"):
         return base
     question = ["-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 8))"]
     system = "/usr/bin/python3"
-    usable = facts.is_executable(system) and not facts.output([system, *question], os.environ).status
+    usable = host.is_executable(system) and not host.output([system, *question], os.environ).status
     return system if usable else base
 
 
@@ -4081,29 +4085,30 @@ ASK_BYTECODE = (
 """What a Python is asked with ``-c``: whether it has to compile the file that the next argument names."""
 
 
-def write_bytecode(python: str, script: str, facts: Facts) -> str:
+def write_bytecode(python: str, script: str, host: Host) -> str:
     """Let a Python write its bytecode of envkernel.py, so that no start compiles it; return what fails.
 
-    Whoever may read the script may read the bytecode, whatever the umask is.
+    Users who may read the script may read the bytecode, whatever the umask is.
     """
     cache = os.path.join(os.path.dirname(script), "__pycache__")
     known = {cache} if os.path.isdir(cache) else set()
-    known.update(os.path.join(cache, name) for name in facts.listdir(cache))
-    facts.output([*launcher(python, script), "--version"], {})
+    known.update(os.path.join(cache, name) for name in host.listdir(cache))
+    host.output([*launcher(python, script), "--version"], {})
     readable = os.stat(script).st_mode & 0o666
-    for path in {cache, *(os.path.join(cache, name) for name in facts.listdir(cache))} - known:
+    for path in {cache, *(os.path.join(cache, name) for name in host.listdir(cache))} - known:
         if os.path.isdir(path):
             os.chmod(path, 0o700 | readable | (readable & 0o044) >> 2)
         elif os.path.exists(path):
             os.chmod(path, readable)
-    asked = facts.output([python, "-I", "-S", "-c", ASK_BYTECODE, script], {})
+    asked = host.output([python, "-I", "-S", "-c", ASK_BYTECODE, script], {})
     if asked.status != WOULD_COMPILE:
         return ""
     return f"Python can't keep the bytecode of {script} in {cache}: each start compiles it, which takes 0.3 s"
 
 
-def kernelspec_folder(common: Mapping[str, Any]) -> str:
-    """Return the folder in which jupyter_client installs a kernel of that name (``--user``, ``--prefix``)."""
+def kernelspec_directory(common: Mapping[str, Any]) -> str:
+    """Return the directory in which jupyter_client installs a kernel of that name (``--user``,
+    ``--prefix``)."""
     need_jupyter_client()
     from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
 
@@ -4115,7 +4120,7 @@ def kernelspec_folder(common: Mapping[str, Any]) -> str:
 
 
 def installed_kernels() -> dict[str, str]:
-    """Return the folders of all kernelspecs that Jupyter finds here, by name."""
+    """Return the directories of all kernelspecs that Jupyter finds here, by name."""
     return dict(need_jupyter_client().find_kernel_specs())
 
 
@@ -4133,8 +4138,8 @@ def need_jupyter_client() -> Any:
 
     if os.path.expanduser("~") == "~":
         raise UserError(
-            f"Your home folder is not known: HOME is not set, and the system knows no user {os.getuid()}.",
-            "Set HOME to a folder of yours.",
+            f"Your home directory is not known: HOME is not set, and the system knows no user {os.getuid()}.",
+            "Set HOME to a directory of yours.",
         )
     warnings.filterwarnings("ignore", "Invalid kernelspec directory name")
     return KernelSpecManager(ensure_native_kernel=False)
@@ -4145,14 +4150,14 @@ def install_kernelspec(
     spec: Mapping[str, Any],
     files: Mapping[str, bytes],
     readable: bool,
-    folder: str = "",
+    directory: str = "",
     replace: bool = True,
 ) -> None:
     """Write a kernelspec through jupyter_client, whole or not at all.
 
     It is written beside its place first; an old one is put back where the last step fails.
     files: what stands in it beside kernel.json, by name.  readable: others may read it, whatever the
-    umask.  folder: a kernelspec whose files are copied first.  replace: one that is there may go.
+    umask.  directory: a kernelspec whose files are copied first.  replace: one that is there may go.
     Raises UserError where it can't be written.
     """
     import errno
@@ -4168,8 +4173,8 @@ def install_kernelspec(
         os.makedirs(base, exist_ok=True)
         stage = tempfile.mkdtemp(prefix=".envkernel-", dir=base)
         source = os.path.join(stage, "source")
-        if folder:
-            shutil.copytree(folder, source, ignore=shutil.ignore_patterns("__pycache__"))
+        if directory:
+            shutil.copytree(directory, source, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             os.mkdir(source)
         for name, content in {**files, "kernel.json": json.dumps(spec, indent=1).encode() + b"\n"}.items():
@@ -4178,7 +4183,7 @@ def install_kernelspec(
         name = os.path.basename(destination)
         new = manager.install_kernel_spec(source, name, prefix=os.path.join(stage, "prefix"))
         if replace:
-            swap_folder(new, destination, os.path.join(stage, "old"))
+            swap_directory(new, destination, os.path.join(stage, "old"))
         else:
             os.rename(new, destination)  # fails where another setup was faster
         if readable:
@@ -4207,8 +4212,8 @@ def has_jupyter() -> bool:
     return any(map(find_spec, ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")))
 
 
-def swap_folder(new: str, place: str, aside: str) -> None:
-    """Put the folder `new` in its place; one that stands there goes `aside`.
+def swap_directory(new: str, place: str, aside: str) -> None:
+    """Put the directory `new` in its place; one that stands there goes `aside`.
 
     It is put back where that fails or is interrupted.  All are on one file system.  Raises OSError.
     """
@@ -4222,36 +4227,36 @@ def swap_folder(new: str, place: str, aside: str) -> None:
         raise
 
 
-def first_missing(folder: str) -> str:
-    """Return the topmost folder of a path that does not exist yet, empty where all do."""
+def first_missing(directory: str) -> str:
+    """Return the topmost directory of a path that does not exist yet, empty where all do."""
     missing = ""
-    while folder and not os.path.isdir(folder):
-        missing, folder = folder, os.path.dirname(folder)
+    while directory and not os.path.isdir(directory):
+        missing, directory = directory, os.path.dirname(directory)
     return missing
 
 
-def make_readable(folder: str, made: str) -> None:
-    """Let everybody read a kernelspec's folder, and the folders that were made for it."""
-    for place, _, names in os.walk(folder):
+def make_readable(directory: str, made: str) -> None:
+    """Let everybody read a kernelspec's directory, and the directories that were made for it."""
+    for place, _, names in os.walk(directory):
         os.chmod(place, 0o755)
         for name in names:
             path = os.path.join(place, name)
             os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)
-    parent = os.path.dirname(folder)
+    parent = os.path.dirname(directory)
     while made and parent.startswith(made):
         os.chmod(parent, 0o755)
         parent = os.path.dirname(parent)
 
 
-def say_installed(name: str, folder: str, offer: bool) -> None:
-    """Tell where the kernelspec is, what to do where Jupyter does not look, and (offer) how to test it."""
+def say_installed(name: str, directory: str, offer: bool) -> None:
+    """Report where the kernelspec is, what to do where Jupyter does not look, and (offer) how to test it."""
     from jupyter_core.paths import jupyter_path
 
-    lines = [f"Installed the kernel {name.lower()} in {folder}"]
-    base = quoted(os.path.dirname(os.path.dirname(folder)))
-    if folder.startswith(sys.prefix + "/share/") and sys.prefix != sys.base_prefix and not has_jupyter():
+    lines = [f"Installed the kernel {name.lower()} in {directory}"]
+    base = quoted(os.path.dirname(os.path.dirname(directory)))
+    if directory.startswith(sys.prefix + "/share/") and sys.prefix != sys.base_prefix and not has_jupyter():
         lines.append(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
-    elif os.path.dirname(folder) not in jupyter_path("kernels"):
+    elif os.path.dirname(directory) not in jupyter_path("kernels"):
         lines.append(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
     if offer:
         lines.append(f"Test it: {called_as()} check {name.lower()}")
@@ -4260,7 +4265,7 @@ def say_installed(name: str, folder: str, offer: bool) -> None:
     except OSError as error:
         failure = lost_output(error)
         if isinstance(failure, UserError):
-            failure.hint = f"The kernel {name.lower()} is installed all the same, in {folder}."
+            failure.hint = f"The kernel {name.lower()} is installed all the same, in {directory}."
         raise failure from None
 
 
@@ -4382,7 +4387,7 @@ complete -c envkernel -f -a '(__envkernel)'
 """The completion script of each shell: it asks this program, and completes files where that has no answer."""
 
 
-def completion_command(options: Mapping[str, Any], facts: Facts) -> int:
+def completion_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel completion SHELL``: print the script; ``-- ARGUMENT ...``: complete the last of them."""
     shell, typed = options["SHELL"], options.get("rest")
     if shell not in SHELLS:
@@ -4393,14 +4398,14 @@ def completion_command(options: Mapping[str, Any], facts: Facts) -> int:
     apart = shell == "bash" and "=" in typed  # bash makes three arguments of --flag=value
     if apart:
         typed = "\0".join(typed).replace("\0=\0", "=").replace("\0=", "=").split("\0")
-    found = candidates(typed or [""], facts)
+    found = candidates(typed or [""], host)
     for name, help in found.items():
         shown = name.partition("=")[2] if apart and "=" in typed[-1] else name
         print(shown + {"bash": "", "zsh": ":" + help, "fish": "\t" + help}[shell])
     return 0 if found else 1
 
 
-def candidates(typed: Sequence[str], facts: Facts) -> dict[str, str]:
+def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
     """Return what can replace the last of some arguments, which it completes, with its help."""
     before, rest = split_chain(typed[:-1])
     current, chained = typed[-1], rest is not None
@@ -4421,23 +4426,23 @@ def candidates(typed: Sequence[str], facts: Facts) -> dict[str, str]:
     if asked and asked.metavar:
         found = dict.fromkeys(((flag + equals) * bool(equals) + choice for choice in asked.choices), "")
     elif current.startswith("-"):
-        found = engine_candidates(mode, facts) if mode else {}
+        found = engine_candidates(mode, host) if mode else {}
         found.update(
             {flag + "=" * bool(row.metavar and flag[1] == "-"): row.help for flag, row in flags.items()}
         )
     elif command and command.argument == "NAME":
-        found = dict.fromkeys((kernel.name for kernel in our_kernels(facts)), "")
+        found = dict.fromkeys((kernel.name for kernel in our_kernels(host)), "")
     elif command and command.argument == "SHELL":
         found = dict.fromkeys(SHELLS, "")
     return {name: help for name, help in found.items() if name.startswith(current)}
 
 
-def engine_candidates(mode: Mode, facts: Facts) -> dict[str, str]:
+def engine_candidates(mode: Mode, host: Host) -> dict[str, str]:
     """Return the long options that a mode's engine lists."""
-    environ = launch_environ(facts)
+    environ = launch_environ(host)
     try:
-        commands = mode.engine(mode.name, [], environ, facts) if mode.engine else []
-        known = EngineOptions(commands, facts, environ).known
+        commands = mode.engine(mode.name, [], environ, host) if mode.engine else []
+        known = EngineOptions(commands, host, environ).known
     except UserError:  # without an engine there are no options of it
         return {}
     return {long + "=" * (takes == "="): f"Option of {mode.name}." for long, takes in known.values()}
@@ -4453,7 +4458,7 @@ class Installed(Record):
     """
 
     name: str
-    folder: str
+    directory: str
     spec: dict[str, Any]
     tokens: list[str]
 
@@ -4471,25 +4476,25 @@ def own_metadata(spec: Any) -> dict[str, Any]:
     return spec if isinstance(spec, dict) else {}
 
 
-def our_kernels(facts: Facts) -> list[Installed]:
+def our_kernels(host: Host) -> list[Installed]:
     """Return the kernels that envkernel (of any version) has installed, by name."""
     import json
 
     found: list[Installed] = []
-    for name, folder in sorted(installed_kernels().items()):
+    for name, directory in sorted(installed_kernels().items()):
         try:
-            spec = json.loads(facts.read(folder + "/kernel.json") or b"")
+            spec = json.loads(host.read(directory + "/kernel.json") or b"")
             tokens = run_tokens(spec["argv"])
             if tokens or own_metadata(spec):
-                found.append(Installed(name, folder, spec, tokens))
+                found.append(Installed(name, directory, spec, tokens))
         except (ValueError, KeyError, TypeError, RecursionError, UserError):
             continue  # not ours, or so broken that nothing can be said of it
     return found
 
 
-def our_kernel(name: str, facts: Facts) -> Installed:
+def our_kernel(name: str, host: Host) -> Installed:
     """Return an installed kernel of ours.  Raises UserError where there is none of that name."""
-    kernels = our_kernels(facts)
+    kernels = our_kernels(host)
     for kernel in kernels:
         if kernel.name == name.lower():
             return kernel
@@ -4511,7 +4516,7 @@ def known_launch(kernel: Installed) -> Launch:
         return Launch([], [])
 
 
-def plan_of(kernel: Installed, facts: Facts, near: bool = False) -> Plan:
+def plan_of(kernel: Installed, host: Host, near: bool = False) -> Plan:
     """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken.
 
     near: that of what a cluster's node will do, as far as it can be seen on this host.
@@ -4519,31 +4524,31 @@ def plan_of(kernel: Installed, facts: Facts, near: bool = False) -> Plan:
     for name, kind in _FIELDS.items():
         if not isinstance(kernel.spec.get(name, kind()), kind):
             raise UserError(
-                f"The kernel.json in {kernel.folder} is broken: {name} is of a wrong type.",
+                f"The kernel.json in {kernel.directory} is broken: {name} is of a wrong type.",
                 f"Write the kernel again: envkernel update {kernel.name}.",
             )
     argv = kernel.spec["argv"]
     for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
-        if not facts.exists(path) and os.path.isabs(path):
+        if not host.exists(path) and os.path.isabs(path):
             raise UserError(f"{path} is gone.", f"Write the kernel again: envkernel update {kernel.name}.")
     try:
         launch = launch_from_argv(kernel.tokens)
-        launch = launch.but(steps=seen_here(launch.steps)) if near else launch
-        environ = {**launch_environ(facts), **known_fields(kernel.spec)["env"]}
-        return finish_plan(plan_launch(launch, facts, environ), launch, facts)
+        launch = launch.replace(steps=seen_here(launch.steps)) if near else launch
+        environ = {**launch_environ(host), **known_fields(kernel.spec)["env"]}
+        return finish_plan(plan_launch(launch, host, environ), launch, host)
     except UserError as error:
         error.name_kernel(kernel.name)
         raise
 
 
-def plans_of(kernel: Installed, facts: Facts) -> list[Plan]:
+def plans_of(kernel: Installed, host: Host) -> list[Plan]:
     """Return the plan of an installed kernel, and for a cluster also the one that its node will make."""
-    plans = [plan_of(kernel, facts)]
+    plans = [plan_of(kernel, host)]
     steps = launch_from_argv(kernel.tokens).steps
-    return plans + ([plan_of(kernel, facts, near=True)] if seen_here(steps) != steps else [])
+    return plans + ([plan_of(kernel, host, near=True)] if seen_here(steps) != steps else [])
 
 
-def check_outside(kernel: Installed, plan: Plan, facts: Facts) -> None:
+def check_outside(kernel: Installed, plan: Plan, host: Host) -> None:
     """Ask Slurm for the partition and the engine for the image, without a start.  Raises UserError.
 
     plan: the kernel's, on this host.  An image that only a node needs is not looked for.
@@ -4551,10 +4556,10 @@ def check_outside(kernel: Installed, plan: Plan, facts: Facts) -> None:
     for step in launch_from_argv(kernel.tokens).steps:
         if MODES[step.mode].remote:
             if step.mode == "slurm":
-                ask_slurm(step, plan.argv[0], facts, plan.environ)
+                ask_slurm(step, plan.argv[0], host, plan.environ)
             return
         if step.mode in ("docker", "podman"):
-            said = facts.output([plan.argv[0], "image", "inspect", step.targets[0]], plan.environ)
+            said = host.output([plan.argv[0], "image", "inspect", step.targets[0]], plan.environ)
             text = os.fsdecode(said.err)
             if said.status:
                 hint = f"Fetch it: {os.path.basename(plan.argv[0])} pull {step.targets[0]}"
@@ -4562,37 +4567,37 @@ def check_outside(kernel: Installed, plan: Plan, facts: Facts) -> None:
                 raise engine_error(plan.argv[0], step.targets[0], 125, text) or missing
 
 
-def state_of(kernel: Installed, facts: Facts) -> str:
+def state_of(kernel: Installed, host: Host) -> str:
     """Return ``ok``, or what is broken about a kernel as far as that can be seen without a start."""
     try:
-        check_outside(kernel, plans_of(kernel, facts)[0], facts)
+        check_outside(kernel, plans_of(kernel, host)[0], host)
     except UserError as error:
         return error.message
     return "ok"
 
 
-def started_processes(argv: Sequence[str], facts: Facts) -> list[int]:
+def started_processes(argv: Sequence[str], host: Host) -> list[int]:
     """Return the processes that Jupyter started with the argv of a kernelspec, and that run something.
 
     A keeper is a copy of the process that Jupyter started: where that one lives, it is not listed.
     """
     found: dict[int, int] = {}
-    for pid in sorted(map(int, filter(str.isdigit, facts.listdir("/proc")))):
-        words = (facts.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")[:-1]
+    for pid in sorted(map(int, filter(str.isdigit, host.listdir("/proc")))):
+        words = (host.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")[:-1]
         if len(words) == len(argv) and all(
             os.fsencode(wanted) == word or CONNECTION_FILE in wanted for wanted, word in zip(argv, words)
         ):
-            state = (facts.read(f"/proc/{pid}/stat") or b") ? 0").rpartition(b")")[2].split()
-            if facts.read(f"/proc/{pid}/task/{pid}/children"):
+            state = (host.read(f"/proc/{pid}/stat") or b") ? 0").rpartition(b")")[2].split()
+            if host.read(f"/proc/{pid}/task/{pid}/children"):
                 found[pid] = int(state[1])
     return [pid for pid, parent in found.items() if parent not in found]
 
 
-def logged_processes(name: str, facts: Facts) -> dict[int, str]:
+def logged_processes(name: str, host: Host) -> dict[int, str]:
     """Return the processes of a kernel that live by its launch logs, each with its job, empty for none."""
     found: dict[int, str] = {}
-    for _, text in launch_logs(name, os.environ, facts):
-        if process_state(text, facts).startswith("running: yes"):
+    for _, text in launch_logs(name, os.environ, host):
+        if process_state(text, host).startswith("running: yes"):
             lines = log_lines(text)
             found.setdefault(int(lines["process"]), lines.get("job", ""))
     return found
@@ -4609,34 +4614,34 @@ class Running(Record):
     kernel: str = ""
 
 
-def engine_containers(program: str, facts: Facts) -> list[Running]:
+def engine_containers(program: str, host: Host) -> list[Running]:
     """Return containers of this user's kernels, none where docker or podman does not answer."""
-    mine = f"--filter=label=envkernel.uid={facts.ids()[0]}"
+    mine = f"--filter=label=envkernel.uid={host.ids()[0]}"
     found = []
-    for name in ask_lines([program, "ps", "--all", mine, "--format={{.Names}}"], facts):
+    for name in ask_lines([program, "ps", "--all", mine, "--format={{.Names}}"], host):
         kernel, _, end = name[len("envkernel-") :].rpartition("-")
         kernel = kernel[: -len("-shared")] if len(end) == 16 else kernel
         found.append(Running(name, [program, "rm", "-f", "-v", name], kernel))
     return found
 
 
-def apptainer_instances(program: str, facts: Facts) -> list[Running]:
+def apptainer_instances(program: str, host: Host) -> list[Running]:
     """Return this user's instances that kernels share, none where there is no engine."""
-    names = [line.split()[0] for line in ask_lines([program, "instance", "list"], facts)]
+    names = [line.split()[0] for line in ask_lines([program, "instance", "list"], host)]
     ours = [name for name in names if name.startswith("envkernel-shared-")]
     return [Running("instance " + name, [program, "instance", "stop", name]) for name in ours]
 
 
-def ask_lines(argv: Sequence[str], facts: Facts) -> list[str]:
+def ask_lines(argv: Sequence[str], host: Host) -> list[str]:
     """Return the lines that an engine answers, none where it is not there or does not answer."""
     try:
-        said = facts.output(argv, launch_environ(facts)) if facts.is_executable(argv[0]) else Output(1)
+        said = host.output(argv, launch_environ(host)) if host.is_executable(argv[0]) else Output(1)
     except UserError:
         return []
     return [line for line in os.fsdecode(said.out).splitlines() if line.strip() and not said.status]
 
 
-def running_for(kernel: Installed, facts: Facts) -> list[Running]:
+def running_for(kernel: Installed, host: Host) -> list[Running]:
     """Return what runs for a kernel: containers, instances, jobs, else processes.
 
     Containers are not known where their engine does not answer.
@@ -4648,16 +4653,16 @@ def running_for(kernel: Installed, facts: Facts) -> list[Running]:
         if MODES[step.mode].remote:
             break
         if step.mode in ("docker", "podman"):
-            return [one for one in engine_containers(program, facts) if one.kernel == kernel.name]
+            return [one for one in engine_containers(program, host) if one.kernel == kernel.name]
         if step.options.get("shared"):
-            shared = "instance envkernel-" + shared_name(step, launch, facts)
-            found += [one for one in apptainer_instances(program, facts) if one.what == shared]
-    pids = dict.fromkeys(started_processes(kernel.spec["argv"], facts), "")
-    pids.update(logged_processes(kernel.name, facts))
+            shared = "instance envkernel-" + shared_name(step, launch, host)
+            found += [one for one in apptainer_instances(program, host) if one.what == shared]
+    pids = dict.fromkeys(started_processes(kernel.spec["argv"], host), "")
+    pids.update(logged_processes(kernel.name, host))
     return found + [Running(f"job {job}" if job else f"process {pid}") for pid, job in pids.items()]
 
 
-def leftovers(kernels: Sequence[Installed], facts: Facts) -> dict[str, list[Running]]:
+def leftovers(kernels: Sequence[Installed], host: Host) -> dict[str, list[Running]]:
     """Return containers and instances that belong to no kernelspec, by the name that `stop` takes.
 
     Those of a kernelspec that only another Jupyter finds are none while something on this host runs them.
@@ -4665,34 +4670,34 @@ def leftovers(kernels: Sequence[Installed], facts: Facts) -> dict[str, list[Runn
     names, shared = {kernel.name for kernel in kernels}, {""}
     for launch in map(known_launch, kernels):
         steps = [step for step in launch.steps if step.options.get("shared")]
-        shared.update("instance envkernel-" + shared_name(step, launch, facts) for step in steps)
-    for pid in filter(str.isdigit, facts.listdir("/proc")):
-        tokens = run_tokens(os.fsdecode(facts.read(f"/proc/{pid}/cmdline") or b"").split("\0")[:-1])
+        shared.update("instance envkernel-" + shared_name(step, launch, host) for step in steps)
+    for pid in filter(str.isdigit, host.listdir("/proc")):
+        tokens = run_tokens(os.fsdecode(host.read(f"/proc/{pid}/cmdline") or b"").split("\0")[:-1])
         names.update(token[len("--name=") :].lower() for token in tokens if token.startswith("--name="))
-    environ = launch_environ(facts)
+    environ = launch_environ(host)
     left: dict[str, list[Running]] = {}
     for engine in ("docker", "podman", "apptainer", "singularity"):
-        program = search_program(engine, path_entries(environ), facts)
+        program = search_program(engine, path_entries(environ), host)
         ask = apptainer_instances if engine in APPTAINER_PROGRAMS else engine_containers
-        for one in ask(program, facts) if program else ():
+        for one in ask(program, host) if program else ():
             if one.kernel.lower() not in names and one.what not in shared:
                 found = left.setdefault(one.kernel or one.what.split()[-1], [])
                 found += [one] if one.what not in [other.what for other in found] else []
     return left
 
 
-def kernel_row(kernel: Installed, facts: Facts) -> dict[str, str]:
+def kernel_row(kernel: Installed, host: Host) -> dict[str, str]:
     """Return what `list` shows of a kernel."""
     steps = known_launch(kernel).steps
     built = typed_value(kernel.command, "--build")
     targets = [[built] if built and MODES[step.mode].container else step.targets for step in steps]
-    runs = ", ".join(one.what for one in running_for(kernel, facts))
+    runs = ", ".join(one.what for one in running_for(kernel, host))
     return {
         "name": kernel.name,
         "mode": "+".join(step.mode for step in steps) or "?",
         "target": " -- ".join(" ".join(words) for words in targets if words),
-        "folder": kernel.folder,
-        "state": state_of(kernel, facts) + (f", running: {runs}" if runs else ""),
+        "directory": kernel.directory,
+        "state": state_of(kernel, host) + (f", running: {runs}" if runs else ""),
     }
 
 
@@ -4728,22 +4733,22 @@ def lost_output(error: OSError) -> Exception:
     return error
 
 
-def list_command(options: Mapping[str, Any], facts: Facts) -> int:
+def list_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel list``: all kernels of ours and whether they could start, and what runs."""
     from concurrent.futures import ThreadPoolExecutor
 
-    kernels = our_kernels(facts)
+    kernels = our_kernels(host)
     if options.get("names"):
         print(*(kernel.name for kernel in kernels), sep="\n")
         return 0
-    facts = Snapshot()
+    host = Snapshot()
     with ThreadPoolExecutor(8) as pool:
-        left = pool.submit(leftovers, kernels, facts)
-        rows = list(pool.map(lambda kernel: kernel_row(kernel, facts), kernels))
+        left = pool.submit(leftovers, kernels, host)
+        rows = list(pool.map(lambda kernel: kernel_row(kernel, host), kernels))
     for name, found in left.result().items():
         state = f"belongs to no kernel that Jupyter finds here; end it: envkernel stop {name}"
         runs = ", ".join(one.what for one in found)
-        rows.append({"name": name, "mode": "leftover", "target": runs, "folder": "", "state": state})
+        rows.append({"name": name, "mode": "leftover", "target": runs, "directory": "", "state": state})
     if options.get("json"):
         print_json(rows)
         return 0
@@ -4751,7 +4756,9 @@ def list_command(options: Mapping[str, Any], facts: Facts) -> int:
         print("envkernel has made no kernel that Jupyter finds here.")
         return 0
     table = [["NAME", "MODE", "TARGET", "WHERE", "STATE"]]
-    table += [[one_line(row[key]) for key in ("name", "mode", "target", "folder", "state")] for row in rows]
+    table += [
+        [one_line(row[key]) for key in ("name", "mode", "target", "directory", "state")] for row in rows
+    ]
     widths = [max(len(line[column]) for line in table) for column in range(5)]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -4765,20 +4772,20 @@ def changed_variables(before: Mapping[str, str], after: Mapping[str, str]) -> di
     return dict(sorted(changes.items()))
 
 
-def show_command(options: Mapping[str, Any], facts: Facts) -> int:
+def show_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel show NAME``: the command that made a kernel and what it would do now."""
     import shlex
 
-    kernel = our_kernel(options["NAME"], facts)
+    kernel = our_kernel(options["NAME"], host)
     plans: list[Plan] = []
     state = "ok"
     try:
-        plans = plans_of(kernel, facts)
-        check_outside(kernel, plans[0], facts)
+        plans = plans_of(kernel, host)
+        check_outside(kernel, plans[0], host)
     except UserError as error:
         state = f"{error.message} {error.hint}"
-    runs = [one.what for one in running_for(kernel, facts)]
-    before: Mapping[str, str] = launch_environ(facts)
+    runs = [one.what for one in running_for(kernel, host)]
+    before: Mapping[str, str] = launch_environ(host)
     stages: list[dict[str, Any]] = []
     for plan in plans:
         argv = ["..." if word in (LOADER, NODE_BOOT) else word for word in plan.argv]
@@ -4787,7 +4794,7 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
     shown: dict[str, Any] = {
         "name": kernel.name,
         "display_name": kernel.spec.get("display_name", ""),
-        "folder": kernel.folder,
+        "directory": kernel.directory,
         "command": ["envkernel", *kernel.command] if kernel.command else [],
         "state": state,
         "running": runs,
@@ -4799,7 +4806,7 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
         return 0
     lines = [
         f"kernel       {shown['name']} ({shown['display_name']})",
-        f"folder       {shown['folder']}",
+        f"directory       {shown['directory']}",
         f"made by      {shlex.join(shown['command']) or 'envkernel 1.x'}",
         f"state        {state}",
         *([f"running      {', '.join(runs)}"] if runs else []),
@@ -4812,37 +4819,37 @@ def show_command(options: Mapping[str, Any], facts: Facts) -> int:
     return 0
 
 
-def place_of(folder: str) -> dict[str, Any]:
-    """Return the common option (``user``, ``prefix``) that says where a kernelspec's folder is."""
+def place_of(directory: str) -> dict[str, Any]:
+    """Return the common option (``user``, ``prefix``) that says where a kernelspec's directory is."""
     from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
 
-    base = os.path.dirname(os.path.dirname(folder))
+    base = os.path.dirname(os.path.dirname(directory))
     if base == jupyter_data_dir():
         return {"user": True}
     end = "/share/jupyter"
     return {"prefix": base[: -len(end)]} if base.endswith(end) and base != SYSTEM_JUPYTER_PATH[0] else {}
 
 
-def update_command(options: Mapping[str, Any], facts: Facts) -> int:
+def update_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel update NAME``: write a kernel again from the command that made it; or all of them."""
     if not options.get("all"):
-        return update_kernel(our_kernel(options["NAME"], facts), facts)
+        return update_kernel(our_kernel(options["NAME"], host), host)
     if options.get("NAME"):
         raise usage_error("--all updates every kernel.", f"Leave {options['NAME']} or --all out.")
     failed = []
-    for kernel in our_kernels(facts):
+    for kernel in our_kernels(host):
         try:
-            update_kernel(kernel, facts)
+            update_kernel(kernel, host)
         except UserError as error:
             failed.append(kernel.name)
             sys.stdout.flush()
-            tell_error(error)
+            print_error(error)
     if failed:
         raise UserError(f"Not updated: {', '.join(failed)}.", "See above; the others are.")
     return 0
 
 
-def update_kernel(kernel: Installed, facts: Facts) -> int:
+def update_kernel(kernel: Installed, host: Host) -> int:
     """Write a kernel again from the command that made it.  Raises UserError; then it is as it was."""
     command = kernel.command or command_of_1x(kernel)
     own = command.index("--") if "--" in command else len(command)
@@ -4851,14 +4858,14 @@ def update_kernel(kernel: Installed, facts: Facts) -> int:
     for index, word in enumerate(head):
         if word.startswith("--kernel-template=") and word.partition("=")[2] not in installed_kernels():
             head[index] = f"--kernel-template={kernel.name}"  # the template is gone: this is its clone
-        if word.startswith("--logo=") and not facts.exists(word.partition("=")[2]):
-            copies = [f"{kernel.folder}/{file}" for file in (LOGO_PNGS[0], LOGO_SVG)]
-            head[index] = "--logo=" + next(filter(facts.exists, copies), word.partition("=")[2])
+        if word.startswith("--logo=") and not host.exists(word.partition("=")[2]):
+            copies = [f"{kernel.directory}/{file}" for file in (LOGO_PNGS[0], LOGO_SVG)]
+            head[index] = "--logo=" + next(filter(host.exists, copies), word.partition("=")[2])
     entries: list[str] = []
     for step in known_launch(kernel).steps:
         entries += step.options.get("recorded", [])
     recorded = dict(entry.partition("=")[::2] for entry in entries)
-    return setup(head + command[own:], facts, kernel.folder, recorded)
+    return setup(head + command[own:], host, kernel.directory, recorded)
 
 
 def command_of_1x(kernel: Installed) -> list[str]:
@@ -4866,16 +4873,21 @@ def command_of_1x(kernel: Installed) -> list[str]:
     launch = launch_from_argv(kernel.tokens)
     known = known_fields(kernel.spec)
     own = {"name": kernel.name, "display-name": known["display_name"] or kernel.name}
-    common = {**launch.options, **own, **place_of(kernel.folder), "language": known["language"] or "python"}
+    common = {
+        **launch.options,
+        **own,
+        **place_of(kernel.directory),
+        "language": known["language"] or "python",
+    }
     common.pop("connection-file", None)
     return setup_command(Request(common, launch.steps, launch.command), launch.steps)
 
 
-def launch_logs(name: str, environ: Mapping[str, str], facts: Facts) -> list[tuple[str, str]]:
+def launch_logs(name: str, environ: Mapping[str, str], host: Host) -> list[tuple[str, str]]:
     """Return path and text of the launch logs of a kernel, the newest first."""
-    folder, prefix = log_place(name, environ)
-    paths = [f"{folder}/{file}" for file in sorted(facts.listdir(folder)) if file.startswith(prefix)]
-    texts = [(path, facts.read(path)) for path in reversed(paths)]
+    directory, prefix = log_place(name, environ)
+    paths = [f"{directory}/{file}" for file in sorted(host.listdir(directory)) if file.startswith(prefix)]
+    texts = [(path, host.read(path)) for path in reversed(paths)]
     return [(path, os.fsdecode(text)) for path, text in texts if text is not None]
 
 
@@ -4889,23 +4901,23 @@ def log_lines(text: str) -> dict[str, str]:
     return dict(line.partition(": ")[::2] for line in text.splitlines())
 
 
-def process_state(text: str, facts: Facts) -> str:
+def process_state(text: str, host: Host) -> str:
     """Return a line on what became of a launch whose log has no end: the process may be the kernel now."""
     lines = log_lines(text)
     if "ended" in lines or "not started" in lines:
         return ""
-    words = os.fsdecode(facts.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
+    words = os.fsdecode(host.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
     if any(word.endswith(".json") and word in text for word in words):
         return "running: yes\n"
     return "running: no (what it said and its exit status are in the log of Jupyter)\n"
 
 
-def log_command(options: Mapping[str, Any], facts: Facts) -> int:
+def log_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel log NAME``: print the last abnormal end of a kernel, then its newest launch."""
     name = options["NAME"]
-    logs = launch_logs(name, os.environ, facts)
+    logs = launch_logs(name, os.environ, host)
     if not logs:
-        our_kernel(name, facts)
+        our_kernel(name, host)
         raise UserError(
             f"The kernel {name} has no launch log in {log_place(name, os.environ)[0]}.",
             "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
@@ -4915,58 +4927,59 @@ def log_command(options: Mapping[str, Any], facts: Facts) -> int:
     texts = []
     for path, text in logs if options.get("all") else chosen:
         title = "The last abnormal end: " if len(chosen) == 2 and path == chosen[0][0] else ""
-        texts.append(f"{title}{path}\n{text}{process_state(text, facts)}")
+        texts.append(f"{title}{path}\n{text}{process_state(text, host)}")
     sys.stdout.write("\n".join(texts))
     return 0
 
 
-def shared_container(kernel: Installed, facts: Facts) -> Membership | None:
-    """Return a share in the container of all kernels of a kernelspec, None where there is no such folder."""
+def shared_container(kernel: Installed, host: Host) -> Membership | None:
+    """Return a share in the container of all kernels of a kernelspec, None where there is no such
+    directory."""
     try:
-        care = plan_of(kernel, facts).care if kernel.tokens else None
-        folder = os.path.dirname(care.folder) if care and care.shared else ""
-        return Membership(care.shared, folder) if care and care.shared and facts.isdir(folder) else None
+        care = plan_of(kernel, host).care if kernel.tokens else None
+        directory = os.path.dirname(care.directory) if care and care.shared else ""
+        return Membership(care.shared, directory) if care and care.shared and host.isdir(directory) else None
     except UserError:
         return None
 
 
-def remove_logs(name: str, facts: Facts) -> None:
+def remove_logs(name: str, host: Host) -> None:
     """Remove the launch logs of a kernel, so that the next one of that name begins without any."""
-    for path, _ in launch_logs(name, os.environ, facts):
+    for path, _ in launch_logs(name, os.environ, host):
         remove_tree(path)
 
 
-def remove_kernelspec(folder: str) -> None:
-    """Remove a kernelspec's folder, or the link to it, whole or not at all.  Raises OSError."""
+def remove_kernelspec(directory: str) -> None:
+    """Remove a kernelspec's directory, or the link to it, whole or not at all.  Raises OSError."""
     import shutil
     import tempfile
 
-    if os.path.islink(folder):
-        os.unlink(folder)
+    if os.path.islink(directory):
+        os.unlink(directory)
         return
-    stage = tempfile.mkdtemp(prefix=".envkernel-", dir=os.path.dirname(folder))
+    stage = tempfile.mkdtemp(prefix=".envkernel-", dir=os.path.dirname(directory))
     try:
-        os.rename(folder, os.path.join(stage, "old"))
+        os.rename(directory, os.path.join(stage, "old"))
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def stop_command(options: Mapping[str, Any], facts: Facts) -> int:
+def stop_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel stop NAME``: end everything that runs for a kernel, or is left of one."""
     name = options["NAME"]
-    left = leftovers(our_kernels(facts), facts).get(name, [])
-    ended, remaining = stop_leftovers(left, facts) if left else stop_kernel(our_kernel(name, facts), facts)
+    left = leftovers(our_kernels(host), host).get(name, [])
+    ended, remaining = stop_leftovers(left, host) if left else stop_kernel(our_kernel(name, host), host)
     if remaining:
         raise UserError(f"Still running: {', '.join(remaining)}.", "Try it once more, or end it by hand.")
     print(f"Ended: {', '.join(ended)}" if ended else f"Nothing runs for the kernel {name}.")
     return 0
 
 
-def stop_leftovers(found: Sequence[Running], facts: Facts) -> tuple[list[str], list[str]]:
+def stop_leftovers(found: Sequence[Running], host: Host) -> tuple[list[str], list[str]]:
     """End containers and instances; return which have ended and which have not."""
-    failed = [one.what for one in found if facts.output(one.stop, launch_environ(facts)).status]
+    failed = [one.what for one in found if host.output(one.stop, launch_environ(host)).status]
     ended = [one.what for one in found if one.what not in failed]
-    for base in private_bases(os.environ, facts):
+    for base in private_bases(os.environ, host):
         for what in ended:
             key = what.rpartition("-shared-")[2]
             if key != what:  # the locks of a container that is kept
@@ -4975,29 +4988,29 @@ def stop_leftovers(found: Sequence[Running], facts: Facts) -> tuple[list[str], l
     return ended, failed
 
 
-def stop_kernel(kernel: Installed, facts: Facts) -> tuple[list[str], list[str]]:
+def stop_kernel(kernel: Installed, host: Host) -> tuple[list[str], list[str]]:
     """End everything that runs for a kernel; return what has ended and what has not.
 
     First the processes that Jupyter started, which clean up; then what belongs to none of them.
     """
     import time
 
-    before = [one.what for one in running_for(kernel, facts)]
-    logged = logged_processes(kernel.name, facts)
-    end_processes([*{*started_processes(kernel.spec["argv"], facts), *logged}], facts)
-    plan = plan_of(kernel, facts) if any(logged.values()) else Plan([], {})
+    before = [one.what for one in running_for(kernel, host)]
+    logged = logged_processes(kernel.name, host)
+    end_processes([*{*started_processes(kernel.spec["argv"], host), *logged}], host)
+    plan = plan_of(kernel, host) if any(logged.values()) else Plan([], {})
     for known in filter(None, logged.values()):
         argv = plan.job.cancel(0, known) if plan.job else []
         if argv:
-            facts.output(argv, plan.environ)
-    stop_leftovers([one for one in running_for(kernel, facts) if one.stop], facts)
+            host.output(argv, plan.environ)
+    stop_leftovers([one for one in running_for(kernel, host) if one.stop], host)
     deadline = time.monotonic() + 10
-    while (left := [one.what for one in running_for(kernel, facts)]) and time.monotonic() < deadline:
+    while (left := [one.what for one in running_for(kernel, host)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return [what for what in before if what not in left], left
 
 
-def end_processes(pids: Sequence[int], facts: Facts) -> None:
+def end_processes(pids: Sequence[int], host: Host) -> None:
     """Terminate processes; kill those that have not ended after five seconds."""
     import contextlib
     import signal
@@ -5013,33 +5026,33 @@ def end_processes(pids: Sequence[int], facts: Facts) -> None:
             return
         while pids and time.monotonic() < deadline:
             time.sleep(0.1)
-            states = {pid: (facts.read(f"/proc/{pid}/stat") or b") Z").rpartition(b")")[2] for pid in pids}
+            states = {pid: (host.read(f"/proc/{pid}/stat") or b") Z").rpartition(b")")[2] for pid in pids}
             pids = [pid for pid, state in states.items() if state.split()[:1] != [b"Z"]]
         number = signal.SIGKILL
 
 
-def remove_command(options: Mapping[str, Any], facts: Facts) -> int:
+def remove_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel remove NAME``: remove a kernelspec that envkernel made, and what is kept for it alone."""
-    kernel = our_kernel(options["NAME"], facts)
-    shared = shared_container(kernel, facts)
+    kernel = our_kernel(options["NAME"], host)
+    shared = shared_container(kernel, host)
     try:
-        remove_kernelspec(kernel.folder)
+        remove_kernelspec(kernel.directory)
     except OSError as error:
         raise UserError(
-            f"The kernelspec {kernel.folder} can't be removed: {os.strerror(error.errno or 0)}.",
-            "Ask whoever installed it.",
+            f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}.",
+            "Ask the user who installed it.",
         ) from None
-    print(f"Removed the kernel {kernel.name} from {kernel.folder}")
+    print(f"Removed the kernel {kernel.name} from {kernel.directory}")
     if shared:
-        shared.forget(os.environ, facts)
-    runs = [one.what for one in running_for(kernel, facts)]
+        shared.forget(os.environ, host)
+    runs = [one.what for one in running_for(kernel, host)]
     if runs:
         print("Still running, until their notebooks are shut down: " + ", ".join(runs))
     elif kernel.name not in installed_kernels():
-        remove_logs(kernel.name, facts)
+        remove_logs(kernel.name, host)
         for step in known_launch(kernel).steps:
-            remove_built_image(step, kernel.name, facts)
-    for base in private_bases(os.environ, facts):
+            remove_built_image(step, kernel.name, host)
+    for base in private_bases(os.environ, host):
         remove_stale(base, os.environ)
     return 0
 
@@ -5062,16 +5075,16 @@ class Check:
     steps: rows of name, seconds and error (empty where it worked).  plans: as of `plans_of`.
     """
 
-    def __init__(self, kernel: Installed, plans: Sequence[Plan], facts: Facts) -> None:
+    def __init__(self, kernel: Installed, plans: Sequence[Plan], host: Host) -> None:
         self.kernel = kernel
         self.plan, self.inner = plans[0], plans[-1]
-        self.facts = facts
+        self.host = host
         self.steps: list[dict[str, Any]] = []
         self.mark = os.urandom(8).hex()
         self.probe, self.sleep = PROBES.get(kernel.spec.get("language", "python"), ("", ""))
 
     def step(self, name: str, action: Callable[[], str]) -> bool:
-        """Do one step, write down how long it took and what went wrong; tell whether it worked."""
+        """Do one step, write down how long it took and what went wrong; return whether it worked."""
         import time
 
         start = time.perf_counter()
@@ -5108,7 +5121,7 @@ class Check:
         self.step("leftovers", self.leftovers)
 
     def wait(self) -> str:
-        """Wait for the first answer, then until the kernel is heard on its iopub channel as well.
+        """Wait for the first answer, then until the kernel is received on its iopub channel as well.
 
         What it publishes before that is lost, so it is asked again, as jupyter_server does.
         """
@@ -5123,16 +5136,16 @@ class Check:
                 return ""
             except Empty:
                 continue
-        return "nothing is heard on the kernel's iopub channel"
+        return "nothing is received on the kernel's iopub channel"
 
     def execute(self) -> str:
         """Let the kernel compute something."""
         said: list[str] = []
 
-        def hear(message: Any) -> None:
+        def on_message(message: Any) -> None:
             said.append(str(message["content"].get("text", "")))
 
-        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=hear)
+        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=on_message)
         if reply["content"]["status"] != "ok":
             return str(reply["content"].get("evalue", "the kernel answered with an error"))
         first, _, directory = "".join(said).strip().partition("\n")
@@ -5188,22 +5201,23 @@ class Check:
         sockets = {socket for pid in pids for socket in sockets_of(pid)}
         exposed = {
             f"{address}, port {port}"
-            for address, port, socket in listening_sockets(self.facts)
+            for address, port, socket in listening_sockets(self.host)
             if (port in ports or socket in sockets) and not address.startswith(("127.", "::1"))
         }
         return "others can reach it at " + "; ".join(sorted(exposed)) if exposed else ""
 
     def traces(self) -> set[str]:
-        """Return what there is now: this kernel's private folders, its kernelspec's containers and jobs."""
+        """Return what there is now: this kernel's private directories, its kernelspec's containers and
+        jobs."""
         found: set[str] = set()
         care, job = self.plan.care, self.plan.job
         if self.manager.connection_file:
             key = kernel_key(self.manager.connection_file)
-            for base in private_bases(self.plan.environ, self.facts):
+            for base in private_bases(self.plan.environ, self.host):
                 names = [
-                    name for name in self.facts.listdir(base) if key in name and not name.endswith(".lock")
+                    name for name in self.host.listdir(base) if key in name and not name.endswith(".lock")
                 ]
-                found.update(f"folder {base}/{name}" for name in names)
+                found.update(f"directory {base}/{name}" for name in names)
         label = f"--filter=label=envkernel={self.kernel.name}"
         question = [self.plan.argv[0], "ps", "--all", label, "--format={{.Names}}"]
         if isinstance(job, SlurmJob):
@@ -5211,7 +5225,7 @@ class Check:
             question = [job.tool("squeue"), "--noheader", mine, f"--name={self.kernel.name}", "--format=%i"]
         elif not (care and isinstance(care.explain, ContainerEnd)) or (care.shared and care.shared.keep):
             return found
-        said = self.facts.output(question, self.plan.environ)
+        said = self.host.output(question, self.plan.environ)
         kind = "job" if job else "container"
         return found.union(f"{kind} {name}" for name in os.fsdecode(said.out).split())
 
@@ -5228,10 +5242,10 @@ class Check:
             time.sleep(0.2)
 
 
-def private_bases(environ: Mapping[str, str], facts: Facts) -> set[str]:
-    """Return the folders in which private folders of a kernel may be, wherever it runs."""
-    bases = {private_base(environ, place, facts) for place in ("", "home", "tmp")}
-    return bases | {private_base({**environ, "XDG_RUNTIME_DIR": ""}, "", facts)}
+def private_bases(environ: Mapping[str, str], host: Host) -> set[str]:
+    """Return the directories in which private directories of a kernel may be, wherever it runs."""
+    bases = {private_base(environ, place, host) for place in ("", "home", "tmp")}
+    return bases | {private_base({**environ, "XDG_RUNTIME_DIR": ""}, "", host)}
 
 
 def sockets_of(pid: int) -> set[str]:
@@ -5247,16 +5261,16 @@ def sockets_of(pid: int) -> set[str]:
     return found
 
 
-def listening_sockets(facts: Facts) -> list[tuple[str, int, str]]:
+def listening_sockets(host: Host) -> list[tuple[str, int, str]]:
     """Return address, port and inode of each TCP socket that listens (proc(5), /proc/net/tcp)."""
     import socket
 
     found: list[tuple[str, int, str]] = []
     for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
-        for line in (facts.read(path) or b"").decode().splitlines()[1:]:
+        for line in (host.read(path) or b"").decode().splitlines()[1:]:
             fields = line.split()
-            host, _, port = fields[1].partition(":")
-            words = [bytes.fromhex(host[at : at + 8]) for at in range(0, len(host), 8)]
+            address, _, port = fields[1].partition(":")
+            words = [bytes.fromhex(address[at : at + 8]) for at in range(0, len(address), 8)]
             raw = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
             if fields[3] == "0A":
                 found.append((socket.inet_ntop(family, raw), int(port, 16), fields[9]))
@@ -5281,20 +5295,20 @@ def marked_processes(mark: str) -> dict[int, str]:
     return found
 
 
-def check_command(options: Mapping[str, Any], facts: Facts) -> int:
+def check_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel check NAME``: start the real kernel and use it as a client does."""
     import tempfile
 
-    kernel = our_kernel(options["NAME"], facts)
+    kernel = our_kernel(options["NAME"], host)
     error: UserError | None = None
     steps: list[dict[str, Any]] = []
     with tempfile.TemporaryFile() as log:
         try:
-            check = Check(kernel, plans_of(kernel, facts), facts)
+            check = Check(kernel, plans_of(kernel, host), host)
             argv = kernel.spec["argv"]
-            slow = write_bytecode(argv[0], argv[5], facts) if is_booted(argv) else ""
+            slow = write_bytecode(argv[0], argv[5], host) if is_booted(argv) else ""
             if slow:
-                facts.tell(f"envkernel: {slow}.\n".encode(errors="surrogateescape"))
+                host.warn(f"envkernel: {slow}.\n".encode(errors="surrogateescape"))
             steps = check.steps
             check.run(log)
         except UserError as broken:
@@ -5365,12 +5379,12 @@ COMMANDS: dict[str, Command] = {
 # ---- effects ------------------------------------------------------------------------------------
 
 
-class Facts:
+class Host:
     """The one edge through which planning reads the world.  Tests give one that reads dictionaries."""
 
     @property
-    def host(self) -> Facts:
-        """The facts about this machine."""
+    def host(self) -> Host:
+        """The host about this machine."""
         return self
 
     def ids(self) -> tuple[int, int, list[int]]:
@@ -5390,12 +5404,12 @@ class Facts:
         """Return eight hexadecimal digits that nobody can guess."""
         return os.urandom(4).hex()
 
-    def show(self, argv: Sequence[str], environ: Mapping[str, str], folder: str | None = None) -> int:
-        """Run a program (in a folder) with its output on the terminal; return its exit status."""
+    def show(self, argv: Sequence[str], environ: Mapping[str, str], directory: str | None = None) -> int:
+        """Run a program (in a directory) with its output on the terminal; return its exit status."""
         import subprocess
 
         try:
-            done = subprocess.run(argv, env=environ, cwd=folder, stdin=subprocess.DEVNULL, check=False)
+            done = subprocess.run(argv, env=environ, cwd=directory, stdin=subprocess.DEVNULL, check=False)
         except OSError as error:
             raise cannot_start(argv[0], error) from None
         return done.returncode
@@ -5408,7 +5422,7 @@ class Facts:
         return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")
 
     def produce(
-        self, argv: Sequence[str], path: str, environ: Mapping[str, str], folder: str | None = None
+        self, argv: Sequence[str], path: str, environ: Mapping[str, str], directory: str | None = None
     ) -> int:
         """Run a program that makes a file, named by one of its words; return its exit status.
 
@@ -5417,7 +5431,7 @@ class Facts:
         part = f"{path}.{self.random()}.part"
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            status = self.show([part if word == path else word for word in argv], environ, folder)
+            status = self.show([part if word == path else word for word in argv], environ, directory)
             if not status:
                 os.replace(part, path)
         except OSError as error:
@@ -5429,16 +5443,16 @@ class Facts:
         return status
 
     def try_plan(self, plan: Plan) -> Output:
-        """Run a plan's program to its end with its private folder there; nothing is left of either."""
+        """Run a plan's program to its end with its private directory there; nothing is left of either."""
         assert plan.care
-        base = os.path.dirname(plan.care.folder)
+        base = os.path.dirname(plan.care.directory)
         os.makedirs(os.path.dirname(base), exist_ok=True)
-        private_folder(base)
+        private_directory(base)
         try:
             prepare(plan.care)
             return self.output(plan.argv, plan.environ)
         finally:
-            remove_tree(plan.care.folder)
+            remove_tree(plan.care.directory)
             remove_empty(base)
 
     def listens(self, launch: Launch, environ: Mapping[str, str], seconds: float = 20) -> bool:
@@ -5460,7 +5474,7 @@ class Facts:
             with open(path, "w") as file:
                 json.dump({**numbers, **key, "transport": "ipc", "ip": scratch + "/j"}, file)
             options = {"connection-file": path, "no-error-kernel": True, "env": launch.options.get("env", [])}
-            launch = launch.but(options={**launch.options, **options})
+            launch = launch.replace(options={**launch.options, **options})
             care = plan_launch(launch, self, environ).care
             assert care
             words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
@@ -5475,23 +5489,23 @@ class Facts:
             try:
                 while left and process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.02)
-                    left = {number for number in left if not _connects(care.folder, number)}
+                    left = {number for number in left if not _connects(care.directory, number)}
             finally:
                 process.kill()
                 process.wait()
                 deadline = time.monotonic() + 20
-                while os.path.exists(care.folder + ".lock") and time.monotonic() < deadline:
+                while os.path.exists(care.directory + ".lock") and time.monotonic() < deadline:
                     time.sleep(0.02)
             return not left
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def exists(self, path: str) -> bool:
-        """Tell whether something stands at `path`."""
+        """Return whether something stands at `path`."""
         return os.path.exists(path)
 
     def isdir(self, path: str) -> bool:
-        """Tell whether `path` is a folder."""
+        """Return whether `path` is a directory."""
         return os.path.isdir(path)
 
     def real_path(self, path: str) -> str:
@@ -5499,7 +5513,7 @@ class Facts:
         return os.path.realpath(path)
 
     def is_executable(self, path: str) -> bool:
-        """Tell whether `path` is a file that this user may execute."""
+        """Return whether `path` is a file that this user may execute."""
         return os.path.isfile(path) and os.access(path, os.X_OK)
 
     def closed(self, path: str) -> str:
@@ -5514,8 +5528,8 @@ class Facts:
             return os.path.abspath(os.path.expanduser(path))
         except FileNotFoundError:
             raise UserError(
-                f"The current folder is gone, so {path} means nothing.",
-                "Change to another folder, or give it whole.",
+                f"The current directory is gone, so {path} means nothing.",
+                "Change to another directory, or give it whole.",
             ) from None
 
     def read(self, path: str) -> bytes | None:
@@ -5537,7 +5551,7 @@ class Facts:
             return None
 
     def listdir(self, path: str) -> list[str]:
-        """Return the names in a folder, none where it can't be read."""
+        """Return the names in a directory, none where it can't be read."""
         try:
             return os.listdir(path)
         except OSError:
@@ -5633,7 +5647,7 @@ class Facts:
             if os.path.lexists(path):
                 raise UserError(
                     f"{path} is there already and no virtualenv.",
-                    "Give a folder that does not exist yet, or leave --create out.",
+                    "Give a directory that does not exist yet, or leave --create out.",
                 )
             self.made = (first_missing(path),)
             commands.insert(0, [python, "-m", "venv", path])
@@ -5651,32 +5665,32 @@ class Facts:
                     "See above." + " On Debian, venv needs: apt install python3-venv." * bool(lacking),
                 )
 
-    def tell(self, text: bytes) -> None:
+    def warn(self, text: bytes) -> None:
         """Pass on to stderr what a program said there."""
         if text and not self.quiet:
             os.write(2, text)
 
 
-def _connects(folder: str, number: int) -> bool:
+def _connects(directory: str, number: int) -> bool:
     """Return whether one of a kernel's unix sockets in its private directory can be connected to."""
     import socket
 
     try:
-        directory = os.open(folder, os.O_RDONLY)  # the address of a unix socket has room for 107 bytes only
+        opened = os.open(directory, os.O_RDONLY)  # the address of a unix socket has room for 107 bytes only
     except OSError:
         return False
     with socket.socket(socket.AF_UNIX) as end:
-        paths = [f"/proc/self/fd/{directory}/s{sign}{number}" for sign in "-:"]
+        paths = [f"/proc/self/fd/{opened}/s{sign}{number}" for sign in "-:"]
         failed = [end.connect_ex(path) for path in paths]
-    os.close(directory)
+    os.close(opened)
     return 0 in failed
 
 
-class Inside(Facts):
-    """Facts about the inside of an image: what setup asks there, each time by a short run of it.
+class Inside(Host):
+    """The inside of an image: what setup asks there, each time by a short run of it.
 
     One run lists the programs on the image's PATH and the kernelspecs beside them.  What is not found
-    inside is not there; `host` are the facts of this machine.
+    inside is not there; `host` are the host of this machine.
     """
 
     LISTING = (
@@ -5686,7 +5700,7 @@ class Inside(Facts):
         "done; exit 0"
     )
 
-    def __init__(self, host: Facts, inside: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, host: Host, inside: Sequence[str], environ: Mapping[str, str]) -> None:
         self.inside = list(inside)
         self.environ = environ
         self._host = host
@@ -5697,24 +5711,24 @@ class Inside(Facts):
         self.files = {line[1:] for line in lines if line.startswith("f")}
 
     @property
-    def host(self) -> Facts:
-        """The facts about this machine."""
+    def host(self) -> Host:
+        """The host about this machine."""
         return self._host
 
     def exists(self, path: str) -> bool:
-        """Tell whether a program or a file of a kernelspec is there."""
+        """Return whether a program or a file of a kernelspec is there."""
         return path in self.programs or path in self.files or self.isdir(path)
 
     def isdir(self, path: str) -> bool:
-        """Tell whether one of the files is below `path`."""
+        """Return whether one of the files is below `path`."""
         return any(file.startswith(path + "/") for file in self.files)
 
     def is_executable(self, path: str) -> bool:
-        """Tell whether a program is there."""
+        """Return whether a program is there."""
         return path in self.programs or not self.output(["test", "-x", path], {}).status
 
     def listdir(self, path: str) -> list[str]:
-        """Return the names in a folder of a kernelspec or on PATH, none for other folders."""
+        """Return the names in a directory of a kernelspec or on PATH, none for other directories."""
         start = path + "/"
         known = self.files | self.programs
         return sorted({file[len(start) :].split("/")[0] for file in known if file.startswith(start)})
@@ -5729,8 +5743,8 @@ class Inside(Facts):
         return self._host.output([*self.inside, *argv], self.environ)
 
 
-class Snapshot(Facts):
-    """Facts for `list`: of however many threads, the first one asks, and no answer is waited for long."""
+class Snapshot(Host):
+    """Host for `list`: of however many threads, the first one asks, and no answer is waited for long."""
 
     PATIENCE = 5.0
     """Seconds that a program has for its answer."""
@@ -5759,7 +5773,7 @@ class Snapshot(Facts):
 
     def read(self, path: str) -> bytes | None:
         """Return what a file contains, None where it can't be read."""
-        return self.once(path, lambda: Facts.read(self, path))  # type: ignore[no-any-return]
+        return self.once(path, lambda: Host.read(self, path))  # type: ignore[no-any-return]
 
     def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
         """Run a program and return what it said.  Raises UserError where it does not start or answer."""
@@ -5919,7 +5933,7 @@ def data_dir(environ: Mapping[str, str]) -> str:
 
 
 def log_place(name: str, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return the folder of the launch logs and how the file names of one kernel begin."""
+    """Return the directory of the launch logs and how the file names of one kernel begin."""
     return data_dir(environ) + "/envkernel", name.lower().replace("/", "%2F")[:150] + "@"
 
 
@@ -5932,22 +5946,22 @@ def start_log(name: str, text: str, environ: Mapping[str, str], file_name: str =
     """
     import time
 
-    folder, prefix = log_place(name, environ)
+    directory, prefix = log_place(name, environ)
     mark = "-{}.log".format(file_name.replace("kernel-", "").split(".")[0][:8])
-    path = f"{folder}/{prefix}{time.time_ns()}{mark}"
+    path = f"{directory}/{prefix}{time.time_ns()}{mark}"
     earlier = ""
     try:
         try:
-            names = os.listdir(folder)
+            names = os.listdir(directory)
         except FileNotFoundError:
-            os.makedirs(folder, 0o700)
+            os.makedirs(directory, 0o700)
             names = []
         olds = sorted(name for name in names if name.startswith(prefix))
         for old in olds:
             if file_name and old.endswith(mark):
-                earlier = f"{folder}/{old}"
+                earlier = f"{directory}/{old}"
         for old in olds[: 1 - LOGS_KEPT]:
-            os.unlink(f"{folder}/{old}")
+            os.unlink(f"{directory}/{old}")
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.write(file, os.fsencode(text))
         os.close(file)
@@ -6009,8 +6023,8 @@ def kernel_key(text: str) -> str:
     return f"{crc32(raw):08x}{crc32(raw[::-1], 1):08x}"
 
 
-def private_base(environ: Mapping[str, str], place: str, facts: Facts) -> str:
-    """Return the folder that holds the private folders of this user's kernels.
+def private_base(environ: Mapping[str, str], place: str, host: Host) -> str:
+    """Return the directory that holds the private directories of this user's kernels.
 
     In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
     where the engine can't see either.  A home may be on a network, which a rootful daemon can't read.
@@ -6018,15 +6032,15 @@ def private_base(environ: Mapping[str, str], place: str, facts: Facts) -> str:
     """
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     if place == "tmp":
-        return f"/tmp/envkernel-{facts.ids()[0]}"
+        return f"/tmp/envkernel-{host.ids()[0]}"
     if place == "home":
         return os.path.expanduser("~") + "/.cache/envkernel"
-    if runtime and facts.isdir(runtime):
+    if runtime and host.isdir(runtime):
         return runtime + "/envkernel"
-    return f"{environ.get('TMPDIR') or '/tmp'}/envkernel-{facts.ids()[0]}"
+    return f"{environ.get('TMPDIR') or '/tmp'}/envkernel-{host.ids()[0]}"
 
 
-def read_connection(launch: Launch, facts: Facts) -> tuple[str, bytes, dict[str, Any]]:
+def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, Any]]:
     """Return the path of Jupyter's connection file, its text and what it says.
 
     Where nothing is being launched (`show`, setup) these are a placeholder and nothing.
@@ -6035,7 +6049,7 @@ def read_connection(launch: Launch, facts: Facts) -> tuple[str, bytes, dict[str,
     path = launch.options.get("connection-file") or CONNECTION_FILE
     if path == CONNECTION_FILE:
         return path, b"", {}
-    text = facts.read(path)
+    text = host.read(path)
     try:
         said = from_json(text or b"")
         if not all(said[name + "_port"] for name in STREAMS):
@@ -6049,28 +6063,28 @@ def read_connection(launch: Launch, facts: Facts) -> tuple[str, bytes, dict[str,
 
 
 class Care(Record):
-    """What stands beside a supervised program from before its start until nothing of it is left.
+    """What accompanies a supervised program from before its start until nothing of it is left.
 
-    folder: private folder of this kernel (mode 0700), made anew before all else and removed last;
+    directory: private directory of this kernel (mode 0700), created before all else and removed last;
     beside it, with ``.lock`` added, lies the lock by which the next start waits for the clean-up.
-    files: pairs (path, bytes) to write, mode 0600.  copies: pairs (folder, its copy to make).
+    files: pairs (path, bytes) to write, mode 0600.  copies: pairs (directory, its copy to make).
     signal: command that passes a signal on to the kernel, ``{signal}`` standing for its name; empty
     where the program's process group gets it.  leader: the program itself too, and not only the
     others in its group.  init: command that prints the pid of an init on this host whose one child is
     the kernel, for engines whose `signal` does not reach what the kernel runs.
     cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
     again, so where nothing is left to do it has to succeed.
-    remove: further files and folders to remove.  litter: the program leaves files where it is started,
-    so that is the private folder.  container: the name of that of docker or podman.  shared: one that
+    remove: further files and directories to remove.  litter: the program leaves files where it is started,
+    so that is the private directory.  container: the name of that of docker or podman.  shared: one that
     this and other kernels run in.
     connection: what Jupyter's connection file says.  relay: where the kernel listens as seen from this
     host, if not there: a connection as well (``transport: ipc``: `ip` and ``-1`` or ``:1`` are the paths).
-    owner: number of the user that root gives the private folder to, -1 for nobody.
-    explain: ``(status, said, facts) -> UserError or None``: why the program ended, from its exit
+    owner: number of the user that root gives the private directory to, -1 for nobody.
+    explain: ``(status, said, host) -> UserError or None``: why the program ended, from its exit
     status and the end of its stderr; None where nothing more than these is known.
     """
 
-    folder: str
+    directory: str
     files: list[tuple[str, bytes]] = []
     copies: list[tuple[str, str]] = []
     signal: list[str] = []
@@ -6084,15 +6098,15 @@ class Care(Record):
     connection: dict[str, Any] = {}
     relay: dict[str, Any] = {}
     owner: int = -1
-    explain: Callable[[int, str, Facts], UserError | None] | None = None
+    explain: Callable[[int, str, Host], UserError | None] | None = None
 
 
 class Shared(Record):
     """A container that several kernels share.
 
     alive: command that prints ``true`` where it runs.  start, stop: commands that start it, and end it
-    when the last kernel is gone (unless it is to be kept).  All kernels' private folders are in one.
-    copies: pairs (folder, its copy), made before it starts and removed with it.
+    when the last kernel is gone (unless it is to be kept).  All kernels' private directories are in one.
+    copies: pairs (directory, its copy), made before it starts and removed with it.
     """
 
     alive: list[str]
@@ -6109,51 +6123,51 @@ class Membership:
     last.  ``start.lock`` keeps starting and stopping apart.
     """
 
-    def __init__(self, shared: Shared, folder: str, locks: Sequence[int] = ()) -> None:
+    def __init__(self, shared: Shared, directory: str, locks: Sequence[int] = ()) -> None:
         """Join: from now on nobody else is the last.
 
-        folder: that of all the private folders.  locks: those of a membership that is taken over.
+        directory: that of all the private directories.  locks: those of a membership that is taken over.
         """
         import fcntl
 
         self.shared = shared
-        self.folder = folder
+        self.directory = directory
         if not locks:
-            start = take_lock(folder + "/start.lock", os.path.dirname(folder))
-            users = os.open(folder + "/users.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            start = take_lock(directory + "/start.lock", os.path.dirname(directory))
+            users = os.open(directory + "/users.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             fcntl.flock(users, fcntl.LOCK_SH)
             fcntl.flock(start, fcntl.LOCK_UN)
             locks = (start, users)
         self.locks = list(locks)
         self.start_lock, self.users_lock = self.locks
 
-    def have_container(self, environ: Mapping[str, str], facts: Facts) -> Output:
+    def have_container(self, environ: Mapping[str, str], host: Host) -> Output:
         """Start the container unless it runs; return what the engine said.
 
-        Raises UserError where a folder can't be copied for it.
+        Raises UserError where a directory can't be copied for it.
         """
         import fcntl
 
         fcntl.flock(self.start_lock, fcntl.LOCK_EX)
         try:
-            said = facts.output(self.shared.alive, environ)
+            said = host.output(self.shared.alive, environ)
             if said.out.strip() != b"true":
-                facts.output(self.shared.stop, environ)
+                host.output(self.shared.stop, environ)
                 make_copies(self.shared.copies)
-                said = facts.output(self.shared.start, environ)
+                said = host.output(self.shared.start, environ)
         finally:
             fcntl.flock(self.start_lock, fcntl.LOCK_UN)
         return said
 
-    def forget(self, environ: Mapping[str, str], facts: Facts) -> None:
+    def forget(self, environ: Mapping[str, str], host: Host) -> None:
         """Stop a container that was kept, and remove its locks, unless kernels run in it."""
         import fcntl
 
         try:
             fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            facts.output(self.shared.stop, environ)
-            remove_tree(self.folder)
-            remove_empty(os.path.dirname(self.folder))
+            host.output(self.shared.stop, environ)
+            remove_tree(self.directory)
+            remove_empty(os.path.dirname(self.directory))
         except (BlockingIOError, UserError):  # a kernel runs in it; there is no engine to ask
             pass
         for lock in self.locks:
@@ -6167,8 +6181,8 @@ class Membership:
         try:
             fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self.shared.keep:
-                insist(self.shared.stop, environ)
-                for path in [*(copy for _, copy in self.shared.copies), self.folder]:
+                retry(self.shared.stop, environ)
+                for path in [*(copy for _, copy in self.shared.copies), self.directory]:
                     remove_tree(path)
                     remove_empty(os.path.dirname(path))
         except BlockingIOError:
@@ -6181,17 +6195,17 @@ class Membership:
 def take_lock(path: str, above: str = "") -> int:
     """Return an open lock file that this process holds alone, made where it is missing.
 
-    above: as for `private_folder`.  Waits for whoever cleans up after the kernel that had the same
-    connection file: its ports and its folder are free from then on.  Raises UserError where the folder
-    is not this user's own.
+    above: as for `private_directory`.  Waits for the process that cleans up after the kernel that had the
+    same connection file: its ports and its directory are free from then on.  Raises UserError where the
+    directory is not this user's own.
     """
     import fcntl
 
     while True:
-        private_folder(os.path.dirname(path), above)
+        private_directory(os.path.dirname(path), above)
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:  # the last user of the folder has just removed it
+        except FileNotFoundError:  # the last user of the directory has just removed it
             continue
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file).st_nlink:
@@ -6199,10 +6213,10 @@ def take_lock(path: str, above: str = "") -> int:
         os.close(file)
 
 
-def private_folder(path: str, above: str = "") -> None:
-    """Make a folder that only this user can enter.  Raises UserError where something else is there.
+def private_directory(path: str, above: str = "") -> None:
+    """Make a directory that only this user can enter.  Raises UserError where something else is there.
 
-    above: the private folder that it is in, which the last one to use it may be removing just now.
+    above: the private directory that it is in, which the last one to use it may be removing just now.
     """
     import stat
 
@@ -6212,20 +6226,20 @@ def private_folder(path: str, above: str = "") -> None:
         pass
     except OSError as error:
         if above and isinstance(error, FileNotFoundError):
-            private_folder(above)
-            private_folder(path, above)
+            private_directory(above)
+            private_directory(path, above)
             return
         raise UserError(
-            f"The folder {path} can't be made: {os.strerror(error.errno or 0)}.",
-            "Point XDG_RUNTIME_DIR or TMPDIR at a folder that you can write to.",
+            f"The directory {path} can't be made: {os.strerror(error.errno or 0)}.",
+            "Point XDG_RUNTIME_DIR or TMPDIR at a directory that you can write to.",
         ) from None
     try:
-        facts = os.lstat(path)
+        host = os.lstat(path)
     except FileNotFoundError:
         return
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+    if not stat.S_ISDIR(host.st_mode) or host.st_uid != os.geteuid() or host.st_mode & 0o077:
         raise UserError(
-            f"The folder {path} is not yours alone, so connection files are not safe there.",
+            f"The directory {path} is not yours alone, so connection files are not safe there.",
             f"Remove it, or make it yours: chmod 700 {path}.",
         )
 
@@ -6242,7 +6256,7 @@ def remove_tree(path: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def process_birth(pid: int) -> bytes:
+def process_start_time(pid: int) -> bytes:
     """Return when a process was started, in clock ticks; empty where there is none (or a zombie).
 
     With the pid it names a process for good: pids are used again.  See proc(5), /proc/pid/stat.
@@ -6319,14 +6333,14 @@ def signal_members(group: int, number: int) -> None:
             send_signals([pid], number)
 
 
-def insist(
+def retry(
     command: Sequence[str],
     environ: Mapping[str, str],
     waits: Sequence[float] = (0, 1, 2, 4, 8, 15, 30, 60),
 ) -> bool:
     """Run a command that cleans up until it succeeds or patience ends: a daemon may be restarting.
 
-    waits: seconds before each attempt.  Tells whether it succeeded.
+    waits: seconds before each attempt.  Returns whether it succeeded.
     """
     import time
 
@@ -6341,48 +6355,48 @@ def insist(
 
 
 def release_lock(path: str, lock: int) -> None:
-    """Remove a lock file that is held, and its folder if it is the last thing there."""
+    """Remove a lock file that is held, and its directory if it is the last thing there."""
     remove_tree(path)
     remove_empty(os.path.dirname(path))
     os.close(lock)
 
 
-def remove_empty(folder: str) -> None:
-    """Remove a folder if nothing is in it."""
+def remove_empty(directory: str) -> None:
+    """Remove a directory if nothing is in it."""
     try:
-        os.rmdir(folder)
+        os.rmdir(directory)
     except OSError:
         return
 
 
 def prepare(care: Care) -> None:
-    """Make the private folder with its files, and the copies.  Raises UserError where that fails."""
-    remove_tree(care.folder)
+    """Make the private directory with its files, and the copies.  Raises UserError where that fails."""
+    remove_tree(care.directory)
     try:
-        os.mkdir(care.folder, 0o700)
+        os.mkdir(care.directory, 0o700)
         for path, text in care.files:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(text)
                 os.fchown(file.fileno(), care.owner, -1)
-        os.chown(care.folder, care.owner, -1)
+        os.chown(care.directory, care.owner, -1)
     except OSError as error:
         raise UserError(
-            f"The kernel's private folder {care.folder} can't be filled: {os.strerror(error.errno or 0)}.",
+            f"The private directory {care.directory} can't be filled: {os.strerror(error.errno or 0)}.",
             "Free some space there, or point XDG_RUNTIME_DIR or TMPDIR elsewhere.",
         ) from None
     make_copies(care.copies)
 
 
 def make_copies(copies: Sequence[tuple[str, str]]) -> None:
-    """Copy folders, each in the place of what may be left of an earlier copy.  Raises UserError."""
+    """Copy directories, each in the place of what may be left of an earlier copy.  Raises UserError."""
     for source, copy in copies:
-        private_folder(os.path.dirname(copy))
+        private_directory(os.path.dirname(copy))
         remove_tree(copy)
-        copy_folder(source, copy)
+        copy_directory(source, copy)
 
 
-def copy_folder(source: str, copy: str) -> None:
+def copy_directory(source: str, copy: str) -> None:
     """Copy a directory, links as links, leaving out sockets and pipes.
 
     Raises UserError for a full disk or what can't be read; then nothing of the copy is left.
@@ -6390,8 +6404,8 @@ def copy_folder(source: str, copy: str) -> None:
     import shutil
     import stat
 
-    def special(folder: str, names: list[str]) -> list[str]:
-        modes = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
+    def special(directory: str, names: list[str]) -> list[str]:
+        modes = {name: os.lstat(os.path.join(directory, name)).st_mode for name in names}
         kept = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
         return [name for name, mode in modes.items() if not any(is_kind(mode) for is_kind in kept)]
 
@@ -6406,7 +6420,7 @@ def copy_folder(source: str, copy: str) -> None:
         ) from None
 
 
-def used_ports(connection: Mapping[str, Any], facts: Facts) -> set[bytes]:
+def used_ports(connection: Mapping[str, Any], host: Host) -> set[bytes]:
     """Return the TCP connections to the ports of a connection file, by both addresses.
 
     Also those that ended within the last minute: a kernel that is gone can't be asked any more
@@ -6416,7 +6430,7 @@ def used_ports(connection: Mapping[str, Any], facts: Facts) -> set[bytes]:
     wanted = [b":%04X" % int(connection[name + "_port"]) for name in STREAMS if connection]
     found = set()
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in (facts.read(path) or b"").splitlines()[1:]:
+        for line in (host.read(path) or b"").splitlines()[1:]:
             fields = line.split()
             if fields[1][-5:] in wanted and fields[3] != listening:
                 found.add(fields[1] + b" " + fields[2])
@@ -6449,13 +6463,13 @@ def ended_error(status: int, where: str, said: str, install: str = "install %s")
         hint = f"Its library {library[1]} is missing: install it, or load a module that brings it."
     elif status == 125:
         words = "exit status 125: the engine itself failed"
-        hint = "What the engine said is below; mend the image's name or the engine's options."
+        hint = "What the engine said is below; correct the image's name or the engine's options."
     elif status in (126, 127):
         words += ": the command was not found" if status == 127 else ": the command can't be executed"
         hint = "Check the kernel command and that its program is installed there."
     elif number == 9:
         words += ", killed: out of memory?"
-        hint = "Give it more memory, or ask whoever runs this machine what ended it."
+        hint = "Give it more memory, or ask the administrator of this machine what ended it."
     return UserError(f"The kernel in {where} ended before it answered ({words}).", hint, max(status, 1), said)
 
 
@@ -6467,18 +6481,18 @@ AGAIN = 120
 """Seconds within which Jupyter starts a kernel again that ended before it answered."""
 
 
-def watched(plan: Plan, launch: Launch, facts: Facts) -> Plan:
+def watched(plan: Plan, launch: Launch, host: Host) -> Plan:
     """Return the plan of a kernel that Jupyter starts again, with this process beside it if it needs one.
 
-    Where nobody stands beside a kernel, nobody hears what it says when it ends before it answers.
+    Where no process remains next to a kernel, nobody reads its stderr when it ends before it answers.
     Jupyter starts it again, with the same connection file; then somebody does.
     """
     import time
 
-    log = os.fsdecode(facts.read(launch.options["earlier"]) or b"")
+    log = os.fsdecode(host.read(launch.options["earlier"]) or b"")
     lines = dict(line.partition(": ")[::2] for line in log.splitlines())
     try:
-        path, _, connection = read_connection(launch, facts)
+        path, _, connection = read_connection(launch, host)
     except UserError:  # the kernel itself will say so
         return plan
     if "ended" in lines:  # somebody stood beside it already
@@ -6486,11 +6500,11 @@ def watched(plan: Plan, launch: Launch, facts: Facts) -> Plan:
     else:
         start = int(launch.options["earlier"].rpartition("@")[2].partition("-")[0])
         recent = time.time_ns() - start < AGAIN * 10**9 and connection.get("transport") != "ipc"
-        failed = recent and "not started" not in lines and not used_ports(connection, facts)
+        failed = recent and "not started" not in lines and not used_ports(connection, host)
     if not failed or not connection:
         return plan
-    folder = f"{private_base(plan.environ, '', facts)}/{kernel_key(path)}"
-    return plan.but(care=Care(folder, connection=connection))
+    directory = f"{private_base(plan.environ, '', host)}/{kernel_key(path)}"
+    return plan.replace(care=Care(directory, connection=connection))
 
 
 # ---- keeper -------------------------------------------------------------------------------------
@@ -6533,7 +6547,7 @@ def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -
 
     killed = end_session(recipe.session)
     commands = recipe.cleanup if recipe.started else []
-    failed = [command for command in commands if not insist(command, environ, (0, 1))]
+    failed = [command for command in commands if not retry(command, environ, (0, 1))]
     for path in [*recipe.remove, recipe.directory]:
         remove_tree(path)
         remove_empty(os.path.dirname(path))
@@ -6545,14 +6559,14 @@ def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -
         time.sleep(2 * bool(failed))
         send_signals(container_monitors(recipe.container), 9)
     for command in failed:
-        insist(command, environ)
+        retry(command, environ)
 
 
 def container_monitors(name: str) -> list[int]:
     """Return what stays of a container where podman is killed while it creates one."""
     found = []
     for pid in process_ids() if name else ():
-        words = (Facts().read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
+        words = (Host().read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
         if os.path.basename(words[0]) == b"conmon" and os.fsencode(name) in words:
             found.append(pid)
     return found
@@ -6595,11 +6609,11 @@ def drop_stdio(files: Sequence[int] = (0, 1, 2)) -> None:
 
 
 def end_session(session: int) -> bool:
-    """Kill what is left in a keeper's session, but not this process; tell whether there was anything."""
+    """Kill what is left in a keeper's session, but not this process; return whether there was anything."""
     found = False
     for _ in range(3):  # what is killed may just be starting something
         pids = [pid for pid in process_ids() if session and process_ranks(pid)[2:] == (session,)]
-        pids = [pid for pid in pids if pid != os.getpid() and process_birth(pid)]
+        pids = [pid for pid in pids if pid != os.getpid() and process_start_time(pid)]
         send_signals(pids, 9)
         found = found or bool(pids)
     return found
@@ -6635,7 +6649,7 @@ def read_recipe(lock: int, path: str) -> Recipe:
     """Return what the last holder of a lock file wrote into it; an empty one says what to remove."""
     text = os.pread(lock, 1 << 20, 0)
     recipe = Recipe(**from_json(text)) if text else Recipe(path[: -len(".lock")])
-    if process_birth(recipe.session):  # while a session lives, its number is no new process's
+    if process_start_time(recipe.session):  # while a session lives, its number is no new process's
         recipe.session = 0
     return recipe
 
@@ -6731,10 +6745,10 @@ class Program:
     what = "kernel"
     keeper: Keeper
 
-    def __init__(self, plan: Plan, care: Care, facts: Facts) -> None:
+    def __init__(self, plan: Plan, care: Care, host: Host) -> None:
         self.plan = plan
         self.care = care
-        self.facts = facts
+        self.host = host
         self.has_front = True
 
     def start(self) -> None:
@@ -6767,25 +6781,25 @@ class Program:
 class LocalProgram(Program):
     """An engine's client with a kernel in its container, or a kernel on this host."""
 
-    def __init__(self, plan: Plan, care: Care, facts: Facts) -> None:
-        super().__init__(plan, care, facts)
+    def __init__(self, plan: Plan, care: Care, host: Host) -> None:
+        super().__init__(plan, care, host)
         self.has_front = bool(care.relay)
 
     def start(self) -> None:
         """Start it with the keeper as its Jupyter; a shared container first."""
         if self.keeper.membership:
-            said = self.keeper.membership.have_container(self.plan.environ, self.facts)
+            said = self.keeper.membership.have_container(self.plan.environ, self.host)
             if said.status:
                 text = os.fsdecode(said.err)
-                reason = self.care.explain and self.care.explain(said.status, text, self.facts)
+                reason = self.care.explain and self.care.explain(said.status, text, self.host)
                 raise reason or ended_error(said.status, self.plan.where, text)
-        self.earlier = set() if self.has_front else used_ports(self.care.connection, self.facts)
-        self.directory = os.open(self.care.folder, os.O_RDONLY)
+        self.earlier = set() if self.has_front else used_ports(self.care.connection, self.host)
+        self.directory = os.open(self.care.directory, os.O_RDONLY)
         environ = dict(self.plan.environ)
         if "JPY_PARENT_PID" in environ:
             environ["JPY_PARENT_PID"] = str(os.getpid())
         if self.care.litter:
-            os.chdir(self.care.folder)
+            os.chdir(self.care.directory)
         self.stderr, end = os.pipe()
         self.pid = spawn(self.plan.argv, environ, err=end)
         os.close(end)
@@ -6852,15 +6866,15 @@ class LocalProgram(Program):
         name = signal.Signals(number).name[3:]
         argv = [word.replace("{signal}", name) for word in self.care.signal]
         try:
-            self.facts.output(argv, self.plan.environ)
+            self.host.output(argv, self.plan.environ)
         except UserError:  # the engine is gone
             return
 
     def signal_below_init(self, number: int) -> bool:
         """Signal the process group of an init's one child; return whether that could be done."""
         try:
-            init = int(self.facts.output(self.care.init, self.plan.environ).out)
-            child = (self.facts.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
+            init = int(self.host.output(self.care.init, self.plan.environ).out)
+            child = (self.host.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
             os.killpg(int(child), number)
         except (ValueError, IndexError, OSError, UserError):
             return False
@@ -6877,12 +6891,12 @@ class LocalProgram(Program):
         reason = None
         if status and self.care.explain and not self.keeper.wanted:
             said = self.keeper.tail.decode("utf-8", "replace")
-            reason = await self.keeper.aside(self.care.explain, status, said, self.facts)
+            reason = await self.keeper.aside(self.care.explain, status, said, self.host)
         return status, reason
 
     def answered(self) -> bool:
         """Return whether the kernel ever answered on ports of its own, as far as that can be seen."""
-        return bool(used_ports(self.care.connection, self.facts) - self.earlier)
+        return bool(used_ports(self.care.connection, self.host) - self.earlier)
 
 
 class Children:
@@ -7079,7 +7093,7 @@ class Service(Children):
         """Return whether the kernel ever answered, as far as that can be seen."""
         if not self.front:
             return isinstance(self.program, LocalProgram) and self.program.answered()
-        return self.front.answered or (status == 0 and self.front.heard > 0)
+        return self.front.answered or (status == 0 and self.front.received > 0)
 
     def send_exit(self, status: int, reason: UserError | None = None) -> None:
         """Let the run process end with a status; the log gets the reason."""
@@ -7125,21 +7139,21 @@ class Keeper(Service):
         self.care = program.care
         self.membership: Membership | None = None
         self.locks: list[int] = []
-        self.recipe = Recipe(self.care.folder)
+        self.recipe = Recipe(self.care.directory)
         self.visitor: tuple[Channel, dict[str, Any]] | None = None
 
     def begin(self) -> None:
         """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
         import time
 
-        care, base = self.care, os.path.dirname(self.care.folder)
+        care, base = self.care, os.path.dirname(self.care.directory)
         if care.shared:
             self.membership = Membership(care.shared, base)
-        lock = take_lock(care.folder + ".lock")
-        earlier = read_recipe(lock, care.folder + ".lock")
+        lock = take_lock(care.directory + ".lock")
+        earlier = read_recipe(lock, care.directory + ".lock")
         self.locks = [lock, *(self.membership.locks if self.membership else ())]
         self.recipe = Recipe(
-            care.folder,
+            care.directory,
             os.getpid(),
             time.monotonic(),
             care.cleanup,
@@ -7153,7 +7167,7 @@ class Keeper(Service):
         if earlier.started:
             end_session(earlier.session)
             for command in earlier.cleanup:
-                insist(command, self.environ, (0,))
+                retry(command, self.environ, (0,))
         try:
             prepare(care)
             self.program.start()
@@ -7233,7 +7247,7 @@ class Keeper(Service):
         import socket
 
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.care.folder + "/keeper")
+        listener.bind(self.care.directory + "/keeper")
         listener.listen(8)
         self.arrived = asyncio.Event()
         self.loop.add_reader(listener, self.accept, listener)
@@ -7340,7 +7354,7 @@ class RunProcess:
 
         sock = socket.socket(socket.AF_UNIX)
         try:
-            sock.connect(self.program.care.folder + "/keeper")
+            sock.connect(self.program.care.directory + "/keeper")
         except OSError:
             sock.close()
             return None
@@ -7408,7 +7422,9 @@ class RunProcess:
             self.channel = self.fork()  # it was just about to end
         elif messages is None:
             what = self.program.what
-            tell_error(UserError(f"The process that keeps the {what} was killed.", "Start the kernel again."))
+            print_error(
+                UserError(f"The process that keeps the {what} was killed.", "Start the kernel again.")
+            )
             if self.recipe:
                 start_cleaner(self.recipe, self.program.plan.environ, self.locks)
                 self.locks = []
@@ -7438,7 +7454,7 @@ class JupyterProcess:
     def __init__(self) -> None:
         named = os.environ.get("JPY_PARENT_PID", "")
         self.pid = int(named) if named.isdigit() else 0
-        self.start = process_birth(self.pid)
+        self.start = process_start_time(self.pid)
         self.file = -1
         try:
             if self.pid and hasattr(os, "pidfd_open"):
@@ -7454,7 +7470,7 @@ class JupyterProcess:
             os.kill(self.pid, 0)
         except OSError as error:
             return isinstance(error, ProcessLookupError)
-        return process_birth(self.pid) != self.start
+        return process_start_time(self.pid) != self.start
 
 
 def keep(program: Program, launch: Launch) -> int:
@@ -7462,7 +7478,7 @@ def keep(program: Program, launch: Launch) -> int:
 
     Raises UserError where it can't be started, or ended before the kernel ever answered.
     """
-    earlier = os.fsdecode(program.facts.read(launch.options.get("earlier", "")) or b"")
+    earlier = os.fsdecode(program.host.read(launch.options.get("earlier", "")) or b"")
     reasons = [line[len("reason: ") :] for line in earlier.splitlines() if line.startswith("reason: ")]
     launch.options["notice"] = "".join(reasons)
     run_process = RunProcess(program, launch)
@@ -7609,7 +7625,7 @@ def agent_main(stdin: Any) -> int:
         address = agent_address(orders, os.environ)
         listener = listen_at(address, orders["node-ports"])
     except UserError as error:
-        tell_error(error) if place >= 0 else report_failure(error)
+        print_error(error) if place >= 0 else report_failure(error)
         return error.status
     channel, agent_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     stderr, stderr_end = os.pipe()
@@ -7834,13 +7850,13 @@ def become_node_kernel(starter: Starter) -> NoReturn:
         launch.options.update({"connection-file": f"/proc/{parent}/fd/{starter.file}", "nested": True})
         # ipykernel ends itself when its parent is not the one that is named here
         environ.update(starter.orders["environ"], JPY_PARENT_PID=str(parent))
-        facts = Facts()
-        plan = plan_launch(launch, facts, environ)
+        host = Host()
+        plan = plan_launch(launch, host, environ)
         if not launch.steps:
             where = f"the PATH of node {node_name(environ)}"
             install = "install %s on the nodes"
-            plan = plan.but(search=path_entries(environ), where=where, install=install)
-        status = execute(finish_plan(plan, launch, facts), launch, facts)
+            plan = plan.replace(search=path_entries(environ), where=where, install=install)
+        status = execute(finish_plan(plan, launch, host), launch, host)
     except UserError as error:
         status = error.status
         starter.send(problem=vars(error), launch=starter.launch)
@@ -7900,7 +7916,7 @@ class NodeKernel:
         self.launch = place["started"]
         self.sockets: list[int] = []
         self.problem: dict[str, Any] | None = None
-        self.killed = memory_kills(Facts())
+        self.killed = memory_kills(Host())
 
     def connect(self, number: int) -> socket.socket:
         """Return a connected socket to a stream.  Raises OSError while nobody listens."""
@@ -7952,7 +7968,7 @@ class NodeKernel:
     def end(self, status: int, tail: str) -> dict[str, Any]:
         """Return the news of its end.  tail: the end of what it said on stderr."""
         problem = self.problem
-        if status == -9 and memory_kills(Facts()) > self.killed:
+        if status == -9 and memory_kills(Host()) > self.killed:
             option = "--mem=8G" if "SLURM_JOB_ID" in os.environ else "--memory=8192"
             hint = f"Ask for more: {option}."
             problem = vars(UserError("The kernel has used more memory than its job asked for.", hint))
@@ -8158,7 +8174,7 @@ class Agent:
     # ---- the keeper
 
     async def follow(self, sock: socket.socket) -> None:
-        """Follow the keeper's orders until it hangs up, or nothing was heard of it for a while."""
+        """Follow the keeper's orders until it hangs up, or nothing was received of it for a while."""
         import asyncio
 
         self.patience.cancel()
@@ -8189,14 +8205,14 @@ class Agent:
             self.order(**message)
 
     def report(self, **news: Any) -> None:
-        """Tell the keeper what has become of the kernel, now or as soon as it is there."""
+        """Report the keeper what has become of the kernel, now or as soon as it is there."""
         self.news = news
         if self.control and news:
             self.control.write(to_json(news) + b"\n")
 
     def stop(self, number: int) -> None:
         """The cluster ends the job: say why, if that is known."""
-        self.report(stopped=number, problem=over_memory(os.environ, Facts(), self.parent))
+        self.report(stopped=number, problem=over_memory(os.environ, Host(), self.parent))
         self.outcome = 128 + number
         self.end()
 
@@ -8224,21 +8240,21 @@ def set_no_delay(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def memory_kills(facts: Facts) -> int:
+def memory_kills(host: Host) -> int:
     """Return how many processes of this one's control group were killed for want of memory.
 
     See cgroups(7), memory.events of version 2 and memory.oom_control of version 1.
     """
-    for line in (facts.read("/proc/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
+    for line in (host.read("/proc/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
         _, controllers, path = line.split(":", 2)
         places = {"": f"{path}/memory.events", "memory": f"/memory{path}/memory.oom_control"}
-        for field in (facts.read("/sys/fs/cgroup" + places.get(controllers, "")) or b"").splitlines():
+        for field in (host.read("/sys/fs/cgroup" + places.get(controllers, "")) or b"").splitlines():
             if field.startswith(b"oom_kill "):
                 return int(field.split()[1])
     return 0
 
 
-def over_memory(environ: Mapping[str, str], facts: Facts, root: int) -> dict[str, Any] | None:
+def over_memory(environ: Mapping[str, str], host: Host, root: int) -> dict[str, Any] | None:
     """Return the problem of a YARN container that has more memory than it asked for, None for any other.
 
     The NodeManager adds up what all its processes have, and says only in its own log why it kills.
@@ -8249,10 +8265,10 @@ def over_memory(environ: Mapping[str, str], facts: Facts, root: int) -> dict[str
         return None
     pids, used = [str(root)], 0
     for pid in pids:
-        fields = (facts.read(f"/proc/{pid}/statm") or b"0 0").split()
+        fields = (host.read(f"/proc/{pid}/statm") or b"0 0").split()
         used += int(fields[1]) * os.sysconf("SC_PAGESIZE")
-        for thread in facts.listdir(f"/proc/{pid}/task"):
-            pids += os.fsdecode(facts.read(f"/proc/{pid}/task/{thread}/children") or b"").split()
+        for thread in host.listdir(f"/proc/{pid}/task"):
+            pids += os.fsdecode(host.read(f"/proc/{pid}/task/{thread}/children") or b"").split()
     if used <= int(asked) << 20:
         return None
     return vars(
@@ -8344,8 +8360,8 @@ class Submission:
     agent: done with the agent's place when that is known.  id: of the job.  state: what it waits for.
     """
 
-    def __init__(self, job: Job, orders: Mapping[str, Any], keeper: Keeper, facts: Facts) -> None:
-        self.job, self.orders, self.keeper, self.facts = job, orders, keeper, facts
+    def __init__(self, job: Job, orders: Mapping[str, Any], keeper: Keeper, host: Host) -> None:
+        self.job, self.orders, self.keeper, self.host = job, orders, keeper, host
         self.id = self.state = ""
         self.waits = False
         self.line = b""
@@ -8360,7 +8376,7 @@ class Submission:
         self.pid = spawn(self.job.argv, self.job.environ, stdin, out_end, err_end)
         for file in (stdin, out_end, err_end):
             os.close(file)
-        self.feed = self.job.feed(self.orders, lambda: own_code(self.facts))
+        self.feed = self.job.feed(self.orders, lambda: own_code(self.host))
 
     def follow(self) -> None:
         """Begin to feed the program and to hear what it says."""
@@ -8574,7 +8590,7 @@ class AgentLink:
         """Lead a tunnel to the agent and wait until it can be used.  Raises UserError."""
         import asyncio
 
-        path = self.keeper.care.folder + "/tunnel"
+        path = self.keeper.care.directory + "/tunnel"
         argv = tunnel_argv(self.job.tunnel, path, str(self.place["node"]), int(self.place["port"]))
         err, err_end = os.pipe()
         pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
@@ -8662,9 +8678,9 @@ class JobProgram(Program):
     NOTICE = 3.0
     """Seconds in which the program that holds the job has to notice that its agent is gone."""
 
-    def __init__(self, plan: Plan, job: Job, launch: Launch, facts: Facts) -> None:
-        connection = read_connection(launch, facts)[2]
-        super().__init__(plan, Care(job_directory(launch, facts), connection=connection), facts)
+    def __init__(self, plan: Plan, job: Job, launch: Launch, host: Host) -> None:
+        connection = read_connection(launch, host)[2]
+        super().__init__(plan, Care(job_directory(launch, host), connection=connection), host)
         self.job = job
         self.linger, self.digest = job.linger, job.digest()
         self.orders = agent_orders(job, launch, connection, os.environ)
@@ -8675,7 +8691,7 @@ class JobProgram(Program):
 
     def start(self) -> None:
         """Start the program that holds the job."""
-        self.submission = Submission(self.job, self.orders, self.keeper, self.facts)
+        self.submission = Submission(self.job, self.orders, self.keeper, self.host)
         self.submission.start()
 
     async def ready(self) -> None:
@@ -8822,7 +8838,7 @@ def tunnel_argv(program: str, path: str, node: str, port: int) -> list[str]:
     return [program, "-N", "-T", *flags, "-L", f"{path}:127.0.0.1:{port}", node]
 
 
-def own_code(facts: Facts) -> bytes:
+def own_code(host: Host) -> bytes:
     """Return this file as `NODE_BOOT` reads it: bytecode for the same Python, source for another one.
 
     Raises UserError where it can't be read.
@@ -8832,7 +8848,7 @@ def own_code(facts: Facts) -> bytes:
     from importlib.machinery import SourceFileLoader
     from importlib.util import MAGIC_NUMBER
 
-    source = facts.read(__file__)
+    source = host.read(__file__)
     if source is None:
         hint = "Install envkernel again, or set the kernel up again."
         raise UserError(f"The file {__file__} can't be read.", hint)
@@ -8841,21 +8857,21 @@ def own_code(facts: Facts) -> bytes:
     return b"%s %d %d\n" % (MAGIC_NUMBER.hex().encode(), len(code), len(source)) + code + source
 
 
-def job_directory(launch: Launch, facts: Facts) -> str:
+def job_directory(launch: Launch, host: Host) -> str:
     """Return the path of the keeper's private directory, which belongs to one connection file."""
-    base = private_base(os.environ, "", facts)
+    base = private_base(os.environ, "", host)
     if len(base) > 60:  # the path of a unix socket has 107 bytes
-        base = f"/tmp/envkernel-{facts.ids()[0]}"
+        base = f"/tmp/envkernel-{host.ids()[0]}"
     return f"{base}/job-{kernel_key(launch.options['connection-file'])}"
 
 
 # ---- yarn ---------------------------------------------------------------------------------------
 
 YARN_SCRIPT = "source environment/bin/activate\nexport PATH\nexec python -I envkernel.py yarn agent\n"
-"""What YARN's container runs: the one place where its shell is told something, and nothing of the user's.
+"""What YARN's container runs: the one place where its shell is reported something, and nothing of the user's.
 
 conda-pack's script exports no PATH, and bash has one of its own where yarn.nodemanager.env-whitelist lets
-none through; a Python that is not told of it takes itself for the one that it was built as.
+none through; a Python that is not reported of it takes itself for the one that it was built as.
 """
 
 ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
@@ -9007,7 +9023,7 @@ def application_end(client: Any, number: str, said: str) -> UserError:
             break
         time.sleep(0.25)
     else:
-        kill_application(client, number)  # its container is gone, but nobody has told the ResourceManager
+        kill_application(client, number)  # its container is gone, but nobody has reported the ResourceManager
         return UserError(
             f"The YARN application {number} does not answer.", "Start the kernel again.", detail=said
         )
@@ -9073,7 +9089,7 @@ def become_small_agent(orders: Mapping[str, Any], place: int) -> NoReturn:
     place: descriptor on which the agent is to say where it listens.
     """
     file = os.memfd_create("agent")
-    write_all(file, own_code(Facts()) + to_json({**orders, "place": place}) + b"\n")
+    write_all(file, own_code(Host()) + to_json({**orders, "place": place}) + b"\n")
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
     os.set_inheritable(place, True)
@@ -9305,7 +9321,7 @@ class End:
         self.receive = receive
         self.lost = lost
         self.peer: End | None = None
-        self.heard = 0
+        self.received = 0
         self.at_end = False
         self.is_full = False
 
@@ -9313,7 +9329,7 @@ class End:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self.heard += len(data)
+        self.received += len(data)
         self.receive(data)
 
     def eof_received(self) -> bool:
@@ -9365,7 +9381,7 @@ async def attach(end: Any, sock: Any) -> Any:
 class Join:
     """Two connections that are joined byte by byte until both have ended.
 
-    ended: a future that is done then.  heard: how many bytes came from the right.
+    ended: a future that is done then.  received: how many bytes came from the right.
     """
 
     def __init__(self, left: End, right: End) -> None:
@@ -9394,8 +9410,8 @@ class Join:
             self.ended.set_result(None)
 
     @property
-    def heard(self) -> int:
-        return self.right.heard
+    def received(self) -> int:
+        return self.right.received
 
     def close(self) -> None:
         """Close both at once."""
@@ -9451,7 +9467,7 @@ _LANGUAGES = {
 class Failure(Record):
     """Why a kernel did not start, as the notebook shows it.
 
-    kernel: its name.  message, hint: as in `UserError`.  detail: the last lines that were heard of it.
+    kernel: its name.  message, hint: as in `UserError`.  detail: the last lines that it wrote.
     log: path of the launch log.  language: the kernelspec's.  Empty where there is none.
     """
 
@@ -9773,7 +9789,7 @@ class Client(End):
         self.converse(b"")
 
     def converse(self, data: bytes) -> None:
-        """Read messages; whoever sends anything else is not heard."""
+        """Read messages; a client that sends anything else is disconnected."""
         self.reader.buffer += data
         try:
             while not self.is_joined and not self.transport.is_closing():
@@ -9839,7 +9855,7 @@ class Client(End):
         if upstream:
             upstream.peer = None
             upstream.transport.abort()
-            self.front.most_heard = max(self.front.most_heard, upstream.heard)
+            self.front.most_received = max(self.front.most_received, upstream.received)
         if self.is_joined:
             self.transport.abort()
 
@@ -9875,7 +9891,8 @@ class Upstream(End):
             self.ready.set_result(None)
 
     async def open(self, sock: Any, hello: bytes) -> None:
-        """Shake hands with the kernel.  ZeroMQ hangs up on whoever sends more before it has answered that."""
+        """Shake hands with the kernel.  ZeroMQ hangs up on a client that sends more before it has answered
+        that."""
         await attach(self, sock)
         self.write(GREETING + zmtp_frame(hello, COMMAND))
         await self.ready
@@ -10254,7 +10271,7 @@ class Front:
         self.mailbox = Mailbox(self, kernel)
         self.handover: Handover | None = None
         self.connect: Callable[[int], Any] | None = None
-        self.most_heard = 0
+        self.most_received = 0
         self.ports = Ports(self)
         self.tasks: set[Any] = set()
 
@@ -10307,14 +10324,16 @@ class Front:
         return self.state in ("waiting", "failed")
 
     @property
-    def heard(self) -> int:
+    def received(self) -> int:
         """How many bytes came from the kernel on the connection that brought most."""
-        return max([self.most_heard, *(client.upstream.heard for client in self.clients if client.upstream)])
+        return max(
+            [self.most_received, *(client.upstream.received for client in self.clients if client.upstream)]
+        )
 
     @property
     def answered(self) -> bool:
         """Whether the kernel has ever answered."""
-        return self.handover is not None or self.heard >= ANSWER
+        return self.handover is not None or self.received >= ANSWER
 
     async def drain(self, seconds: float) -> None:
         """Listen no longer, let clients have what was said to them for at most some seconds, and close."""
@@ -10345,7 +10364,7 @@ class Front:
 
     def forget(self, client: Client) -> None:
         """Forget a client that has gone."""
-        self.most_heard = self.heard
+        self.most_received = self.received
         self.clients.discard(client)
         if client.upstream and not client.is_joined:
             client.upstream.transport.abort()
@@ -10427,13 +10446,13 @@ def import_from_here() -> None:
     import site
 
     site.main()
-    folder = site.getusersitepackages()
-    if os.path.isdir(folder):
-        site.addsitedir(folder)
+    directory = site.getusersitepackages()
+    if os.path.isdir(directory):
+        site.addsitedir(directory)
 
 
-def salvage_launch(tokens: Sequence[str]) -> Launch:
-    """Return what can be told of a launch whose kernelspec is broken: connection file and name."""
+def recover_launch(tokens: Sequence[str]) -> Launch:
+    """Return what can be reported of a launch whose kernelspec is broken: connection file and name."""
     options: dict[str, Any] = {}
     for token, following in zip(tokens, [*tokens[1:], ""]):
         name, equals, value = token.partition("=")
@@ -10474,7 +10493,7 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     ``--no-error-kernel``, or where the connection is encrypted and the launching Python has no pyzmq, only
     stderr and the log say it.
     """
-    tell_error(error)
+    print_error(error)
     log_failure(error, launch)
     status = error.status or 1
     path = launch.options.get("connection-file")
@@ -10498,14 +10517,14 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
 # ---- main ---------------------------------------------------------------------------------------
 
 
-def launch_environ(facts: Facts) -> dict[str, str]:
+def launch_environ(host: Host) -> dict[str, str]:
     """Return the environment that this process was started with.
 
     Python sets LC_CTYPE in its own where the locale is C (PEP 538); the kernel must not inherit that.
     """
     environ = dict(os.environ)
     if environ.get("LC_CTYPE", "") in ("C.UTF-8", "C.utf8", "UTF-8"):
-        start = facts.read("/proc/self/environ")
+        start = host.read("/proc/self/environ")
         given = [entry[9:] for entry in (start or b"").split(b"\0") if entry.startswith(b"LC_CTYPE=")]
         if given:
             environ["LC_CTYPE"] = os.fsdecode(given[0])
@@ -10514,7 +10533,7 @@ def launch_environ(facts: Facts) -> dict[str, str]:
     return environ
 
 
-def plan_launch(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Plan:
+def plan_launch(launch: Launch, host: Host, environ: Mapping[str, str]) -> Plan:
     """Return the plan of a launch: each mode in its turn.
 
     environ: the environment the launch starts from; the variables that ``--env`` names are set in it,
@@ -10524,30 +10543,30 @@ def plan_launch(launch: Launch, facts: Facts, environ: Mapping[str, str]) -> Pla
     given = {name: decode_token(environ[name]) for name in launch.options.get("env", ()) if name in environ}
     here = given
     if any(MODES[step.mode].container for step in launch.steps):
-        environ, here = engine_environ(environ, given, facts), {}
+        environ, here = engine_environ(environ, given, host), {}
     plan = Plan(launch.command, {**environ, **here}, given=given)
     for index, step in enumerate(launch.steps):
         mode = MODES[step.mode]
         try:
-            plan = mode.plan(step, plan, facts, launch.but(steps=launch.steps[index + 1 :]))
+            plan = mode.plan(step, plan, host, launch.replace(steps=launch.steps[index + 1 :]))
         except KeyError as lacking:  # an option that setup always writes
             raise broken_kernelspec(f"{step.mode} has no --{lacking.args[0]}") from None
         if mode.remote:
             break
-    return plan.but(environ={**plan.environ, **here})
+    return plan.replace(environ={**plan.environ, **here})
 
 
-def engine_environ(environ: Mapping[str, str], given: Mapping[str, str], facts: Facts) -> dict[str, str]:
+def engine_environ(environ: Mapping[str, str], given: Mapping[str, str], host: Host) -> dict[str, str]:
     """Return the environment for a container engine: without what the user gave for the kernel inside.
 
     Jupyter has set that already, for it stands in the kernelspec; an engine needs its own PATH and HOME.
     """
-    usual = {"PATH": os.defpath, "HOME": facts.home()}
+    usual = {"PATH": os.defpath, "HOME": host.home()}
     kept = {name: value for name, value in environ.items() if name not in given}
     return {**kept, **{name: usual[name] for name in given if name in usual}}
 
 
-def finish_plan(plan: Plan, launch: Launch, facts: Facts) -> Plan:
+def finish_plan(plan: Plan, launch: Launch, host: Host) -> Plan:
     """Return the plan with its program found and Jupyter's paths in their places.
 
     Raises UserError where the kernel's program or module is missing.
@@ -10556,29 +10575,29 @@ def finish_plan(plan: Plan, launch: Launch, facts: Facts) -> Plan:
     for placeholder, name in _PLACEHOLDERS:
         if name in launch.options:
             argv = [token.replace(placeholder, launch.options[name]) for token in argv]
-    plan = plan.but(argv=argv)
+    plan = plan.replace(argv=argv)
     if plan.search is not None:
-        plan = resolve_program(plan, facts)
-        check_kernel_module(plan, facts)
+        plan = resolve_program(plan, host)
+        check_kernel_module(plan, host)
     return plan
 
 
 def run(tokens: Sequence[str]) -> int:
     """The run phase: plan the launch and become the kernel, or one that says why it can't start."""
-    facts = Facts()
+    host = Host()
     before: Mapping[str, str] = os.environ
     launch = plan = None
     try:
         launch = launch_from_argv(tokens)
-        before = launch_environ(facts)
-        plan = finish_plan(plan_launch(launch, facts, before), launch, facts)
+        before = launch_environ(host)
+        plan = finish_plan(plan_launch(launch, host, before), launch, host)
         if launch.options.get("verbose"):
-            facts.tell(f"envkernel: {plan.where}: {plan.argv}\n".encode(errors="surrogateescape"))
+            host.warn(f"envkernel: {plan.where}: {plan.argv}\n".encode(errors="surrogateescape"))
         log_launch(launch, tokens, plan, before)
-        return execute(plan, launch, facts)
+        return execute(plan, launch, host)
     except UserError as error:
         if launch is None:
-            launch = salvage_launch(tokens)
+            launch = recover_launch(tokens)
             if not launch.options:
                 raise  # no kernelspec: somebody has typed this
         error.name_kernel(launch.options.get("name", "NAME"))
@@ -10600,18 +10619,18 @@ def log_launch(launch: Launch, tokens: Sequence[str], plan: Plan | None, environ
     launch.options["log"], launch.options["earlier"] = paths
 
 
-def execute(plan: Plan, launch: Launch, facts: Facts) -> int:
+def execute(plan: Plan, launch: Launch, host: Host) -> int:
     """Do what a plan says: stand beside its program, or become it; return the exit status.
 
     Raises UserError where it can't start, or ended before the kernel ever answered.
     """
     if plan.job:
-        return keep(JobProgram(plan, plan.job, launch, facts), launch)
+        return keep(JobProgram(plan, plan.job, launch, host), launch)
     if not plan.care and launch.options.get("earlier"):
-        plan = watched(plan, launch, facts)
+        plan = watched(plan, launch, host)
     if not plan.care:
         become(plan)
-    return keep(LocalProgram(plan, plan.care, facts), launch)
+    return keep(LocalProgram(plan, plan.care, host), launch)
 
 
 def become(plan: Plan) -> NoReturn:
@@ -10644,7 +10663,7 @@ def setup_or_manage(argv: Sequence[str]) -> int:
     """What a user types, from the first to the last word that is printed.  Raises UserError."""
     prepare_terminal()
     try:
-        status = carry_out(argv, Facts())
+        status = carry_out(argv, Host())
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -10668,11 +10687,11 @@ def main(argv: Sequence[str]) -> int:
             return yarn_main(argv[1:])
         return setup_or_manage(argv)
     except UserError as error:
-        tell_error(error)
+        print_error(error)
         return error.status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever reads has enough
+    except BrokenPipeError:  # the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 
@@ -10684,7 +10703,7 @@ def error_text(error: UserError) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
-def tell_error(error: UserError) -> None:
+def print_error(error: UserError) -> None:
     """Print an error that the user can fix to stderr."""
     os.write(2, error_text(error))
 

@@ -9,7 +9,7 @@ import pytest
 
 import envkernel
 from envkernel import Care, Output, Plan, Step, UserError
-from support.facts import FakeFacts
+from support.host import FakeHost
 
 PORTS = {f"{name}_port": 50001 + number for number, name in enumerate(envkernel.STREAMS)}
 CONNECTION = json.dumps({"transport": "tcp", "ip": "127.0.0.1", "key": "secret", **PORTS}).encode()
@@ -22,7 +22,7 @@ KERNEL = ["python", "-m", "ipykernel_launcher", "-f", INNER]
 
 
 def set_inside(**more: str) -> dict[str, str]:
-    """Return the variables by which the engine is told what to set inside."""
+    """Return the variables by which the engine is reported what to set inside."""
     inside = {"PYTHONNOUSERSITE": "1", "ENVKERNEL_CONNECTION_FILE": INNER, **more}
     both = {
         f"{family}ENV_{name}": value
@@ -33,16 +33,16 @@ def set_inside(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def facts() -> FakeFacts:
+def host() -> FakeHost:
     files = {"/images/a.sif": b"", FILE: CONNECTION, "/data/x": b"", "/cwd/b/x": b""}
-    return FakeFacts(files=files, programs=[ENGINE])
+    return FakeHost(files=files, programs=[ENGINE])
 
 
-def plan(facts: FakeFacts, *tokens: str, environ: dict[str, str] | None = None) -> Plan:
+def plan(host: FakeHost, *tokens: str, environ: dict[str, str] | None = None) -> Plan:
     """Return the plan of a kernelspec's tokens."""
     old = not tokens[2].startswith("--format=")
-    launch = envkernel.legacy_launch(tokens, facts) if old else envkernel.launch_from_argv(tokens)
-    return envkernel.plan_launch(launch, facts, {"PATH": "/opt/bin", **(environ or {})})
+    launch = envkernel.legacy_launch(tokens, host) if old else envkernel.launch_from_argv(tokens)
+    return envkernel.plan_launch(launch, host, {"PATH": "/opt/bin", **(environ or {})})
 
 
 def run(*options: str, mode: str = "apptainer", image: str = "/images/a.sif") -> list[str]:
@@ -51,7 +51,7 @@ def run(*options: str, mode: str = "apptainer", image: str = "/images/a.sif") ->
     return [*head, *options, image, "--", *COMMAND]
 
 
-def test_whole_plan(facts: FakeFacts) -> None:
+def test_whole_plan(host: FakeHost) -> None:
     care = Care(FOLDER, leader=False, connection=json.loads(CONNECTION))
     ports = {**PORTS, "transport": "tcp", "ip": "127.203.1.2"}  # setup has seen nothing else
     care.relay = ports
@@ -59,7 +59,7 @@ def test_whole_plan(facts: FakeFacts) -> None:
     care.explain = envkernel.ApptainerEnd("/images/a.sif")
     options = ["--bind=/data:/coursedata:ro", "--pass=--contain"]
     leaks = {"PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "JPY_PARENT_PID": "1", "JUPYTERHUB_API_TOKEN": "t"}
-    assert plan(facts, *run(*options), environ={**leaks, "LANG": "C"}) == Plan(
+    assert plan(host, *run(*options), environ={**leaks, "LANG": "C"}) == Plan(
         [ENGINE, "exec", "--contain", f"--bind={FOLDER}:/run/envkernel", "--bind=/data:/coursedata:ro"]
         + ["/images/a.sif", *KERNEL],
         {"PATH": "/opt/bin", "LANG": "C", **set_inside()},
@@ -70,9 +70,9 @@ def test_whole_plan(facts: FakeFacts) -> None:
     )
 
 
-def test_no_network_of_the_host_means_unix_sockets_and_a_relay(facts: FakeFacts) -> None:
+def test_no_network_of_the_host_means_unix_sockets_and_a_relay(host: FakeHost) -> None:
     for tokens in (["--pass=--network=none"], ["--pass=--net"]):
-        care = plan(facts, *run(*tokens)).care
+        care = plan(host, *run(*tokens)).care
         assert care is not None
         own = json.loads(care.files[0][1])
         assert own == {
@@ -84,15 +84,15 @@ def test_no_network_of_the_host_means_unix_sockets_and_a_relay(facts: FakeFacts)
         assert care.relay["ip"] == FOLDER + "/s"
 
 
-def test_network_by_the_engines_own_variables(facts: FakeFacts) -> None:
-    care = plan(facts, *run(), environ={"APPTAINER_NETWORK": "none"}).care
+def test_network_by_the_engines_own_variables(host: FakeHost) -> None:
+    care = plan(host, *run(), environ={"APPTAINER_NETWORK": "none"}).care
     assert care is not None
     assert care.relay
 
 
-def test_values_of_env_are_in_no_argv_and_do_not_change_the_engine(facts: FakeFacts) -> None:
+def test_values_of_env_are_in_no_argv_and_do_not_change_the_engine(host: FakeHost) -> None:
     made = plan(
-        facts,
+        host,
         *run("--env=PATH", "--env=PYTHONPATH"),
         environ={"PATH": "/$(x)", "PYTHONPATH": "/mine", "HOME": "/h"},
     )
@@ -104,15 +104,15 @@ def test_values_of_env_are_in_no_argv_and_do_not_change_the_engine(facts: FakeFa
     }
 
 
-def test_working_in_the_notebooks_folder(facts: FakeFacts) -> None:
-    argv = plan(facts, *run("--pwd")).argv
+def test_working_in_the_notebooks_directory(host: FakeHost) -> None:
+    argv = plan(host, *run("--pwd")).argv
     assert argv[2:6] == [f"--bind={FOLDER}:/run/envkernel", "--bind=/cwd:/cwd", "--pwd=/cwd", "/images/a.sif"]
-    argv = plan(facts, *run("--pwd", "--workdir=/srv")).argv
+    argv = plan(host, *run("--pwd", "--workdir=/srv")).argv
     assert argv[3:5] == ["--bind=/cwd:/cwd", "--pwd=/srv"]
 
 
-def test_copies_go_with_the_kernel(facts: FakeFacts) -> None:
-    made = plan(facts, *run("--copy-workdir", "--mount=type=bind,src=/data,dst=/d,readonly,copy"))
+def test_copies_go_with_the_kernel(host: FakeHost) -> None:
+    made = plan(host, *run("--copy-workdir", "--mount=type=bind,src=/data,dst=/d,readonly,copy"))
     assert made.care is not None
     assert made.care.copies == [("/cwd", FOLDER + ".0"), ("/data", FOLDER + ".1")]
     assert made.argv[3:6] == [
@@ -132,16 +132,16 @@ def test_copies_go_with_the_kernel(facts: FakeFacts) -> None:
         ("/$(x);{y}'", "--bind=/$(x);{y}':/$(x);{y}'"),
     ],
 )
-def test_names_with_odd_characters(facts: FakeFacts, bind: str, token: str) -> None:
+def test_names_with_odd_characters(host: FakeHost, bind: str, token: str) -> None:
     launch = envkernel.Launch(
         [Step("apptainer", {"bind": [bind], "program": ENGINE}, ["/images/a.sif"])], COMMAND
     )
-    assert plan(facts, *envkernel.launch_to_argv(launch)).argv[3] == token
+    assert plan(host, *envkernel.launch_to_argv(launch)).argv[3] == token
 
 
-def test_a_shared_container_is_an_instance(facts: FakeFacts) -> None:
+def test_a_shared_container_is_an_instance(host: FakeHost) -> None:
     made = plan(
-        facts,
+        host,
         *run("--shared", "--workdir=/srv", "--bind=/data", "--pass=--contain", "--env=A"),
         environ={"A": "1"},
     )
@@ -149,12 +149,12 @@ def test_a_shared_container_is_an_instance(facts: FakeFacts) -> None:
     shared = made.care.shared
     assert shared is not None
     name = shared.alive[2][len("instance://") :]
-    folder, key = made.care.folder.rsplit("/", 1)
+    directory, key = made.care.directory.rsplit("/", 1)
     assert made.argv[:4] == [ENGINE, "exec", "--pwd=/srv", "instance://" + name]
     assert made.argv[-1] == f"/run/envkernel/{key}/connection.json"
     assert shared == envkernel.Shared(
         [ENGINE, "exec", "instance://" + name, "echo", "true"],
-        [ENGINE, "instance", "start", "--contain", f"--bind={folder}:/run/envkernel", "--bind=/data:/data"]
+        [ENGINE, "instance", "start", "--contain", f"--bind={directory}:/run/envkernel", "--bind=/data:/data"]
         + ["/images/a.sif", name],
         ["/bin/sh", "-c", '"$@" || true', "sh", ENGINE, "instance", "stop", name],
     )
@@ -166,23 +166,23 @@ def test_a_shared_container_is_an_instance(facts: FakeFacts) -> None:
 @pytest.mark.parametrize(
     ("devices", "flag"), [([], "--nv"), (["/dev/kfd"], "--rocm"), (["/dev/kfd", "/dev/nvidiactl"], "--nv")]
 )
-def test_gpu(facts: FakeFacts, devices: list[str], flag: str) -> None:
-    facts.files.update(dict.fromkeys(devices, b""))
-    assert plan(facts, *run("--gpu")).argv[2] == flag
+def test_gpu(host: FakeHost, devices: list[str], flag: str) -> None:
+    host.files.update(dict.fromkeys(devices, b""))
+    assert plan(host, *run("--gpu")).argv[2] == flag
 
 
 @pytest.mark.parametrize(("extra", "inside"), [([], ""), (["--pass=--contain"], "/tmp/envkernel")])
-def test_a_writable_image_gets_no_mount_point(facts: FakeFacts, extra: list[str], inside: str) -> None:
+def test_a_writable_image_gets_no_mount_point(host: FakeHost, extra: list[str], inside: str) -> None:
     argv = plan(
-        facts, *run("--place=tmp", "--pass=--writable", *extra), environ={"XDG_RUNTIME_DIR": "/cwd"}
+        host, *run("--place=tmp", "--pass=--writable", *extra), environ={"XDG_RUNTIME_DIR": "/cwd"}
     ).argv
     assert f"--bind={FOLDER}:{inside or FOLDER}" in argv
     assert argv[-1] == (inside or FOLDER) + "/connection.json"
 
 
-def test_an_image_that_is_gone(facts: FakeFacts) -> None:
+def test_an_image_that_is_gone(host: FakeHost) -> None:
     with pytest.raises(UserError, match="There is no image /images/b"):
-        plan(facts, *run(image="/images/b.sif"))
+        plan(host, *run(image="/images/b.sif"))
 
 
 # ---- kernelspecs of envkernel 1.x -------------------------------------------------------------------
@@ -199,9 +199,9 @@ def path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_the_documented_kernelspec_of_1x(facts: FakeFacts) -> None:
-    facts.files["/l/simg/0.5.9.simg"] = b""
-    made = plan(facts, *legacy("--contain", "--bind", "/m/jh/coursedata/:/coursedata"))
+def test_the_documented_kernelspec_of_1x(host: FakeHost) -> None:
+    host.files["/l/simg/0.5.9.simg"] = b""
+    made = plan(host, *legacy("--contain", "--bind", "/m/jh/coursedata/:/coursedata"))
     assert made.argv == [
         *(
             ENGINE,
@@ -215,10 +215,10 @@ def test_the_documented_kernelspec_of_1x(facts: FakeFacts) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_options_of_1x(facts: FakeFacts) -> None:
-    facts.files["/l/simg/0.5.9.simg"] = b""
-    facts.programs.add("/opt/bin/singularity")
-    argv = plan(facts, *legacy("--pwd", "--workdir", "/scratch", "-ec", "-B/a,/b:/c:ro", "--net")).argv
+def test_options_of_1x(host: FakeHost) -> None:
+    host.files["/l/simg/0.5.9.simg"] = b""
+    host.programs.add("/opt/bin/singularity")
+    argv = plan(host, *legacy("--pwd", "--workdir", "/scratch", "-ec", "-B/a,/b:/c:ro", "--net")).argv
     assert argv == [
         *("/opt/bin/singularity", "exec", "--cleanenv", "--contain", "--net", "--workdir=/scratch"),
         *(
@@ -235,15 +235,15 @@ def test_options_of_1x(facts: FakeFacts) -> None:
 # ---- setup -------------------------------------------------------------------------------------------
 
 
-def setup(facts: FakeFacts, mode: str, *tokens: str, common: dict[str, Any] | None = None) -> Step:
+def setup(host: FakeHost, mode: str, *tokens: str, common: dict[str, Any] | None = None) -> Step:
     """Return what setup makes of the tokens of one mode."""
     row = envkernel.MODES[mode]
     environ = {"PATH": "/usr/bin:/opt/bin", "HOME": "/home/me"}
-    step = envkernel.parse_step(row, tokens, facts, lambda: environ, {})
-    return row.setup(step, facts, environ, common or {})
+    step = envkernel.parse_step(row, tokens, host, lambda: environ, {})
+    return row.setup(step, host, environ, common or {})
 
 
-class Engine(FakeFacts):
+class Engine(FakeHost):
     """A world where the engine starts what it is given, except for one thing it says."""
 
     fails = "FATAL:   stat /no/such/program: no such file or directory"
@@ -256,8 +256,8 @@ class Engine(FakeFacts):
 
 
 @pytest.fixture
-def engine(facts: FakeFacts) -> Engine:
-    return Engine(files=facts.files, programs=facts.programs)
+def engine(host: FakeHost) -> Engine:
+    return Engine(files=host.files, programs=host.programs)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -385,33 +385,33 @@ def test_unknown_options_are_refused_with_a_suggestion(engine: Engine) -> None:
     assert "--contain" in caught.value.hint
 
 
-def test_what_runs_is_reported_by_process_and_instance(facts: FakeFacts, monkeypatch: Any) -> None:
+def test_what_runs_is_reported_by_process_and_instance(host: FakeHost, monkeypatch: Any) -> None:
     monkeypatch.setenv("JUPYTER_DATA_DIR", "/none")
     tokens = [token.replace(FILE, "{connection_file}") for token in run("--shared")]
     argv = ["/usr/bin/python3", "/x/envkernel.py", *tokens]
     started = "\0".join([*argv, ""]).replace("{connection_file}", FILE).encode()
-    facts.files.update({f"/proc/{pid}/cmdline": started for pid in (9, 10, 700, 701)})
-    facts.files["/proc/8/cmdline"] = started.replace(b"--name=x", b"--name=y")
-    facts.files.update({f"/proc/{pid}/task/{pid}/children": b"11 " for pid in (8, 10, 700, 701)})
-    facts.files["/proc/9/task/9/children"] = b""  # it only waits to clean up
-    facts.files["/proc/701/stat"] = b"701 (py (3)) S 700 701"  # the keeper of 700
+    host.files.update({f"/proc/{pid}/cmdline": started for pid in (9, 10, 700, 701)})
+    host.files["/proc/8/cmdline"] = started.replace(b"--name=x", b"--name=y")
+    host.files.update({f"/proc/{pid}/task/{pid}/children": b"11 " for pid in (8, 10, 700, 701)})
+    host.files["/proc/9/task/9/children"] = b""  # it only waits to clean up
+    host.files["/proc/701/stat"] = b"701 (py (3)) S 700 701"  # the keeper of 700
     kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens)
     launch = envkernel.launch_from_argv(tokens)
-    name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, facts)
+    name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, host)
     ask = (ENGINE, "instance", "list")
-    facts.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\nenvkernel-shared-12    7\n")
+    host.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\nenvkernel-shared-12    7\n")
     processes = ["process 10", "process 700"]
-    assert [one.what for one in envkernel.running_for(kernel, facts)] == processes
-    facts.answers[ask] = Output(0, f"INSTANCE NAME    PID\n{name}    12\n".encode())
-    assert [one.what for one in envkernel.running_for(kernel, facts)] == ["instance " + name, *processes]
+    assert [one.what for one in envkernel.running_for(kernel, host)] == processes
+    host.answers[ask] = Output(0, f"INSTANCE NAME    PID\n{name}    12\n".encode())
+    assert [one.what for one in envkernel.running_for(kernel, host)] == ["instance " + name, *processes]
 
 
-def test_a_killed_kernel_is_told_from_one_that_memory_ran_out_for(facts: FakeFacts) -> None:
-    facts.files["/proc/vmstat"] = b"pgfault 7\noom_kill 3\n"
-    care = plan(facts, *run()).care
+def test_a_killed_kernel_is_told_from_one_that_memory_ran_out_for(host: FakeHost) -> None:
+    host.files["/proc/vmstat"] = b"pgfault 7\noom_kill 3\n"
+    care = plan(host, *run()).care
     assert care is not None
     assert care.explain is not None
-    assert str(care.explain(137, "", facts).message).endswith("a.sif was killed (SIGKILL).")  # type: ignore[union-attr]
-    facts.files["/proc/vmstat"] = b"pgfault 8\noom_kill 4\n"
-    assert "because memory ran out" in care.explain(-9, "", facts).message  # type: ignore[union-attr]
-    assert care.explain(1, "", facts) is None
+    assert str(care.explain(137, "", host).message).endswith("a.sif was killed (SIGKILL).")  # type: ignore[union-attr]
+    host.files["/proc/vmstat"] = b"pgfault 8\noom_kill 4\n"
+    assert "because memory ran out" in care.explain(-9, "", host).message  # type: ignore[union-attr]
+    assert care.explain(1, "", host) is None

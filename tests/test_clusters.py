@@ -16,20 +16,20 @@ import pytest
 
 import envkernel
 from envkernel import Launch, Output, Plan, Step, UserError
-from support.facts import FakeFacts
+from support.host import FakeHost
 
 SRUN = "/opt/slurm/bin/srun"
 COMMAND = ["python3", "-m", "ipykernel_launcher", "-f", envkernel.CONNECTION_FILE]
 
 
-def facts(**given: Any) -> FakeFacts:
-    return FakeFacts(programs={SRUN, "/usr/bin/ssh"}, **given)
+def host(**given: Any) -> FakeHost:
+    return FakeHost(programs={SRUN, "/usr/bin/ssh"}, **given)
 
 
 def plan(options: dict[str, Any], engine: list[str], environ: dict[str, str], srun: str = SRUN) -> Plan:
     rest = Launch([Step("virtualenv", {}, ["/env"])], COMMAND, {"name": "x"})
     step = Step("slurm", {"srun": srun, **options}, [], engine)
-    return envkernel.plan_slurm(step, Plan(COMMAND, environ), FakeFacts(programs={srun}), rest)
+    return envkernel.plan_slurm(step, Plan(COMMAND, environ), FakeHost(programs={srun}), rest)
 
 
 def test_slurm_plan() -> None:
@@ -103,13 +103,13 @@ def test_options_of_the_job() -> None:
 )
 def test_options_that_make_no_sense(options: dict[str, str], message: str) -> None:
     with pytest.raises(envkernel.UserError, match=message) as caught:
-        envkernel.setup_slurm(Step("slurm", options), facts(), {"PATH": "/opt/slurm/bin"}, {})
+        envkernel.setup_slurm(Step("slurm", options), host(), {"PATH": "/opt/slurm/bin"}, {})
     assert caught.value.status == 2
 
 
 def setup(status: int, said: bytes, engine: list[str]) -> Step:
     argv = (SRUN, "--test-only", "--nodes=1", "--ntasks=1", *engine, "true")
-    world = facts(answers={argv: Output(status, b"", said)})
+    world = host(answers={argv: Output(status, b"", said)})
     return envkernel.setup_slurm(Step("slurm", {}, [], engine), world, {"PATH": "/bin:/opt/slurm/bin"}, {})
 
 
@@ -132,15 +132,15 @@ def test_setup_asks_slurm_whether_it_would_take_the_job() -> None:
 
 def test_setup_without_slurm() -> None:
     with pytest.raises(envkernel.UserError, match="no srun on this machine"):
-        envkernel.setup_slurm(Step("slurm"), facts(), {"PATH": "/bin"}, {})
+        envkernel.setup_slurm(Step("slurm"), host(), {"PATH": "/bin"}, {})
 
 
 def test_setup_finds_ssh_for_the_tunnel() -> None:
     options = {"tunnel": "ssh"}
-    found = envkernel.find_tunnel(options, facts(), {"PATH": "/usr/bin"})
+    found = envkernel.find_tunnel(options, host(), {"PATH": "/usr/bin"})
     assert found == {"tunnel": "ssh", "tunnel-program": "/usr/bin/ssh"}
     with pytest.raises(envkernel.UserError, match="no ssh"):
-        envkernel.find_tunnel(options, facts(), {"PATH": "/bin"})
+        envkernel.find_tunnel(options, host(), {"PATH": "/bin"})
 
 
 @pytest.mark.parametrize("option", ["--pty", "--nodes=2", "--input=none", "--multi"])
@@ -201,9 +201,9 @@ def test_pending_in_words() -> None:
     ],
 )
 def test_why_a_job_ended(said: str, message: str) -> None:
-    told = envkernel.srun_lines(said + "\na line of the kernel")
-    assert "kernel" not in told
-    assert envkernel.slurm_end(1, told, "4").message == message
+    reported = envkernel.srun_lines(said + "\na line of the kernel")
+    assert "kernel" not in reported
+    assert envkernel.slurm_end(1, reported, "4").message == message
 
 
 def answers(known: dict[tuple[str, ...], Output]) -> Any:
@@ -295,27 +295,27 @@ def test_memory_of_a_container_is_what_all_its_processes_have() -> None:
         f"/proc/{me}/task/{me}/children": b"77 ",
         "/proc/77/statm": b"9 %d 0" % ((600 << 20) // page),
     }
-    problem = envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "512"}, facts(files=files), me)
+    problem = envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "512"}, host(files=files), me)
     assert problem is not None
     assert problem["message"].endswith("than it asked for: 610 of 512 MiB.")
     assert problem["hint"] == "Ask for more: --memory=1220."
-    assert envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "1024"}, facts(files=files), me) is None
-    assert envkernel.over_memory({}, facts(files=files), me) is None
+    assert envkernel.over_memory({"SKEIN_RESOURCE_MEMORY": "1024"}, host(files=files), me) is None
+    assert envkernel.over_memory({}, host(files=files), me) is None
 
 
 def test_kills_for_want_of_memory_are_counted() -> None:
     one = {"/proc/self/cgroup": b"5:devices:/x\n4:memory:/slurm/a b\n0::/\n"}
     one["/sys/fs/cgroup/memory/slurm/a b/memory.oom_control"] = b"under_oom 0\noom_kill 3\n"
     two = {"/proc/self/cgroup": b"0::/job\n", "/sys/fs/cgroup/job/memory.events": b"oom 9\noom_kill 2\n"}
-    assert [envkernel.memory_kills(facts(files=files)) for files in (one, two, {})] == [3, 2, 0]
+    assert [envkernel.memory_kills(host(files=files)) for files in (one, two, {})] == [3, 2, 0]
 
 
 PACKED = ["bin/activate", "./bin/python", "lib/python3.11/site-packages/skein/__init__.py"]
 IPYKERNEL = "lib/python3.11/site-packages/ipykernel_launcher.py"
 
 
-def yarn_facts(names: list[str] | None, **given: Any) -> FakeFacts:
-    world = FakeFacts(programs={"/usr/bin/java", "/usr/bin/yarn", "/cwd/e.tar.gz"}, **given)
+def yarn_facts(names: list[str] | None, **given: Any) -> FakeHost:
+    world = FakeHost(programs={"/usr/bin/java", "/usr/bin/yarn", "/cwd/e.tar.gz"}, **given)
     world.archive_names = lambda path: names  # type: ignore[method-assign]
     return world
 
@@ -395,7 +395,7 @@ def test_yarn_plan() -> None:
         job=envkernel.YarnJob(argv, {"HADOOP_CONF_DIR": "/c"}, rest, step.options, spec),
     )
     with pytest.raises(envkernel.UserError, match=r"There is no /gone.tar.gz any more"):
-        envkernel.plan_yarn(step.but(targets=["/gone.tar.gz"]), Plan([], {}), yarn_facts(None), rest)
+        envkernel.plan_yarn(step.replace(targets=["/gone.tar.gz"]), Plan([], {}), yarn_facts(None), rest)
 
 
 def test_yarn_state() -> None:
@@ -569,11 +569,11 @@ def test_agent_ends_when_no_keeper_comes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
     base = tmp_path / "base"
     gone, alive = f"{base}/job-1", f"{base}/job-2"
-    for folder in (gone, alive):
-        lock = envkernel.take_lock(folder + ".lock")
-        os.mkdir(folder)
-        Path(folder, "keeper").touch()
-        if folder == gone:
+    for directory in (gone, alive):
+        lock = envkernel.take_lock(directory + ".lock")
+        os.mkdir(directory)
+        Path(directory, "keeper").touch()
+        if directory == gone:
             os.close(lock)
     Path(f"{base}/other").touch()
     envkernel.remove_stale(str(base), {})
@@ -587,9 +587,9 @@ def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
 def test_a_slurm_that_cannot_be_asked_has_no_job():
     said = b"srun: fatal: Could not establish a configuration source"
     argv = ("/bin/srun", "--test-only", "--nodes=1", "--ntasks=1", "true")
-    facts = FakeFacts(programs=["/bin/srun"], answers={argv: Output(1, b"", said)})
+    host = FakeHost(programs=["/bin/srun"], answers={argv: Output(1, b"", said)})
     with pytest.raises(UserError) as caught:
-        envkernel.setup_slurm(Step("slurm"), facts, {"PATH": "/bin"}, {})
+        envkernel.setup_slurm(Step("slurm"), host, {"PATH": "/bin"}, {})
     assert "can't be asked whether it takes such a job (srun: exit status 1)" in caught.value.message
     assert caught.value.detail == said.decode()
     assert "below" not in caught.value.hint

@@ -4,8 +4,8 @@ import pytest
 
 import envkernel
 from envkernel import Launch, Mode, Option, Request, Step, UserError, parse_setup
-from support import facts
-from support.facts import FakeFacts
+from support import host
+from support.host import FakeHost
 
 ENGINE = b"""
   -B, --bind string     a bind
@@ -31,11 +31,11 @@ def engine_mode(monkeypatch):
         container=True,
     )
     monkeypatch.setitem(envkernel.MODES, "box", mode)
-    monkeypatch.setitem(facts.HELP, "start", ENGINE)
+    monkeypatch.setitem(host.HELP, "start", ENGINE)
 
 
 def parse(*tokens):
-    return parse_setup(tokens, FakeFacts())
+    return parse_setup(tokens, FakeHost())
 
 
 def refused(*tokens):
@@ -86,7 +86,7 @@ def test_env_is_taken_as_one_word_and_as_two():
 
 @pytest.mark.usefixtures("engine_mode")
 def test_env_is_envkernels_after_any_mode_of_a_chain(monkeypatch):
-    monkeypatch.setitem(facts.HELP, "start", ENGINE + b"      --env string   a variable\n")
+    monkeypatch.setitem(host.HELP, "start", ENGINE + b"      --env string   a variable\n")
     request = parse(
         "lmod", "--name=x", "--env=A=1", "m", "--", "box", "--env", "B=2", "img", "--env", "C", "3"
     )
@@ -127,21 +127,21 @@ def test_an_engine_is_asked_in_the_environment_of_the_modes_before_it(monkeypatc
         "modules",
         "",
         [],
-        setup=lambda step, *_: step.but(targets=["set up"]),
-        plan=lambda step, plan, *_: plan.but(environ={**plan.environ, "PATH": f"/{step.targets[0]}"}),
+        setup=lambda step, *_: step.replace(targets=["set up"]),
+        plan=lambda step, plan, *_: plan.replace(environ={**plan.environ, "PATH": f"/{step.targets[0]}"}),
         target="MODULE",
     )
     monkeypatch.setitem(envkernel.MODES, "modules", modules)
     box = envkernel.MODES["box"]
-    asked = box.but(engine=lambda *words: seen.append(words[2]["PATH"]) or [["/bin/box", "start"]])
+    asked = box.replace(engine=lambda *words: seen.append(words[2]["PATH"]) or [["/bin/box", "start"]])
     monkeypatch.setitem(envkernel.MODES, "box", asked)
     start = {"PATH": "/start"}
     chain = ["modules", "m", "--", "box", "--rm", "-i", "img"]
-    assert parse_setup(chain, FakeFacts(), start).steps[1].engine == ["--rm", "--interactive"]
+    assert parse_setup(chain, FakeHost(), start).steps[1].engine == ["--rm", "--interactive"]
     assert seen == ["/set up"]
-    parse_setup(["box", "--rm", "img"], FakeFacts(), start)
+    parse_setup(["box", "--rm", "img"], FakeHost(), start)
     assert seen == ["/set up", "/start"]
-    parse_setup(["modules", "m", "--", "box", "--gpu", "img"], FakeFacts(), start)
+    parse_setup(["modules", "m", "--", "box", "--gpu", "img"], FakeHost(), start)
     assert len(seen) == 2  # nobody asks an engine for an option of envkernel's own
 
 
@@ -292,7 +292,7 @@ def test_a_name_is_suggested_once():
     assert envkernel.similar_names("--nmae", ["--name", "--name", "--net"]) == "Did you mean --name or --net?"
 
 
-def test_a_name_that_no_folder_can_have_is_refused():
+def test_a_name_that_no_directory_can_have_is_refused():
     request = Request({"name": "x" * 300}, [Step("virtualenv", {}, ["/v"])])
     with pytest.raises(UserError) as caught:
         envkernel.check_request(request)
@@ -331,7 +331,7 @@ def test_env_that_takes_the_target_is_told():
 )
 def test_a_kernel_without_a_name_gets_that_of_its_target(words, name):
     request = parse(*words)
-    assert envkernel.derive_name(request, FakeFacts()) == name
+    assert envkernel.derive_name(request, FakeHost()) == name
     envkernel.check_request(Request({"name": name}, request.steps))
 
 

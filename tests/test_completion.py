@@ -40,9 +40,9 @@ def two_kernels(tmp_path):
     program.chmod(0o755)
     for name in ("deep", "science"):
         spec = {"argv": ["python"], "display_name": name, "metadata": {"envkernel": {"version": "2.0.0"}}}
-        folder = tmp_path / "data" / "kernels" / name
-        folder.mkdir(parents=True)
-        (folder / "kernel.json").write_text(json.dumps(spec))
+        directory = tmp_path / "data" / "kernels" / name
+        directory.mkdir(parents=True)
+        (directory / "kernel.json").write_text(json.dumps(spec))
     path = f"{program.parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_PATH": ""}
 
@@ -89,7 +89,7 @@ def lmod_with(monkeypatch):
     """Return a function that changes the mode lmod."""
 
     def change(**changes):
-        mode = envkernel.MODES["lmod"].but(**changes)
+        mode = envkernel.MODES["lmod"].replace(**changes)
         monkeypatch.setitem(envkernel.MODES, "lmod", mode)
 
     return change

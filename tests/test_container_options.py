@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import envkernel
 from envkernel import Bind, Output, UserError
-from support.facts import FakeFacts
+from support.host import FakeHost
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_a_bind_is_read_as_it_was_written(source: str, target: str, options: str
 
 
 def test_binds_at_setup() -> None:
-    facts = FakeFacts(files={"/cwd/data/x": b"", "/home/me/my:file": b""})
+    host = FakeHost(files={"/cwd/data/x": b"", "/home/me/my:file": b""})
     texts = ["data:/data/:ro", r"~/my\:file"]
-    assert envkernel.setup_binds(texts, facts) == [
+    assert envkernel.setup_binds(texts, host) == [
         "/cwd/data:/data:ro",
         r"/home/me/my\:file:/home/me/my\:file",
     ]
     with pytest.raises(UserError, match="there is no /nowhere"):
-        envkernel.setup_binds(["/nowhere:/x"], facts)
+        envkernel.setup_binds(["/nowhere:/x"], host)
 
 
 HELP = """
@@ -102,7 +102,7 @@ def test_help_of_an_engine() -> None:
     }
 
 
-class Engine(FakeFacts):
+class Engine(FakeHost):
     """A world with an engine whose help does not list all that it knows."""
 
     HIDDEN = {"--net": Output(1, b"", b"requires at least 1 argument"), "--quiet": Output(0, b"help")}
@@ -119,8 +119,8 @@ class Engine(FakeFacts):
         return self.HIDDEN.get(argv[2], Output(125, b"", f"unknown flag: {argv[2]}".encode()))
 
 
-def ask(facts: FakeFacts) -> envkernel.EngineOptions:
-    return envkernel.EngineOptions([["/opt/bin/engine", "exec"]], facts, {})
+def ask(host: FakeHost) -> envkernel.EngineOptions:
+    return envkernel.EngineOptions([["/opt/bin/engine", "exec"]], host, {})
 
 
 @pytest.mark.parametrize(
@@ -156,19 +156,19 @@ def test_engine_options_are_read_as_the_engine_itself_does(
 
 
 def test_an_engine_is_asked_once_for_what_its_help_lists() -> None:
-    facts = Engine()
-    engine = ask(facts)
+    host = Engine()
+    engine = ask(host)
     assert [engine.find(flag) for flag in ("--bind", "-B", "-c")] == [
         *[("--bind", "=")] * 2,
         ("--contain", ""),
     ]
-    assert len(facts.asked) == 1
+    assert len(host.asked) == 1
 
 
 def test_an_engine_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = FakeFacts(answers={("/bin/srun", "--help"): Output(1, b"", b"srun: no configuration")})
+    host = FakeHost(answers={("/bin/srun", "--help"): Output(1, b"", b"srun: no configuration")})
     with pytest.raises(UserError, match="/bin/srun does not say which options it has") as caught:
-        envkernel.EngineOptions([["/bin/srun"]], facts, {}).find("--mem")
+        envkernel.EngineOptions([["/bin/srun"]], host, {}).find("--mem")
     assert caught.value.detail == "srun: no configuration"
 
 
@@ -186,10 +186,10 @@ def test_values_of_engine_options() -> None:
 
 
 def test_find_engine() -> None:
-    facts = FakeFacts(programs=["/opt/bin/singularity", "/else/engine"])
+    host = FakeHost(programs=["/opt/bin/singularity", "/else/engine"])
 
     def find(mode: str, **options: str) -> str:
-        return envkernel.find_engine(envkernel.Step(mode, options), {"PATH": "/opt/bin:/else"}, facts)
+        return envkernel.find_engine(envkernel.Step(mode, options), {"PATH": "/opt/bin:/else"}, host)
 
     assert find("singularity") == find("apptainer") == "/opt/bin/singularity"
     assert find("docker", engine="/else/engine") == find("docker", engine="engine") == "/else/engine"

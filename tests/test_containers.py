@@ -1,4 +1,4 @@
-"""Docker and podman: whole plans from options and facts, and what setup makes of what an engine says."""
+"""Docker and podman: whole plans from options and host, and what setup makes of what an engine says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import envkernel
 from envkernel import Bind, Launch, Output, Plan, Step, UserError
-from support.facts import FakeFacts
+from support.host import FakeHost
 
 CONNECTION = {
     **{name + "_port": 5000 + number for number, name in enumerate(envkernel.STREAMS)},
@@ -20,7 +20,7 @@ CONNECTION = {
 }
 FILE = "/run/user/1000/jupyter/kernel-1.json"
 TEXT = json.dumps(CONNECTION).encode()
-FACTS = FakeFacts(files={FILE: TEXT}, programs=["/usr/bin/docker", "/usr/bin/podman"])
+FACTS = FakeHost(files={FILE: TEXT}, programs=["/usr/bin/docker", "/usr/bin/podman"])
 COMMAND = ["python", "-m", "ipykernel_launcher", "-f", envkernel.CONNECTION_FILE]
 FOLDER = f"/tmp/envkernel-1000/{envkernel.kernel_key(FILE)}"
 ENVIRON = {"PATH": "/usr/bin", "USER": "me", "JPY_PARENT_PID": "7"}
@@ -31,8 +31,8 @@ KERNEL = ["image", "python", "-m", "ipykernel_launcher", "-f", "/run/envkernel/c
 
 
 def plan(mode: str = "docker", engine: list[str] | None = None, given: Any = None, **options: Any) -> Plan:
-    told = {name.replace("_", "-"): value for name, value in options.items()}
-    step = Step(mode, {"program": f"/usr/bin/{mode}", **told}, ["image"], engine or [])
+    reported = {name.replace("_", "-"): value for name, value in options.items()}
+    step = Step(mode, {"program": f"/usr/bin/{mode}", **reported}, ["image"], engine or [])
     launch = Launch([], COMMAND, {"name": "x", "connection-file": FILE})
     return envkernel.plan_engine(step, Plan(COMMAND, ENVIRON, given=given), FACTS, launch)
 
@@ -58,7 +58,7 @@ def test_docker_on_the_hosts_network() -> None:
     ]
     care = made.care
     assert care is not None
-    assert care.folder == FOLDER
+    assert care.directory == FOLDER
     assert list(dict(care.files)) == [f"{FOLDER}/connection.json", f"{FOLDER}/home/.envkernel"]
     assert care.relay == ON_UNIX_SOCKETS
     assert care.signal == ["/usr/bin/docker", "kill", "--signal={signal}", "envkernel-x-cafe0123"]
@@ -84,7 +84,7 @@ def test_any_other_network_is_reached_by_unix_sockets(network: str) -> None:
 
 
 LOOPBACK = "127.203.1.2"
-"""The kernel's own loopback address, from what `FakeFacts` has for random."""
+"""The kernel's own loopback address, from what `FakeHost` has for random."""
 
 
 @pytest.mark.parametrize("options", [{"transport": "tcp"}, {"reach": "tcp"}, {}])
@@ -114,10 +114,10 @@ def test_ports_are_published_on_loopback_where_sockets_cannot_cross() -> None:
     "jupyters", [{"ip": "0.0.0.0"}, {"transport": "ipc", "ip": "/j", **UNIX_NUMBERS}], ids=["any", "ipc"]
 )
 def test_a_kernel_of_tcp_where_jupyters_numbers_are_not_free(jupyters: dict[str, Any]) -> None:
-    facts = FakeFacts(files={FILE: json.dumps({**CONNECTION, **jupyters}).encode()})
+    host = FakeHost(files={FILE: json.dumps({**CONNECTION, **jupyters}).encode()})
     step = Step("docker", {"program": "/d", "transport": "tcp"}, ["image"])
     launch = Launch([], COMMAND, {"name": "x", "connection-file": FILE})
-    made = envkernel.plan_engine(step, Plan(COMMAND, ENVIRON), facts, launch)
+    made = envkernel.plan_engine(step, Plan(COMMAND, ENVIRON), host, launch)
     own = own_connection(made)
     ports = [own[name + "_port"] for name in envkernel.STREAMS]
     assert len({*ports, *range(5000, 5005)}) == 10
@@ -140,13 +140,13 @@ def test_a_kernel_of_tcp_where_jupyters_numbers_are_not_free(jupyters: dict[str,
 def test_how_a_kernel_is_reached_is_what_setup_has_seen(
     mode: str, engine: list[str], listens: bool, transport: str | None
 ) -> None:
-    facts = FakeFacts()
-    facts.listening = listens
+    host = FakeHost()
+    host.listening = listens
     step = Step(mode, {"shared": True}, ["image"], engine)
-    found = envkernel.find_transport(Launch([step], COMMAND), facts, {})
+    found = envkernel.find_transport(Launch([step], COMMAND), host, {})
     assert found.options == {"shared": True, **({"reach": transport} if transport else {})}
-    given = step.but(options={"transport": "tcp"})
-    assert envkernel.find_transport(Launch([given], []), facts, {}) == given
+    given = step.replace(options={"transport": "tcp"})
+    assert envkernel.find_transport(Launch([given], []), host, {}) == given
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_the_users_values_are_in_no_argv() -> None:
     assert not any("abc" in token or "a'b" in token for token in made.argv)
 
 
-def test_working_folder_binds_and_copies() -> None:
+def test_working_directory_binds_and_copies() -> None:
     made = plan(bind=["/a:/b:ro", "/c\\,d"], pwd=True, workdir="/b")
     assert "--mount=type=bind,src=/a,dst=/b,readonly" in made.argv
     assert '--mount=type=bind,"src=/c,d","dst=/c,d"' in made.argv
@@ -207,12 +207,12 @@ def test_working_folder_binds_and_copies() -> None:
     assert "--workdir=/cwd" in copied.argv
 
 
-def test_the_root_folder_is_not_bound() -> None:
-    facts = FakeFacts(files={FILE: TEXT}, programs=["/usr/bin/docker"], cwd="/")
+def test_the_root_directory_is_not_bound() -> None:
+    host = FakeHost(files={FILE: TEXT}, programs=["/usr/bin/docker"], cwd="/")
     step = Step("docker", {"pwd": True}, ["image"])
     launch = Launch([], COMMAND, {"connection-file": FILE})
     with pytest.raises(UserError, match="started in /"):
-        envkernel.plan_engine(step, Plan(COMMAND, ENVIRON), facts, launch)
+        envkernel.plan_engine(step, Plan(COMMAND, ENVIRON), host, launch)
 
 
 def test_a_shared_container() -> None:
@@ -244,7 +244,7 @@ def test_a_shared_container() -> None:
         (["/c:/c"], ["--volume=/cwd:/in/side:ro"], "/in/side"),
     ],
 )
-def test_each_kernel_of_a_shared_container_works_in_its_notebooks_folder(
+def test_each_kernel_of_a_shared_container_works_in_its_notebooks_directory(
     bind: list[str], engine: list[str], workdir: str
 ) -> None:
     made = plan(shared=True, pwd=True, bind=bind, engine=engine)
@@ -254,7 +254,7 @@ def test_each_kernel_of_a_shared_container_works_in_its_notebooks_folder(
     assert not any(token.startswith("--workdir") for token in made.care.shared.start)
 
 
-def test_a_folder_that_a_shared_container_does_not_show() -> None:
+def test_a_directory_that_a_shared_container_does_not_show() -> None:
     with pytest.raises(UserError, match="directory /cwd can't be seen in the shared container"):
         plan(shared=True, pwd=True, bind=["/c"], engine=["--volume=named:/cwd"])
 
@@ -263,7 +263,7 @@ def test_copies_belong_to_the_shared_container() -> None:
     care = plan(shared=True, mount=["type=bind,src=/data,dst=/data,copy"]).care
     assert care is not None
     assert care.shared is not None
-    copy = f"/tmp/envkernel-1000/{os.path.basename(os.path.dirname(care.folder))}.0"
+    copy = f"/tmp/envkernel-1000/{os.path.basename(os.path.dirname(care.directory))}.0"
     assert (care.copies, care.shared.copies) == ([], [("/data", copy)])
     assert f"--mount=type=bind,src={copy},dst=/data" in care.shared.start
 
@@ -278,16 +278,16 @@ def test_a_kernelspec_of_envkernel_1() -> None:
 
 
 def test_a_broken_connection_file() -> None:
-    facts = FakeFacts(files={FILE: b"{}"}, programs=["/usr/bin/docker"])
+    host = FakeHost(files={FILE: b"{}"}, programs=["/usr/bin/docker"])
     launch = Launch([], COMMAND, {"connection-file": FILE})
     with pytest.raises(UserError, match="can't be read"):
-        envkernel.plan_engine(Step("docker", {}, ["image"]), Plan(COMMAND, ENVIRON), facts, launch)
+        envkernel.plan_engine(Step("docker", {}, ["image"]), Plan(COMMAND, ENVIRON), host, launch)
 
 
 def nature(mode: str, said: dict[str, Any], engine: list[str] | None = None) -> dict[str, Any]:
     argv = ("/d", "info", "--format={{json .}}")
-    facts = FakeFacts(answers={argv: Output(0, json.dumps(said).encode())})
-    return envkernel.engine_info(Step(mode, {}, ["image"], engine or []), "/d", facts, {})
+    host = FakeHost(answers={argv: Output(0, json.dumps(said).encode())})
+    return envkernel.engine_info(Step(mode, {}, ["image"], engine or []), "/d", host, {})
 
 
 ROOTLESS = {"security": {"rootless": True}}
@@ -328,13 +328,13 @@ ROOTFUL = "0 0 4294967295"
 def settled(
     mode: str, said: str, me: int = 1000, engine: list[str] | None = None, **more: Any
 ) -> dict[str, Any]:
-    facts = FakeFacts(programs=[f"/usr/bin/{mode}"])
-    facts.ids = lambda: (me, me, [])  # type: ignore[method-assign]
-    facts.output = lambda argv, environ: Output(0, said.encode())  # type: ignore[method-assign]
-    told = {"program": f"/usr/bin/{mode}", "identity": "given"}
-    step = Step(mode, {**told, **more}, ["image"], engine or ["--user=7"])
-    options = envkernel.container_user(step, facts, {}).options
-    return {name: value for name, value in options.items() if {**told, **more}.get(name) != value}
+    host = FakeHost(programs=[f"/usr/bin/{mode}"])
+    host.ids = lambda: (me, me, [])  # type: ignore[method-assign]
+    host.output = lambda argv, environ: Output(0, said.encode())  # type: ignore[method-assign]
+    reported = {"program": f"/usr/bin/{mode}", "identity": "given"}
+    step = Step(mode, {**reported, **more}, ["image"], engine or ["--user=7"])
+    options = envkernel.container_user(step, host, {}).options
+    return {name: value for name, value in options.items() if {**reported, **more}.get(name) != value}
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_a_user_who_could_not_be_reached(said: str, engine: list[str]) -> None:
         settled("docker", f"7 7 {ROOTFUL}", 0, shared=True)
 
 
-def test_the_private_folder_is_given_to_the_guest() -> None:
+def test_the_private_directory_is_given_to_the_guest() -> None:
     made = plan(identity="given", guest="7", engine=["--user=7"])
     assert made.care is not None
     assert made.care.owner == 7
@@ -375,9 +375,9 @@ def test_the_private_folder_is_given_to_the_guest() -> None:
 
 def test_a_daemon_that_is_down() -> None:
     text = b"Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
-    facts = FakeFacts(answers={("/d", "info", "--format={{json .}}"): Output(1, b"", text)})
+    host = FakeHost(answers={("/d", "info", "--format={{json .}}"): Output(1, b"", text)})
     with pytest.raises(UserError, match="daemon does not answer") as caught:
-        envkernel.engine_info(Step("docker", {}, ["image"]), "/d", facts, {})
+        envkernel.engine_info(Step("docker", {}, ["image"]), "/d", host, {})
     assert "systemctl start docker" in caught.value.hint
 
 
@@ -397,25 +397,25 @@ PULL = ["/d", "pull", "--platform=linux/arm64", "image"]
     ],
 )
 def test_when_an_image_is_fetched(when: str | None, here: bool, asked: list[Any]) -> None:
-    facts = FakeFacts(answers={tuple(INSPECT): Output(not here), tuple(PULL): Output(0)})
+    host = FakeHost(answers={tuple(INSPECT): Output(not here), tuple(PULL): Output(0)})
     step = Step("docker", {"pull": when}, ["image"], ["--cpus=1", "--platform=linux/arm64"])
-    assert envkernel.need_image(step, "/d", facts, {}, {}) == "image"
-    assert facts.asked == [INSPECT, *asked]
+    assert envkernel.need_image(step, "/d", host, {}, {}) == "image"
+    assert host.asked == [INSPECT, *asked]
 
 
 @pytest.mark.parametrize(("when", "common"), [(None, {}), ("never", {}), (None, {"dry-run": True})])
 def test_when_no_image_is_fetched(when: str | None, common: dict[str, Any]) -> None:
-    facts = FakeFacts(answers={tuple(INSPECT): Output(1)})
-    facts.agreed = False
+    host = FakeHost(answers={tuple(INSPECT): Output(1)})
+    host.agreed = False
     with pytest.raises(UserError, match="There is no image image here") as caught:
-        envkernel.need_image(Step("docker", {"pull": when}, ["image"]), "/d", facts, {}, common)
+        envkernel.need_image(Step("docker", {"pull": when}, ["image"]), "/d", host, {}, common)
     assert caught.value.hint == "Fetch it: d pull image"
-    assert facts.asked == ([INSPECT] if when or common else [INSPECT, QUESTION])
+    assert host.asked == ([INSPECT] if when or common else [INSPECT, QUESTION])
 
 
 def typed(*tokens: str) -> envkernel.Request:
-    facts = FakeFacts(programs=["/usr/bin/docker"])
-    return envkernel.parse_setup(["docker", "--name=x", *tokens], facts, {"PATH": "/usr/bin"})
+    host = FakeHost(programs=["/usr/bin/docker"])
+    return envkernel.parse_setup(["docker", "--name=x", *tokens], host, {"PATH": "/usr/bin"})
 
 
 @pytest.mark.parametrize(
@@ -450,12 +450,12 @@ def test_an_option_that_nobody_knows() -> None:
 
 def test_an_engine_that_is_missing_is_named_before_its_options_are_read() -> None:
     with pytest.raises(UserError, match="There is no docker on this machine"):
-        envkernel.parse_setup(["docker", "--name=x", "--cpus=1", "IMAGE"], FakeFacts(), {"PATH": "/bin"})
+        envkernel.parse_setup(["docker", "--name=x", "--cpus=1", "IMAGE"], FakeHost(), {"PATH": "/bin"})
 
 
 def test_options_of_build_and_run_find_their_places() -> None:
     step = Step("podman", {"build": "/dir"}, [], ["--build-arg=A=B", "--volume=/a:/b", "--no-cache"])
-    split = envkernel.split_build(step, envkernel.EngineOptions([["/d", "run"]], FakeFacts(), {}))
+    split = envkernel.split_build(step, envkernel.EngineOptions([["/d", "run"]], FakeHost(), {}))
     assert split.engine == ["--volume=/a:/b"]
     assert split.options["build-option"] == ["--build-arg=A=B", "--no-cache"]
 
@@ -479,7 +479,7 @@ def test_an_images_own_command_is_not_shared() -> None:
     request = envkernel.Request({"kernel": "image"}, [])
     with pytest.raises(UserError, match="it can't be run in a shared one"):
         envkernel.image_kernel(request, plan(shared=True))
-    assert envkernel.image_kernel(request.but(command=["k"]), plan(shared=True)).command == ["k"]
+    assert envkernel.image_kernel(request.replace(command=["k"]), plan(shared=True)).command == ["k"]
 
 
 def test_mounts_as_csv() -> None:
@@ -510,9 +510,9 @@ def test_a_kernel_that_failed_by_itself_is_no_error_of_the_engine() -> None:
 
 
 def test_relative_volumes_become_absolute() -> None:
-    facts = FakeFacts()
-    assert envkernel.absolute_value("--volume=./data:/data:ro", facts) == "--volume=/cwd/data:/data:ro"
-    assert envkernel.absolute_value("--volume=named:/data", facts) == "--volume=named:/data"
+    host = FakeHost()
+    assert envkernel.absolute_value("--volume=./data:/data:ro", host) == "--volume=/cwd/data:/data:ro"
+    assert envkernel.absolute_value("--volume=named:/data", host) == "--volume=named:/data"
 
 
 DAEMON = "docker: Error response from daemon: "
@@ -552,7 +552,7 @@ def test_an_image_that_was_built_is_built_again() -> None:
     assert "envkernel update NAME" in error.hint
 
 
-class Engine(FakeFacts):
+class Engine(FakeHost):
     """Docker with an image, of which everything works but what a test breaks."""
 
     build_status = 0
@@ -575,8 +575,8 @@ def docker() -> Engine:
     return Engine(files={"/cwd/Dockerfile": b""}, programs=["/usr/bin/docker"])
 
 
-def set_up(facts: Engine, options: dict[str, Any], *targets: str, **common: Any) -> Step:
-    return envkernel.setup_engine(Step("docker", options, targets), facts, ENVIRON, common)
+def set_up(host: Engine, options: dict[str, Any], *targets: str, **common: Any) -> Step:
+    return envkernel.setup_engine(Step("docker", options, targets), host, ENVIRON, common)
 
 
 def test_a_build_that_fails(docker: Engine) -> None:
@@ -597,7 +597,7 @@ def test_a_built_image_is_tagged_and_removed_with_its_kernel(docker: Engine) -> 
         ["image", "prune", "--force", "--filter=label=envkernel.image=my.course"],
     ]
     docker.asked.clear()
-    envkernel.remove_built_image(step.but(targets=["python"]), "My.Course", docker)
+    envkernel.remove_built_image(step.replace(targets=["python"]), "My.Course", docker)
     assert docker.asked == []
 
 

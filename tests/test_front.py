@@ -103,7 +103,7 @@ def test_there_is_a_way_out_of_jupyter_console(code):
 
 
 def test_backticks_become_code_in_the_message_too():
-    html = envkernel.failure_html(FAILURE.but(message="`module load <x>` failed."))
+    html = envkernel.failure_html(FAILURE.replace(message="`module load <x>` failed."))
     assert "<code>module load &lt;x&gt;</code> failed." in html
 
 
@@ -155,7 +155,7 @@ def test_connect_interrupt_and_shutdown():
     ],
 )
 def test_the_notebook_keeps_its_language(language, name, mime, extension):
-    info = envkernel.kernel_info_content(FAILURE.but(language=language))["language_info"]
+    info = envkernel.kernel_info_content(FAILURE.replace(language=language))["language_info"]
     assert (info["name"], info["mimetype"], info["file_extension"]) == (name, mime, extension)
 
 
@@ -239,9 +239,9 @@ def test_the_exit_status_in_words(status, said, words, hint):
     ],
 )
 def test_a_broken_kernelspec_still_tells_where_jupyter_is(tokens):
-    assert envkernel.salvage_launch(tokens).options == {"connection-file": "/run/k.json", "name": "x"}
-    assert envkernel.salvage_launch([*tokens, "--no-error-kernel"]).options["no-error-kernel"] is True
-    assert envkernel.salvage_launch([]).options == {}
+    assert envkernel.recover_launch(tokens).options == {"connection-file": "/run/k.json", "name": "x"}
+    assert envkernel.recover_launch([*tokens, "--no-error-kernel"]).options["no-error-kernel"] is True
+    assert envkernel.recover_launch([]).options == {}
 
 
 # ---- the protocols ------------------------------------------------------------------------------
@@ -408,9 +408,9 @@ def test_a_stranger_is_not_heard(tmp_path, state, data):
         ping = envkernel.zmtp_frame(b"\x04PING\0\1context", envkernel.COMMAND)
         beat.sendall(HELLO + ping + envkernel.zmtp_message([b"", b"beat"]))
         expected = envkernel.zmtp_frame(b"\x04PONGcontext", envkernel.COMMAND) + b"\x01\x00\x00\x04beat"
-        heard = b""
-        while not heard.endswith(expected):
-            heard += beat.recv(1000)
+        received = b""
+        while not received.endswith(expected):
+            received += beat.recv(1000)
         beat.close()
 
 
@@ -426,9 +426,9 @@ def test_what_is_kept_is_limited(tmp_path, monkeypatch):
             for start in range(0, len(data), 5_000):
                 shell.sendall(data[start : start + 5_000])
                 time.sleep(0.01)
-        heard = b""
-        while heard.count(b"Too much waits") < 4:  # in the error's value and in its traceback
-            heard += shell.recv(10_000)
+        received = b""
+        while received.count(b"Too much waits") < 4:  # in the error's value and in its traceback
+            received += shell.recv(10_000)
         assert len(front.mailbox.kept) == 1
         iopub.close()
         shell.close()
@@ -461,7 +461,7 @@ def test_a_join_passes_bytes_and_ends_both_ways():
             sending = loop.run_in_executor(None, source.sendall, data)
             assert await loop.run_in_executor(None, receive, target, len(data)) == data
             await sending
-        assert join.heard == len(data)
+        assert join.received == len(data)
         near.sendall(b"question")
         near.shutdown(socket.SHUT_WR)
         assert await loop.run_in_executor(None, receive, far, 9) == b"question"

@@ -20,7 +20,7 @@ class Hop:
     def __init__(self) -> None:
         self.near, self.left = socket.socketpair()
         self.right, self.far = socket.socketpair()
-        self.heard = 0
+        self.received = 0
         self.ready = threading.Event()
         self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
         self.thread.start()
@@ -32,7 +32,7 @@ class Hop:
         join = await envkernel.Join.sockets(self.left, self.right)
         self.ready.set()
         await join.ended
-        self.heard = join.heard
+        self.received = join.received
 
     def has_ended(self) -> bool:
         self.thread.join(5)
@@ -67,7 +67,7 @@ def test_bytes_pass_unchanged_both_ways(hop: Hop) -> None:
     assert hop.far.recv(1) == b""
     hop.far.close()
     assert hop.has_ended()
-    assert hop.heard == len(data), "what came from the right"
+    assert hop.received == len(data), "what came from the right"
 
 
 def test_slow_reader_holds_the_sender_up(hop: Hop) -> None:

@@ -43,16 +43,16 @@ class Lingering(envkernel.LocalProgram):
         return end
 
 envkernel.Keeper.HOLD = 60  # the clients of these tests are no ZeroMQ, however slow the machine is
-told = json.loads(sys.argv[1])
-care = envkernel.Care(told.pop("folder"), **told.pop("care"))
-plan = envkernel.Plan(told.pop("argv"), {**os.environ, **told.pop("environ", {})}, where="a test")
+reported = json.loads(sys.argv[1])
+care = envkernel.Care(reported.pop("directory"), **reported.pop("care"))
+plan = envkernel.Plan(reported.pop("argv"), {**os.environ, **reported.pop("environ", {})}, where="a test")
 care.files = [(path, text.encode()) for path, text in care.files]
 try:
-    launch = envkernel.Launch([], [], told["options"])
+    launch = envkernel.Launch([], [], reported["options"])
     program = Lingering if launch.options.get("linger") else envkernel.LocalProgram
-    sys.exit(envkernel.keep(program(plan, care, envkernel.Facts()), launch))
+    sys.exit(envkernel.keep(program(plan, care, envkernel.Host()), launch))
 except envkernel.UserError as error:
-    envkernel.tell_error(error)
+    envkernel.print_error(error)
     sys.exit(77)
 """
 """Does what `run` does with a plan; 77 stands for the error kernel."""
@@ -61,19 +61,19 @@ except envkernel.UserError as error:
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
-    folder = tmp_path / "base" / "kernel"
+    directory = tmp_path / "base" / "kernel"
 
     def start(argv: list[str], environ: dict[str, str] | None = None, **care: Any) -> subprocess.Popen[bytes]:
         options = care.pop("options", {})
-        told = {
-            "folder": care.pop("folder", str(folder)),
+        reported = {
+            "directory": care.pop("directory", str(directory)),
             "argv": argv,
             "care": care,
             "environ": environ or {},
             "options": options,
         }
         process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, json.dumps(told)],
+            [sys.executable, "-c", DRIVER, json.dumps(reported)],
             cwd=os.path.dirname(envkernel.__file__),
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -87,7 +87,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert until(lambda: not folder.parent.exists(), 10)
+    assert until(lambda: not directory.parent.exists(), 10)
 
 
 def until(true: Callable[[], Any], seconds: float = 5) -> Any:
@@ -112,22 +112,24 @@ def read_pid(path: Path) -> int:
 SLEEPER = "import os, sys, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
 
 
-def test_folder_and_files_are_private_and_gone_with_the_program(tmp_path: Path, launch: Any) -> None:
-    folder = tmp_path / "base" / "kernel"
+def test_directory_and_files_are_private_and_gone_with_the_program(tmp_path: Path, launch: Any) -> None:
+    directory = tmp_path / "base" / "kernel"
     pid_file = tmp_path / "pid"
-    process = launch(python(SLEEPER.format(str(pid_file))), files=[(f"{folder}/sub/key", "secret")])
+    process = launch(python(SLEEPER.format(str(pid_file))), files=[(f"{directory}/sub/key", "secret")])
     pid = read_pid(pid_file)
-    assert (folder / "sub" / "key").read_text() == "secret"
-    modes = [stat.S_IMODE(path.stat().st_mode) for path in (folder.parent, folder, folder / "sub" / "key")]
+    assert (directory / "sub" / "key").read_text() == "secret"
+    modes = [
+        stat.S_IMODE(path.stat().st_mode) for path in (directory.parent, directory, directory / "sub" / "key")
+    ]
     assert modes == [0o700, 0o700, 0o600]
     os.kill(pid, signal.SIGKILL)
     assert process.wait(5) == 77
-    assert until(lambda: not folder.parent.exists())
+    assert until(lambda: not directory.parent.exists())
 
 
 @pytest.mark.parametrize("how", ["group", "run process", "keeper"])
 def test_sigkill_leaves_nothing(tmp_path: Path, launch: Any, how: str) -> None:
-    folder = tmp_path / "base" / "kernel"
+    directory = tmp_path / "base" / "kernel"
     pid_file, mark = tmp_path / "pid", tmp_path / "mark"
     cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
     process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup)
@@ -145,7 +147,7 @@ def test_sigkill_leaves_nothing(tmp_path: Path, launch: Any, how: str) -> None:
     else:
         process.kill()
     assert until(lambda: not program.is_running() or program.status() == psutil.STATUS_ZOMBIE)
-    assert until(lambda: not folder.parent.exists())
+    assert until(lambda: not directory.parent.exists())
     assert mark.read_text() == "cleaned\n"
     assert until(lambda: not keeper.is_running(), 10)
 
@@ -153,7 +155,7 @@ def test_sigkill_leaves_nothing(tmp_path: Path, launch: Any, how: str) -> None:
 def test_what_both_left_is_removed_by_the_next_start(tmp_path: Path, launch: Any) -> None:
     """Run process and keeper are killed at once: another kernel's start cleans up."""
     pid_file, mark = tmp_path / "pid", tmp_path / "mark"
-    folder = tmp_path / "base" / "kernel"
+    directory = tmp_path / "base" / "kernel"
     cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
     process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup)
     program = psutil.Process(read_pid(pid_file))
@@ -161,24 +163,29 @@ def test_what_both_left_is_removed_by_the_next_start(tmp_path: Path, launch: Any
     program.parent().kill()
     process.kill()
     process.wait()
-    assert until(lambda: folder.exists() and program.is_running())
-    other = launch(python("import time; time.sleep(1)"), folder=str(tmp_path / "base" / "other"))
+    assert until(lambda: directory.exists() and program.is_running())
+    other = launch(python("import time; time.sleep(1)"), directory=str(tmp_path / "base" / "other"))
     assert other.wait(5) == 77
-    assert until(lambda: not program.is_running() and not folder.exists())
+    assert until(lambda: not program.is_running() and not directory.exists())
     assert mark.read_text() == "cleaned\n"
 
 
 def test_end_of_jupyter_ends_the_program(tmp_path: Path) -> None:
     """Jupyter is between this test and the run process, and is killed."""
-    folder, pid_file = tmp_path / "base" / "kernel", tmp_path / "pid"
-    told = {"folder": str(folder), "argv": python(SLEEPER.format(str(pid_file))), "care": {}, "options": {}}
+    directory, pid_file = tmp_path / "base" / "kernel", tmp_path / "pid"
+    reported = {
+        "directory": str(directory),
+        "argv": python(SLEEPER.format(str(pid_file))),
+        "care": {},
+        "options": {},
+    }
     jupyter = (
         "import os, subprocess, sys\n"
         "environ = {**os.environ, 'JPY_PARENT_PID': str(os.getpid())}\n"
         "subprocess.run([sys.executable, *sys.argv[1:]], env=environ, start_new_session=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", jupyter, "-c", DRIVER, json.dumps(told)],
+        [sys.executable, "-c", jupyter, "-c", DRIVER, json.dumps(reported)],
         cwd=os.path.dirname(envkernel.__file__),
     )
     program = psutil.Process(read_pid(pid_file))
@@ -186,7 +193,7 @@ def test_end_of_jupyter_ends_the_program(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert until(lambda: not run_process.is_running() and not program.is_running())
-    assert until(lambda: not folder.parent.exists())
+    assert until(lambda: not directory.parent.exists())
 
 
 def test_the_program_gets_the_keeper_as_jupyter(tmp_path: Path, launch: Any) -> None:
@@ -228,7 +235,7 @@ def test_a_kernel_that_never_answered_is_told_with_its_last_words(launch: Any) -
     _, err = process.communicate(timeout=10)
     assert process.returncode == 77
     assert b"The kernel in a test ended before it answered (exit status 1)." in err
-    assert err.count(b"No module named ipykernel\n") == 2  # passed on, and told
+    assert err.count(b"No module named ipykernel\n") == 2  # passed on, and reported
     assert b"install ipykernel" in err
 
 
@@ -292,7 +299,7 @@ for number in range(1, 6):
     end.listen()
     ends.append(end)
 listeners = list(ends)
-heard = set()
+received = set()
 while True:
     for end in select.select(ends, [], [])[0]:
         if end in listeners:
@@ -300,11 +307,11 @@ while True:
             continue
         data = end.recv(1 << 16)
         if data:
-            heard.add(end)
+            received.add(end)
             end.sendall(data)
             continue
         ends.remove(end)
-        if end in heard:
+        if end in received:
             {then}
 """
 
@@ -360,7 +367,7 @@ def test_run_process_and_keeper_do_not_wake(tmp_path: Path, launch: Any) -> None
     client.close()
 
 
-def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     with pytest.raises(envkernel.UserError, match="not yours alone") as caught:
         envkernel.take_lock(str(tmp_path / "kernel.lock"))
@@ -373,14 +380,14 @@ def test_copy_keeps_links_and_leaves_pipes_out(tmp_path: Path) -> None:
     (source / "file").write_text("text")
     (source / "link").symlink_to("file")
     os.mkfifo(source / "pipe")
-    envkernel.copy_folder(str(source), str(tmp_path / "b"))
+    envkernel.copy_directory(str(source), str(tmp_path / "b"))
     assert sorted(os.listdir(tmp_path / "b")) == ["file", "link"]
     assert os.readlink(tmp_path / "b" / "link") == "file"
 
 
 def test_copy_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(envkernel.UserError, match="No such file"):
-        envkernel.copy_folder(str(tmp_path / "a"), str(tmp_path / "b"))
+        envkernel.copy_directory(str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 def test_a_helper_in_a_group_of_its_own_goes_too(tmp_path: Path, launch: Any) -> None:
@@ -406,13 +413,13 @@ def test_signals_can_go_to_the_members_of_the_group_alone(tmp_path: Path, launch
         assert until(lambda count=count: mark.exists() and mark.read_text() == "kernel " * count)
 
 
-def test_a_private_folder_whose_parent_is_being_removed(tmp_path: Path) -> None:
+def test_a_private_directory_whose_parent_is_being_removed(tmp_path: Path) -> None:
     """As where a kernel joins a shared container just when the last one leaves it."""
     base = tmp_path / "base"
-    envkernel.private_folder(str(base / "shared"), str(base))
+    envkernel.private_directory(str(base / "shared"), str(base))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (base, base / "shared")] == [0o700, 0o700]
     with pytest.raises(envkernel.UserError, match="can't be made"):
-        envkernel.private_folder(str(tmp_path / "no" / "no" / "no"), str(tmp_path / "no" / "no"))
+        envkernel.private_directory(str(tmp_path / "no" / "no" / "no"), str(tmp_path / "no" / "no"))
     assert not (tmp_path / "no").exists()
 
 
@@ -474,7 +481,7 @@ def test_jupyter_and_keeper_killed_at_once(tmp_path: Path, launch: Any) -> None:
 
 
 def test_jupyter_that_was_gone_at_the_start(tmp_path: Path, launch: Any) -> None:
-    """Whoever is the parent now (a subreaper) is not taken for it."""
+    """The parent of now (a subreaper) is not taken for it."""
     pid_file = tmp_path / "pid"
     jupyter = subprocess.Popen(["true"])
     jupyter.wait()

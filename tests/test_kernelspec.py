@@ -9,7 +9,7 @@ import pytest
 
 import envkernel
 from envkernel import Kernel, Launch, Output, Plan, Request, Step, UserError
-from support.facts import FakeFacts
+from support.host import FakeHost
 
 CF = "{connection_file}"
 INSIDE = "/e/share/jupyter/kernels"
@@ -18,7 +18,7 @@ INSIDE = "/e/share/jupyter/kernels"
 def choose(common=None, command=None, files=(), programs=("/e/bin/python", "/e/bin/xr")):
     request = Request({"name": "x", **(common or {})}, [], command)
     plan = Plan([], {}, ["/e/bin"], "the environment /e", "install %s")
-    return envkernel.choose_kernel(request, plan, FakeFacts(files, programs))
+    return envkernel.choose_kernel(request, plan, FakeHost(files, programs))
 
 
 def test_the_default_is_ipykernel():
@@ -49,7 +49,7 @@ def test_a_kernelspec_that_the_environment_holds_is_taken_over():
         interrupt_mode="message",
         protocol="5.5",
         files={"logo-32x32.png": b"png"},
-        folder=f"{INSIDE}/xr",
+        directory=f"{INSIDE}/xr",
     )
 
 
@@ -156,7 +156,7 @@ def test_kernel_json():
 
 def test_the_recorded_command_is_read_back():
     words = ["lmod", "--name=x", "--env=A=1", "--purge", "cuda", "--", "virtualenv", "/v", "--", "python", CF]
-    request = envkernel.parse_setup(words, FakeFacts())
+    request = envkernel.parse_setup(words, FakeHost())
     assert envkernel.setup_command(request, request.steps) == words
 
 
@@ -184,21 +184,22 @@ def umask():
     os.umask(old)
 
 
-def install(folder, text="1", readable=True):
-    envkernel.install_kernelspec(str(folder), {"argv": [text]}, {"logo-svg.svg": b"<svg/>"}, readable)
+def install(directory, text="1", readable=True):
+    envkernel.install_kernelspec(str(directory), {"argv": [text]}, {"logo-svg.svg": b"<svg/>"}, readable)
 
 
-def tree(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def tree(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
 @pytest.mark.usefixtures("umask")
 def test_a_kernelspec_is_readable_for_a_group_whatever_the_umask(tmp_path):
-    folder = tmp_path / "opt" / "share" / "jupyter" / "kernels" / "x"
-    install(folder)
-    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["1"]}
+    directory = tmp_path / "opt" / "share" / "jupyter" / "kernels" / "x"
+    install(directory)
+    assert json.loads((directory / "kernel.json").read_text()) == {"argv": ["1"]}
     modes = {
-        path.name: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.iterdir(), *folder.parents]
+        path.name: stat.S_IMODE(path.stat().st_mode)
+        for path in [directory, *directory.iterdir(), *directory.parents]
     }
     assert modes["kernel.json"] == 0o644
     assert {modes[name] for name in ("x", "kernels", "jupyter", "share", "opt")} == {0o755}
@@ -211,21 +212,21 @@ def test_a_kernelspec_is_readable_for_a_group_whatever_the_umask(tmp_path):
 
 
 def test_replacing_leaves_the_new_one_only(tmp_path):
-    folder = tmp_path / "kernels" / "x"
-    install(folder, "1")
-    (folder / "old").write_text("")
-    install(folder, "2")
-    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["2"]}
+    directory = tmp_path / "kernels" / "x"
+    install(directory, "1")
+    (directory / "old").write_text("")
+    install(directory, "2")
+    assert json.loads((directory / "kernel.json").read_text()) == {"argv": ["2"]}
     assert tree(tmp_path) == ["kernels", "kernels/x", "kernels/x/kernel.json", "kernels/x/logo-svg.svg"]
 
 
 def test_of_two_setups_at_once_the_second_is_refused(tmp_path):
-    folder = tmp_path / "kernels" / "x"
-    install(folder, "1")
+    directory = tmp_path / "kernels" / "x"
+    install(directory, "1")
     with pytest.raises(UserError, match="There is a kernel named x already") as caught:
-        envkernel.install_kernelspec(str(folder), {"argv": ["2"]}, {}, True, replace=False)
+        envkernel.install_kernelspec(str(directory), {"argv": ["2"]}, {}, True, replace=False)
     assert "--replace" in caught.value.hint
-    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["1"]}
+    assert json.loads((directory / "kernel.json").read_text()) == {"argv": ["1"]}
     assert tree(tmp_path) == ["kernels", "kernels/x", "kernels/x/kernel.json", "kernels/x/logo-svg.svg"]
 
 
@@ -236,34 +237,34 @@ def test_the_lasting_python_is_never_that_of_a_virtualenv(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(sys, "executable", python)
     monkeypatch.setattr(sys, "_base_executable", python if own else sys.base_prefix + "/bin/../bin/python3")
-    found = envkernel.lasting_python(envkernel.Facts())
+    found = envkernel.lasting_python(envkernel.Host())
     assert os.access(found, os.X_OK)
     assert not found.startswith(str(tmp_path))
 
 
-def test_a_plain_path_needs_no_other_folder(tmp_path):
+def test_a_plain_path_needs_no_other_directory(tmp_path):
     (tmp_path / "far" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to("far/deep")
-    facts = envkernel.Facts()
-    assert envkernel.plain_path(f"{tmp_path}/far/deep/../python", facts) == f"{tmp_path}/far/python"
-    assert envkernel.plain_path(f"{tmp_path}/link/../python", facts) == f"{tmp_path}/link/../python"
+    host = envkernel.Host()
+    assert envkernel.plain_path(f"{tmp_path}/far/deep/../python", host) == f"{tmp_path}/far/python"
+    assert envkernel.plain_path(f"{tmp_path}/link/../python", host) == f"{tmp_path}/link/../python"
 
 
 def test_a_failed_install_leaves_the_old_one_untouched(tmp_path, monkeypatch):
-    folder = tmp_path / "kernels" / "x"
-    install(folder, "1")
+    directory = tmp_path / "kernels" / "x"
+    install(directory, "1")
     rename = os.rename
 
     def fail(source, target):
-        if target == str(folder) and "prefix" in source:
+        if target == str(directory) and "prefix" in source:
             raise OSError(28, "No space left on device")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(UserError, match="can't be written") as caught:
-        install(folder, "2")
+        install(directory, "2")
     assert "--user" in caught.value.hint
-    assert json.loads((folder / "kernel.json").read_text()) == {"argv": ["1"]}
+    assert json.loads((directory / "kernel.json").read_text()) == {"argv": ["1"]}
     assert tree(tmp_path) == ["kernels", "kernels/x", "kernels/x/kernel.json", "kernels/x/logo-svg.svg"]
 
 
@@ -279,7 +280,7 @@ def test_a_failed_first_install_leaves_nothing(tmp_path, monkeypatch):
 
 def test_ipykernel_is_asked_for_its_metadata_and_logos():
     spec = {"argv": ["x"], "language": "python", "metadata": {"debugger": True}, "resources": "/r"}
-    facts = FakeFacts(
+    host = FakeHost(
         {"/r/logo-svg.svg": b"svg", "/r/other": b""},
         answers={
             ("/e/python", "-c", envkernel.DESCRIBE_IPYKERNEL): Output(
@@ -288,7 +289,7 @@ def test_ipykernel_is_asked_for_its_metadata_and_logos():
         },
     )
     plan = Plan(["/e/python", "-m", "ipykernel_launcher"], {})
-    made = envkernel.describe_ipykernel(Kernel(["python"]), plan, facts)
+    made = envkernel.describe_ipykernel(Kernel(["python"]), plan, host)
     assert made == Kernel(["python"], metadata={"debugger": True}, files={"logo-svg.svg": b"svg"})
 
 
@@ -297,11 +298,11 @@ def test_an_ipykernel_that_says_nothing_is_described_by_nothing(loads):
     asked = [
         ("/e/python", "-c", code) for code in (envkernel.DESCRIBE_IPYKERNEL, "import ipykernel.kernelapp")
     ]
-    facts = FakeFacts(answers={asked[0]: Output(1), asked[1]: Output(int(not loads), b"", b"no libzmq")})
+    host = FakeHost(answers={asked[0]: Output(1), asked[1]: Output(int(not loads), b"", b"no libzmq")})
     kernel, plan = Kernel(["python"]), Plan(["/e/python", "-m", "x"], {}, where="the env /e")
     if loads:
-        assert envkernel.describe_ipykernel(kernel, plan, facts) is kernel
+        assert envkernel.describe_ipykernel(kernel, plan, host) is kernel
         return
     with pytest.raises(envkernel.UserError, match="can't be loaded in the env /e") as error:
-        envkernel.describe_ipykernel(kernel, plan, facts)
+        envkernel.describe_ipykernel(kernel, plan, host)
     assert error.value.detail == "no libzmq"

@@ -51,7 +51,7 @@ def call(script, *words, loader=envkernel.LOADER):
 
 
 def write(script):
-    return envkernel.write_bytecode(sys.executable, str(script), envkernel.Facts())
+    return envkernel.write_bytecode(sys.executable, str(script), envkernel.Host())
 
 
 def test_it_is_one_short_line():

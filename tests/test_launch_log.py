@@ -17,7 +17,7 @@ HEAD = (
 )
 
 
-class Files(envkernel.Facts):
+class Files(envkernel.Host):
     def __init__(self, files):
         self.files = files
 
@@ -63,22 +63,22 @@ def test_words_are_quoted_for_a_shell(word):
 
 
 @pytest.mark.parametrize(
-    ("environ", "folder"),
+    ("environ", "directory"),
     [
         ({"JUPYTER_DATA_DIR": "/d", "XDG_DATA_HOME": "/x"}, "/d"),
         ({"XDG_DATA_HOME": "/x"}, "/x/jupyter"),
         ({}, os.path.expanduser("~/.local/share/jupyter")),
     ],
 )
-def test_the_data_directory_is_jupyters(environ, folder, monkeypatch):
+def test_the_data_directory_is_jupyters(environ, directory, monkeypatch):
     from jupyter_core.paths import jupyter_data_dir
 
-    assert envkernel.data_dir(environ) == folder
+    assert envkernel.data_dir(environ) == directory
     for name in ("JUPYTER_DATA_DIR", "XDG_DATA_HOME", "JUPYTER_PLATFORM_DIRS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert jupyter_data_dir() == folder
+    assert jupyter_data_dir() == directory
 
 
 def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
@@ -95,12 +95,12 @@ def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
     assert stat.S_IMODE(os.stat(paths[-1]).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(os.path.dirname(other)).st_mode) == 0o700
     envkernel.append_log(paths[-1], "ended: exit status 0")
-    logs = envkernel.launch_logs("x", environ, envkernel.Facts())
+    logs = envkernel.launch_logs("x", environ, envkernel.Host())
     assert logs[0] == (paths[-1], "launch 12\nended: exit status 0\n")
     assert [path for path, _ in logs] == paths[:2:-1]
 
 
-def test_a_kernel_name_leads_to_no_other_folder(tmp_path):
+def test_a_kernel_name_leads_to_no_other_directory(tmp_path):
     environ = {"JUPYTER_DATA_DIR": str(tmp_path / "data")}
     for name in ("..", "../../x", "/etc/passwd", "x" * 300, ""):
         path, _ = envkernel.start_log(name, "text", environ)
@@ -125,7 +125,7 @@ def test_the_last_abnormal_end_comes_first(tmp_path, monkeypatch, capsys):
         envkernel.log_end(paths[-1], 0 if end is None else -9, end, b"began\n", "key")
 
     def said(**options):
-        assert envkernel.log_command({"NAME": "x", **options}, envkernel.Facts()) == 0
+        assert envkernel.log_command({"NAME": "x", **options}, envkernel.Host()) == 0
         return capsys.readouterr().out
 
     first, second = said().split("\n\n")
@@ -191,7 +191,7 @@ def test_who_stands_beside_a_kernel_that_is_started_again(more, tcp, transport, 
     assert (again.care is not None) == beside
     launch.options["connection-file"] = envkernel.CONNECTION_FILE  # nothing is launched: the command by hand
     assert envkernel.watched(plan, launch, Files(files)) == plan
-    assert again.but(care=None) == plan
+    assert again.replace(care=None) == plan
     assert not beside or again.care.connection == connection
 
 

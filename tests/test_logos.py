@@ -50,7 +50,7 @@ def test_a_kernel_without_a_logo_shows_its_language(language, letter):
 
 def test_png_files_are_copied_unchanged():
     kernel = envkernel.Kernel([], files={"logo-64x64.png": PNG, "kernel.js": b"js"})
-    made = envkernel.logo_files(kernel, "conda", "", envkernel.Facts())
+    made = envkernel.logo_files(kernel, "conda", "", envkernel.Host())
     assert sorted(made) == ["kernel.js", "logo-64x64.png", "logo-svg.svg"]
     assert made["logo-64x64.png"] == PNG
 
@@ -65,7 +65,7 @@ def test_the_users_own_logo_replaces_all():
     assert logos == {"logo-32x32.png": PNG, "logo-64x64.png": PNG}
     kernel = envkernel.Kernel([], files={"logo-svg.svg": SVG, "kernel.js": b"js"})
 
-    class Files(envkernel.Facts):
+    class Files(envkernel.Host):
         def read(self, path):
             return {"/x.png": PNG}.get(path)
 

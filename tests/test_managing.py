@@ -19,7 +19,7 @@ SCRIPT = os.path.abspath(envkernel.__file__)
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A home and Jupyter folders of this test's own; with a virtualenv that has no ipykernel."""
+    """A home and Jupyter directories of this test's own; with a virtualenv that has no ipykernel."""
     for name in ("HOME", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     (tmp_path / "home").mkdir()
@@ -43,8 +43,8 @@ def call(world, capfd, monkeypatch):
 
 
 def kernels(world):
-    folder = world / "jupyter_data_dir" / "kernels"
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    directory = world / "jupyter_data_dir" / "kernels"
+    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
 
 
 TRUE = ("--", "/bin/true", "{connection_file}")
@@ -180,8 +180,14 @@ def test_a_place_that_cannot_be_written_is_an_error(call, world):
 def test_list_show_update_remove(call, world):
     call("virtualenv", "--name=x", "--user", "--env=A=1", "bare", *TRUE)
     status, out, _ = call("list", "--json")
-    folder = str(world / "jupyter_data_dir" / "kernels" / "x")
-    row = {"name": "x", "mode": "virtualenv", "target": str(world / "bare"), "folder": folder, "state": "ok"}
+    directory = str(world / "jupyter_data_dir" / "kernels" / "x")
+    row = {
+        "name": "x",
+        "mode": "virtualenv",
+        "target": str(world / "bare"),
+        "directory": directory,
+        "state": "ok",
+    }
     assert (status, json.loads(out)) == (0, [row])
     assert call("list")[1].splitlines()[1].split() == list(row.values())
     shown = json.loads(call("show", "x", "--json")[1])
@@ -202,8 +208,8 @@ def test_list_show_update_remove(call, world):
 
 def test_a_remove_that_fails_leaves_the_whole_kernel(call, world, monkeypatch):
     call("virtualenv", "--name=x", "--user", "bare", *TRUE)
-    folder = world / "jupyter_data_dir" / "kernels"
-    before = sorted(folder.rglob("*"))
+    directory = world / "jupyter_data_dir" / "kernels"
+    before = sorted(directory.rglob("*"))
 
     def fail(source, target):
         raise OSError(13, "Permission denied")
@@ -211,10 +217,10 @@ def test_a_remove_that_fails_leaves_the_whole_kernel(call, world, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fail)
         status, _, err = call("remove", "x")
-    assert (status, sorted(folder.rglob("*"))) == (1, before)
-    assert f"{folder}/x can't be removed: Permission denied." in err
+    assert (status, sorted(directory.rglob("*"))) == (1, before)
+    assert f"{directory}/x can't be removed: Permission denied." in err
     assert call("remove", "x")[0] == 0
-    assert list(folder.iterdir()) == []
+    assert list(directory.iterdir()) == []
 
 
 @pytest.mark.parametrize("change", ["--format=9", "--foo"])
@@ -239,8 +245,8 @@ def test_update_needs_neither_the_logo_that_was_given(call, world):
     for _ in range(2):
         status, _, err = call("update", "x")
         assert status == 0, err
-    folder = world / "jupyter_data_dir" / "kernels" / "x"
-    assert (folder / "logo-svg.svg").read_text() == "<svg/>"
+    directory = world / "jupyter_data_dir" / "kernels" / "x"
+    assert (directory / "logo-svg.svg").read_text() == "<svg/>"
 
 
 def test_remove_takes_the_logs_of_that_kernel_only(call, world):
@@ -286,8 +292,8 @@ def test_list_says_what_is_broken(call, world):
 
 
 def test_a_kernelspec_of_envkernel_1_is_listed_and_updated(call, world):
-    folder = world / "jupyter_data_dir" / "kernels" / "old"
-    folder.mkdir(parents=True)
+    directory = world / "jupyter_data_dir" / "kernels" / "old"
+    directory.mkdir(parents=True)
     argv = [
         "/usr/bin/envkernel",
         "virtualenv",
@@ -298,16 +304,16 @@ def test_a_kernelspec_of_envkernel_1_is_listed_and_updated(call, world):
         "{connection_file}",
     ]
     spec = {"argv": argv, "display_name": "Old one", "language": "R"}
-    (folder / "kernel.json").write_text(json.dumps(spec))
+    (directory / "kernel.json").write_text(json.dumps(spec))
     assert json.loads(call("list", "--json")[1])[0]["name"] == "old"
-    (folder / "kernel.json").write_text(json.dumps({**spec, "display_name": ["Old one"]}))
+    (directory / "kernel.json").write_text(json.dumps({**spec, "display_name": ["Old one"]}))
     state = json.loads(call("list", "--json")[1])[0]["state"]
-    assert state == f"The kernel.json in {folder} is broken: display_name is of a wrong type."
+    assert state == f"The kernel.json in {directory} is broken: display_name is of a wrong type."
     assert state in call("check", "old")[2]
-    (folder / "kernel.json").write_text(json.dumps(spec))
+    (directory / "kernel.json").write_text(json.dumps(spec))
     assert call("update", "old")[0] == 0
     assert "--user" in json.loads(call("show", "old", "--json")[1])["command"]
-    new = json.loads((folder / "kernel.json").read_text())
+    new = json.loads((directory / "kernel.json").read_text())
     assert (new["display_name"], new["language"]) == ("Old one", "R")
     assert new["metadata"]["envkernel"]["mode"] == "virtualenv"
     assert new["argv"][-2:] == argv[-2:]
@@ -334,10 +340,10 @@ def test_commands_name_what_is_not_there(call, world, command):
 
 def test_self_contained_needs_neither_the_script_nor_its_place(call, world):
     call("virtualenv", "--name=x", f"--prefix={world}/p", "--self-contained", "bare", *TRUE)
-    folder = world / "p" / "share" / "jupyter" / "kernels" / "x"
-    argv = json.loads((folder / "kernel.json").read_text())["argv"]
-    assert argv[5] == str(folder / "envkernel.py")
-    assert (folder / "envkernel.py").read_text() == open(SCRIPT).read()
+    directory = world / "p" / "share" / "jupyter" / "kernels" / "x"
+    argv = json.loads((directory / "kernel.json").read_text())["argv"]
+    assert argv[5] == str(directory / "envkernel.py")
+    assert (directory / "envkernel.py").read_text() == open(SCRIPT).read()
     done = subprocess.run([word.replace("{connection_file}", "/x") for word in argv], check=False)
     assert done.returncode == 0
 
@@ -395,16 +401,16 @@ BROKEN = {
 
 def test_no_odd_kernelspec_breaks_the_list(call, world):
     call("virtualenv", "--name=x", "--user", "bare", *TRUE)
-    folder = world / "jupyter_data_dir" / "kernels"
+    directory = world / "jupyter_data_dir" / "kernels"
     specs = dict(ODD)
     for name, tokens in BROKEN.items():
         argv = [sys.executable, "-I", "-S", "-c", envkernel.LOADER, SCRIPT, *tokens]
         specs[name] = {"argv": argv, "metadata": {"envkernel": {"mode": "?"}}}
     for name, spec in specs.items():
-        (folder / name).mkdir()
-        (folder / name / "kernel.json").write_text(json.dumps(spec))
-    (folder / "deep").mkdir()
-    (folder / "deep" / "kernel.json").write_text("[" * 100000)
+        (directory / name).mkdir()
+        (directory / name / "kernel.json").write_text(json.dumps(spec))
+    (directory / "deep").mkdir()
+    (directory / "deep" / "kernel.json").write_text("[" * 100000)
     status, out, err = call("list", "--json")
     assert (status, err) == (0, "")
     states = {row["name"]: row["state"] for row in json.loads(out)}
@@ -422,17 +428,17 @@ def test_no_odd_kernelspec_breaks_the_list(call, world):
 
 def test_a_copied_kernelspec_is_updated_under_its_own_name(call, world):
     call("virtualenv", "--name=x", "--user", "bare", *TRUE)
-    folder = world / "jupyter_data_dir" / "kernels"
-    shutil.copytree(folder / "x", folder / "y")
+    directory = world / "jupyter_data_dir" / "kernels"
+    shutil.copytree(directory / "x", directory / "y")
     assert call("update", "y")[0] == 0
-    assert "--name=y" in json.loads((folder / "y" / "kernel.json").read_text())["argv"]
+    assert "--name=y" in json.loads((directory / "y" / "kernel.json").read_text())["argv"]
 
 
 def test_a_linked_kernelspec_is_unlinked(call, world):
     call("virtualenv", "--name=x", f"--prefix={world}/p", "bare", *TRUE)
-    folder = world / "jupyter_data_dir" / "kernels"
-    folder.mkdir(parents=True)
-    (folder / "x").symlink_to(world / "p" / "share" / "jupyter" / "kernels" / "x")
+    directory = world / "jupyter_data_dir" / "kernels"
+    directory.mkdir(parents=True)
+    (directory / "x").symlink_to(world / "p" / "share" / "jupyter" / "kernels" / "x")
     assert call("remove", "x")[0] == 0
     assert kernels(world) == []
     assert (world / "p" / "share" / "jupyter" / "kernels" / "x" / "kernel.json").exists()
@@ -495,8 +501,8 @@ def signals():
 
 
 def test_a_template_brings_its_files_and_its_command(call, world):
-    folder = world / "jupyter_data_dir" / "kernels" / "orig"
-    folder.mkdir(parents=True)
+    directory = world / "jupyter_data_dir" / "kernels" / "orig"
+    directory.mkdir(parents=True)
     spec = {
         "argv": ["{resource_dir}/start.sh", "{connection_file}"],
         "display_name": "Original",
@@ -504,13 +510,13 @@ def test_a_template_brings_its_files_and_its_command(call, world):
         "interrupt_mode": "message",
         "metadata": {"a": 1},
     }
-    (folder / "kernel.json").write_text(json.dumps(spec))
-    (folder / "start.sh").write_text('#!/bin/sh\necho "$VIRTUAL_ENV $1"\n')
-    (folder / "start.sh").chmod(0o755)
-    (folder / "logo-64x64.png").write_bytes(b"png")
+    (directory / "kernel.json").write_text(json.dumps(spec))
+    (directory / "start.sh").write_text('#!/bin/sh\necho "$VIRTUAL_ENV $1"\n')
+    (directory / "start.sh").chmod(0o755)
+    (directory / "logo-64x64.png").write_bytes(b"png")
     status, _, err = call("virtualenv", "--name=clone", "--user", "--kernel-template=orig", "bare")
     assert (status, err) == (0, "")
-    clone = folder.parent / "clone"
+    clone = directory.parent / "clone"
     new = json.loads((clone / "kernel.json").read_text())
     assert (new["display_name"], new["language"], new["interrupt_mode"]) == ("Original", "x", "message")
     assert new["metadata"]["a"] == 1
@@ -520,9 +526,9 @@ def test_a_template_brings_its_files_and_its_command(call, world):
     assert done.stdout == f"{world}/bare /run/k.json\n"
 
 
-def write_spec(folder, spec):
-    folder.mkdir(parents=True)
-    (folder / "kernel.json").write_text(json.dumps(spec))
+def write_spec(directory, spec):
+    directory.mkdir(parents=True)
+    (directory / "kernel.json").write_text(json.dumps(spec))
 
 
 def test_a_template_gives_its_variables_but_not_its_python(call, world):
@@ -561,7 +567,7 @@ def test_values_of_env_are_private_to_the_user(call, world):
     assert stat.S_IMODE(spec.stat().st_mode) == 0o600
 
 
-def test_a_kernels_folder_on_another_file_system(call, world):
+def test_a_kernels_directory_on_another_file_system(call, world):
     elsewhere = tempfile.mkdtemp(dir="/dev/shm")
     try:
         (world / "jupyter_data_dir").mkdir()
@@ -597,18 +603,18 @@ def test_whoever_reads_the_list_may_stop_reading(call, world):
     assert done.stderr == ""
 
 
-def test_a_current_folder_that_is_gone(call, world):
-    folder = world / "gone"
-    folder.mkdir()
+def test_a_current_directory_that_is_gone(call, world):
+    directory = world / "gone"
+    directory.mkdir()
     command = [sys.executable, SCRIPT, "virtualenv", "--name=x", "--user", "env"]
     done = subprocess.run(
         ["/bin/sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *command],
-        cwd=folder,
+        cwd=directory,
         capture_output=True,
         check=False,
     )
     assert done.returncode == 1
-    assert b"The current folder is gone" in done.stderr
+    assert b"The current directory is gone" in done.stderr
     assert b"Traceback" not in done.stderr
 
 
@@ -650,7 +656,7 @@ def test_a_user_whom_the_system_does_not_know_is_told_to_set_home(call, monkeypa
     monkeypatch.delenv("HOME")
     status, _, err = call("list")
     assert status == 1
-    assert "Your home folder is not known" in err
+    assert "Your home directory is not known" in err
     assert "Set HOME" in err
 
 
@@ -735,12 +741,12 @@ def tools(world, monkeypatch):
 
 def add_kernel(world, name, *steps, command=("/bin/true", "{connection_file}")):
     """Write a kernelspec as setup would, without its checks; return its argv."""
-    folder = world / "jupyter_data_dir" / "kernels" / name
-    folder.mkdir(parents=True)
+    directory = world / "jupyter_data_dir" / "kernels" / name
+    directory.mkdir(parents=True)
     tokens = envkernel.launch_to_argv(envkernel.Launch(steps, command, {"name": name}))
     argv = [*envkernel.launcher(sys.executable, SCRIPT), *tokens]
     spec = {"argv": argv, "display_name": name, "language": "python"}
-    (folder / "kernel.json").write_text(json.dumps(spec))
+    (directory / "kernel.json").write_text(json.dumps(spec))
     return argv
 
 

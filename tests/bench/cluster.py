@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a kernel on a Slurm node costs: its start, each message, memory and CPU of what stands beside it.
+"""What a kernel on a Slurm node costs: its start, each message, memory and CPU of what runs next to it.
 
     tests/bench/cluster.py [--rounds=N]
 
@@ -83,40 +83,40 @@ def kernel(name: str, environ: dict[str, str]) -> Iterator[tuple[KernelManager, 
 
 
 @contextlib.contextmanager
-def direct(slurm: Slurm, folder: Path) -> Iterator[dict[str, Any]]:
+def direct(slurm: Slurm, directory: Path) -> Iterator[dict[str, Any]]:
     """The same kernel on the far node, on the node's own address; yields its connection."""
-    told: dict[str, Any] = dict(zip(PORTS, free_ports(5)))
-    told |= {"ip": slurm.far, "transport": "tcp", "key": "bench", "signature_scheme": "hmac-sha256"}
-    path = folder / "direct.json"
-    path.write_text(json.dumps(told))
+    reported: dict[str, Any] = dict(zip(PORTS, free_ports(5)))
+    reported |= {"ip": slurm.far, "transport": "tcp", "key": "bench", "signature_scheme": "hmac-sha256"}
+    path = directory / "direct.json"
+    path.write_text(json.dumps(reported))
     command = [word.replace("{connection_file}", str(path)) for word in COMMAND]
     inside = ["nsenter", f"--net=/run/netns/{slurm.netns}"]
     null = subprocess.DEVNULL
     with subprocess.Popen([*inside, *command], stdin=null, stdout=null, stderr=null) as process:
         try:
-            yield told
+            yield reported
         finally:
             process.kill()
 
 
-def connected(told: dict[str, Any]) -> BlockingKernelClient:
+def connected(reported: dict[str, Any]) -> BlockingKernelClient:
     client = BlockingKernelClient()
-    client.load_connection_info(told)
+    client.load_connection_info(reported)
     client.start_channels()
     client.wait_for_ready(timeout=60)
     return client
 
 
 @contextlib.contextmanager
-def through_ssh(slurm: Slurm, folder: Path, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def through_ssh(slurm: Slurm, directory: Path, reported: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The direct kernel's five ports, led through one ssh."""
     ports = dict(zip(PORTS, free_ports(5)))
-    with slurm.sshd(folder) as programs:
-        leads = [word for name in PORTS for word in ("-L", f"{ports[name]}:{slurm.far}:{told[name]}")]
+    with slurm.sshd(directory) as programs:
+        leads = [word for name in PORTS for word in ("-L", f"{ports[name]}:{slurm.far}:{reported[name]}")]
         with subprocess.Popen([programs / "ssh", "-N", *leads, "far"]) as ssh:
             time.sleep(1)
             try:
-                yield {**told, **ports, "ip": "127.0.0.1"}
+                yield {**reported, **ports, "ip": "127.0.0.1"}
             finally:
                 ssh.terminate()
 
@@ -139,7 +139,7 @@ def usage(processes: list[psutil.Process]) -> list[tuple[str, float, float, int]
 
 
 def report(name: str, theirs: str, ratios: list[float], goal: float | None, least: bool) -> bool:
-    """Print a ratio with its goal; tell whether it is met."""
+    """Print a ratio with its goal; return whether it is met."""
     ratio = statistics.median(ratios)
     met = goal is None or (ratio >= goal if least else ratio <= goal)
     wanted = "" if goal is None else f"   goal {'>=' if least else '<='} {goal}: {'met' if met else 'MISSED'}"
@@ -221,14 +221,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(1))  # clean up when it is told to end
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(1))  # clean up when it is reported to end
     print(f"  load of the machine: {os.getloadavg()[0]:.1f}")
     slurm = Slurm()
     with tempfile.TemporaryDirectory(prefix="ekb") as name, contextlib.ExitStack() as stack:
         stack.callback(slurm.stop)
         slurm.start()
-        folder = Path(name)
-        jupyter = Jupyter(folder / "j")
+        directory = Path(name)
+        jupyter = Jupyter(directory / "j")
         jupyter.environ.update(slurm.environ)
         os.environ.update(
             {key: value for key, value in jupyter.environ.items() if key.startswith("JUPYTER_")}
@@ -240,10 +240,10 @@ def main() -> int:
         spec = {"argv": list(COMMAND), "display_name": "native", "language": "python"}
         (native / "kernel.json").write_text(json.dumps(spec))
         met = bench_starts(slurm, jupyter.environ, rounds)
-        told = stack.enter_context(direct(slurm, folder))
-        ways = {"direct": connected(told)}
+        reported = stack.enter_context(direct(slurm, directory))
+        ways = {"direct": connected(reported)}
         manager, ways["relay"], _ = stack.enter_context(kernel("far", jupyter.environ))
-        ways["ssh -L"] = connected(stack.enter_context(through_ssh(slurm, folder, told)))
+        ways["ssh -L"] = connected(stack.enter_context(through_ssh(slurm, directory, reported)))
         met &= bench_messages(ways, rounds)
         met &= bench_idle(manager, ways["relay"])
         for way in ("direct", "ssh -L"):

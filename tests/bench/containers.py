@@ -27,7 +27,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import psutil  # noqa: E402
 from jupyter_client import KernelManager  # noqa: E402
 
-from support.containers import Engine, short_folder  # noqa: E402
+from support.containers import Engine, short_directory  # noqa: E402
 from support.docker import Daemon, Docker  # noqa: E402
 from support.images import make_rootfs  # noqa: E402
 from support.jupyter import Jupyter  # noqa: E402
@@ -73,7 +73,7 @@ class Kernel:
 
 
 def measure(name: str, environ: dict[str, str], ten: bool) -> dict[str, float]:
-    """Return seconds by measure, and what stands beside the kernel in MB."""
+    """Return seconds by measure, and what envkernel runs next to the kernel in MB."""
     begin = time.perf_counter()
     kernel = Kernel(name, environ)
     kernel.ready()
@@ -116,14 +116,14 @@ def beside(connection_file: str) -> float:
 
 def write_spec(place: Jupyter, name: str, argv: list[str], environ: dict[str, str]) -> None:
     """Install a hand-written kernel.json."""
-    folder = place.kernels / name
-    folder.mkdir(parents=True)
+    directory = place.kernels / name
+    directory.mkdir(parents=True)
     spec = {"argv": argv, "display_name": name, "language": "python", "env": environ}
-    (folder / "kernel.json").write_text(json.dumps(spec))
+    (directory / "kernel.json").write_text(json.dumps(spec))
 
 
 def compare(place: Jupyter, engine: Engine, image: str, rootfs: Path, rounds: int) -> bool:
-    """Measure an engine's kernels, the hand-written and the native one; tell whether all goals were met."""
+    """Measure an engine's kernels, the hand-written and the native one; return whether all goals were met."""
     by_hand = [engine.program, "run", "--rm", "--network=host", "-v", "{connection_file}:/connection_file"]
     write_spec(place, "by-hand", [*by_hand, image, *KERNEL, "/connection_file"], {})
     packages = {"PYTHONPATH": f"{rootfs}/usr/lib/python3/dist-packages"}
@@ -156,7 +156,7 @@ def compare(place: Jupyter, engine: Engine, image: str, rootfs: Path, rounds: in
 
 
 def report(what: str, figure: str, value: float, most: float) -> bool:
-    """Print a figure with its goal; tell whether it was met."""
+    """Print a figure with its goal; return whether it was met."""
     print(f"  {what}: {figure} (goal <= {most:.3g}){'' if value <= most else '  MISSED'}", flush=True)
     return value <= most
 
@@ -169,20 +169,20 @@ def main() -> int:
     rootfs = make_rootfs("python", "python3-ipykernel")
     met = True
     for name in options.engines:
-        with short_folder("bench") as folder, tempfile.TemporaryDirectory() as private:
+        with short_directory("bench") as directory, tempfile.TemporaryDirectory() as private:
             place = Jupyter(Path(private) / name)
             if name == "docker":
-                with Daemon(folder, "ekbench").running() as daemon:
+                with Daemon(directory, "ekbench").running() as daemon:
                     met &= run(place, Docker(daemon), rootfs, "python", options.rounds)
             else:
-                engine = Engine("podman", need_podman(), podman_environ(folder))
+                engine = Engine("podman", need_podman(), podman_environ(directory))
                 met &= run(place, engine, rootfs, "localhost/python", options.rounds)
                 engine.call("rmi", "-f", "-a")
     return 0 if met else 1
 
 
 def run(place: Jupyter, engine: Engine, rootfs: Path, image: str, rounds: int) -> bool:
-    """Compare the kernels of an engine that runs; tell whether all goals were met."""
+    """Compare the kernels of an engine that runs; return whether all goals were met."""
     engine.add_image(rootfs, image)
     place.environ.update(engine.environ)
     return compare(place, engine, image, rootfs, rounds)

@@ -54,30 +54,30 @@ class Row:
 
 
 class Bench:
-    """Builds environments of every mode in a temporary folder, and the command lines to compare."""
+    """Builds environments of every mode in a temporary directory, and the command lines to compare."""
 
-    def __init__(self, folder: Path, conda: str) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path, conda: str) -> None:
+        self.directory = directory
         self.conda = conda
-        self.environ = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"}
-        self.environ["JUPYTER_DATA_DIR"] = str(folder / "jupyter")
+        self.environ = {"PATH": "/usr/bin:/bin", "HOME": str(directory), "LANG": "C.UTF-8"}
+        self.environ["JUPYTER_DATA_DIR"] = str(directory / "jupyter")
 
     def launch(self, mode: str, *words: str | Path) -> list[str]:
         """Return the argv that a setup writes, with /bin/true as the kernel."""
         typed = [mode, "--name=bench", "--user", "--replace", *map(str, words)]
         done(sys.executable, SCRIPT, *typed, "--", "/bin/true", "{connection_file}", env=self.environ)
-        spec = json.loads((self.folder / "jupyter/kernels/bench/kernel.json").read_text())
+        spec = json.loads((self.directory / "jupyter/kernels/bench/kernel.json").read_text())
         argv: list[str] = spec["argv"]
         return [word.replace("{connection_file}", CONNECTION_FILE) for word in argv]
 
     def rows(self) -> Iterator[Row]:
         """Build what is measured."""
-        venv = self.folder / "venv"
+        venv = self.directory / "venv"
         done(sys.executable, "-m", "venv", "--without-pip", venv)
         ours = self.launch("virtualenv", venv)
         yield Row("virtualenv", ours, BARE, FLOOR, 2.5)
         yield Row("virtualenv", ours, "bash: source bin/activate", sourcing(venv / "bin/activate"), None)
-        edited = self.folder / "edited"
+        edited = self.directory / "edited"
         shutil.copytree(venv, edited, symlinks=True)
         script = edited / "bin" / "activate"
         script.write_text(script.read_text().replace(str(venv), str(edited)) + "\nexport EDITED=1\n")
@@ -89,10 +89,10 @@ class Bench:
 
     def conda_rows(self) -> Iterator[Row]:
         """conda environments: plain, with variables, with scripts."""
-        root = Path(self.conda).resolve().parents[1] if self.conda else make_root(self.folder / "conda")
-        prefix = make_conda(self.folder / "plain")
-        state = make_conda(self.folder / "state", state={"A": "1"})
-        scripts = make_conda(self.folder / "scripts", activate={"a.sh": "export A=1\n"})
+        root = Path(self.conda).resolve().parents[1] if self.conda else make_root(self.directory / "conda")
+        prefix = make_conda(self.directory / "plain")
+        state = make_conda(self.directory / "state", state={"A": "1"})
+        scripts = make_conda(self.directory / "scripts", activate={"a.sh": "export A=1\n"})
         self.environ["CONDA_EXE"] = f"{root}/bin/conda"
         plain = self.launch("conda", prefix)
         yield Row("conda", plain, BARE, FLOOR, 1.8)
@@ -107,8 +107,8 @@ class Bench:
 
     def lmod_rows(self, venv: Path) -> Iterator[Row]:
         """Lmod alone, and before a virtualenv."""
-        write_tree(self.folder / "tree", venv, lua=True)
-        self.environ["MODULEPATH"] = str(self.folder / "tree" / "core")
+        write_tree(self.directory / "tree", venv, lua=True)
+        self.environ["MODULEPATH"] = str(self.directory / "tree" / "core")
         self.environ.update(bash_environ(f". {LMOD}/init/bash", self.environ))
         bare = [self.environ["LMOD_CMD"], "python", "load", "gcc/12"]
         yield Row("lmod", self.launch("lmod", "gcc/12"), "lmod python load", bare, 1.7)
@@ -150,7 +150,7 @@ def opened(argv: Sequence[str], environ: dict[str, str]) -> str:
 
 
 def measure(bench: Bench, rows: Sequence[Row], rounds: int, say: Callable[[str], None]) -> bool:
-    """Run the rounds and print the table; tell whether every goal was met."""
+    """Run the rounds and print the table; return whether every goal was met."""
     times: dict[tuple[str, ...], list[float]] = {argv: [] for row in rows for argv in (row.ours, row.theirs)}
     with open(os.devnull, "w") as quiet:
         for number in range(rounds + 2):
@@ -180,8 +180,8 @@ def main() -> int:
     parser.add_argument("--conda", default="", help="a real conda program, to compare with its activate")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="envkernel-bench-")))
-        bench = Bench(folder, options.conda)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="envkernel-bench-")))
+        bench = Bench(directory, options.conda)
         rows = list(bench.rows())
         return 0 if measure(bench, rows, options.rounds, print) else 1
 

@@ -19,7 +19,7 @@ from jupyter_client.connect import write_connection_file
 
 from support import SCRIPT, done, memory, missing
 from support.apptainer import Apptainer
-from support.containers import USER, PlainUser, short_folder
+from support.containers import USER, PlainUser, short_directory
 from support.engine_cases import AS_USER, graded_output, listeners, until
 from support.jupyter import Jupyter, Kernel, run_protocol_tests, wait_for
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.live
 
 @pytest.fixture(scope="session")
 def tree(apptainer: Apptainer, python_rootfs: Path) -> Path:
-    """An image that is a folder."""
+    """An image that is a directory."""
     return python_rootfs
 
 
@@ -43,8 +43,8 @@ def test_only_what_is_bound_is_visible(apptainer: Apptainer, tree: Path, tmp_pat
 
 
 def test_a_bind_without_source_is_refused(apptainer: Apptainer, tree: Path) -> None:
-    said = apptainer.run("exec", "--bind", "/no/such/folder:/a", tree, "true", status=255)
-    assert "mount source /no/such/folder doesn't exist" in said.stderr
+    said = apptainer.run("exec", "--bind", "/no/such/directory:/a", tree, "true", status=255)
+    assert "mount source /no/such/directory doesn't exist" in said.stderr
 
 
 @pytest.mark.parametrize("option", ["--volume=/a:/b", "--network-alias", "-v"])
@@ -79,26 +79,26 @@ ENDLESS = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwh
 def readers_of(secret: str) -> list[str]:
     """Return the processes in whose arguments or environment a text stands."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         for name in ("cmdline", "environ"):
             with contextlib.suppress(OSError):
-                if folder.name != str(os.getpid()) and secret.encode() in (folder / name).read_bytes():
-                    found.append(f"{folder}/{name}")
+                if directory.name != str(os.getpid()) and secret.encode() in (directory / name).read_bytes():
+                    found.append(f"{directory}/{name}")
     return found
 
 
 @pytest.fixture
 def place(jupyter: Jupyter, apptainer: Apptainer) -> Jupyter:
     """A private Jupyter that finds the engine, and has a runtime directory as a login has."""
-    jupyter.environ["PATH"] = f"{apptainer.folder}:{jupyter.environ['PATH']}"
+    jupyter.environ["PATH"] = f"{apptainer.directory}:{jupyter.environ['PATH']}"
     runtime = jupyter.root / "user"
     runtime.mkdir(mode=0o700)
     jupyter.environ["XDG_RUNTIME_DIR"] = str(runtime)
     return jupyter
 
 
-def private_folders(place: Jupyter) -> list[Path]:
-    """Return the private folders of running kernels."""
+def private_directories(place: Jupyter) -> list[Path]:
+    """Return the private directories of running kernels."""
     return [path for path in place.root.glob("*/envkernel*/*") if path.is_dir()]
 
 
@@ -113,19 +113,19 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
     with place.kernel("life") as kernel:
         path = Path(kernel.manager.connection_file)
         original = path.read_bytes()
-        told = json.loads(original)
-        ports = {told[name] for name in told if name.endswith("_port")}
+        reported = json.loads(original)
+        ports = {reported[name] for name in reported if name.endswith("_port")}
         new = listeners() - before
         assert {port for _, port in new} >= ports
         assert {ip for ip, port in new if port in ports} == {"127.0.0.1"}
-        assert readers_of(told["key"]) == []
-        (folder,) = private_folders(place)
-        copy = folder / "connection.json"
+        assert readers_of(reported["key"]) == []
+        (directory,) = private_directories(place)
+        copy = directory / "connection.json"
         modes = [
-            one.stat().st_mode & 0o777 for one in (folder.parent, folder, copy)
+            one.stat().st_mode & 0o777 for one in (directory.parent, directory, copy)
         ]  # ipykernel makes it sticky
         assert modes == [0o700, 0o700, 0o600]
-        assert json.loads(copy.read_text())["key"] == told["key"]
+        assert json.loads(copy.read_text())["key"] == reported["key"]
         assert f"ok, running: process {kernel.pid}\n" in place.envkernel("list").stdout
         for _ in range(3):
             name, seconds = kernel.interrupt_in("import time\nwhile True: time.sleep(0.1)")
@@ -139,7 +139,7 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
         assert kernel.restart() < 8
         assert kernel.value("6 * 7") == "42"
         assert path.read_bytes() == original
-        assert len(private_folders(place)) == 1
+        assert len(private_directories(place)) == 1
         if options:  # ipykernel leaves the cell in /tmp, which is the host's unless contained
             assert kernel.stop_in("def twice(n):\n    m = 2 * n\n    return m\n\ntwice(21)", 3) == (
                 "twice",
@@ -149,7 +149,7 @@ def test_a_kernel_like_any_other(place: Jupyter, sif: Path, options: list[str]) 
         both = until(lambda: [memory.family(kernel.pid)] * (len(memory.family(kernel.pid)) == 2))
         assert memory.megabytes(both[0]) <= 30
         assert kernel.shutdown() < 5
-        assert until(lambda: not private_folders(place))
+        assert until(lambda: not private_directories(place))
     assert not {port for _, port in listeners()} & ports
 
 
@@ -210,21 +210,21 @@ def test_nothing_of_the_host_leaks_in(place: Jupyter, sif: Path) -> None:
 
 
 def test_names_and_paths_with_any_character(place: Jupyter, apptainer: Apptainer, sif: Path) -> None:
-    folder = place.root / "we ird, 'q\" ;{x}$(touch no):é"
-    folder.mkdir()
-    (folder / "file").write_text("text")
-    image = folder / sif.name
+    directory = place.root / "we ird, 'q\" ;{x}$(touch no):é"
+    directory.mkdir()
+    (directory / "file").write_text("text")
+    image = directory / sif.name
     image.symlink_to(sif)
-    escaped = str(folder).replace(",", "\\,").replace(":", "\\:")
+    escaped = str(directory).replace(",", "\\,").replace(":", "\\:")
     place.setup("apptainer", "odd", *SETUP, "--contain", f"--bind={escaped}:/in side\\,;'", "--pwd", image)
-    with place.kernel("odd", cwd=str(folder)) as kernel:
+    with place.kernel("odd", cwd=str(directory)) as kernel:
         assert kernel.value("open('/in side,;\\'/file').read()") == "text"
-        assert kernel.value("__import__('os').getcwd()") == str(folder)
+        assert kernel.value("__import__('os').getcwd()") == str(directory)
         kernel.value("open('new', 'w').write('x')")
-    assert sorted(os.listdir(folder)) == ["file", sif.name, "new"]
+    assert sorted(os.listdir(directory)) == ["file", sif.name, "new"]
 
 
-def test_binds_and_folders(place: Jupyter, sif: Path, tmp_path: Path) -> None:
+def test_binds_and_directories(place: Jupyter, sif: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "file").write_text("text")
@@ -256,8 +256,8 @@ def test_binds_and_folders(place: Jupyter, sif: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_for_the_copy(place: Jupyter, sif: Path, tmp_path: Path) -> None:
     data, small = tmp_path / "data", tmp_path / "small"
-    for folder in (data, small):
-        folder.mkdir()
+    for directory in (data, small):
+        directory.mkdir()
     (data / "file").write_bytes(bytes(3 << 20))
     place.setup("apptainer", "workdir", *SETUP, "--copy-workdir", sif)
     place.setup("apptainer", "mount", *SETUP, f"--mount=type=bind,src={data},dst=/data,copy", sif)
@@ -277,15 +277,15 @@ def test_a_full_disk_for_the_copy(place: Jupyter, sif: Path, tmp_path: Path) -> 
 def little_memory(pid: int, size: int) -> Iterator[None]:
     """Put a process into a control group that may have no more than `size` bytes."""
     first, unified = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    folder = (first if first.is_dir() else unified) / f"envkernel-test-{os.getpid()}"
-    folder.mkdir()
+    directory = (first if first.is_dir() else unified) / f"envkernel-test-{os.getpid()}"
+    directory.mkdir()
     try:
-        (folder / ("memory.limit_in_bytes" if first.is_dir() else "memory.max")).write_text(str(size))
-        (folder / "cgroup.procs").write_text(str(pid))
+        (directory / ("memory.limit_in_bytes" if first.is_dir() else "memory.max")).write_text(str(size))
+        (directory / "cgroup.procs").write_text(str(pid))
         yield
     finally:
-        assert until(lambda: not (folder / "cgroup.procs").read_text())
-        folder.rmdir()
+        assert until(lambda: not (directory / "cgroup.procs").read_text())
+        directory.rmdir()
 
 
 def test_a_kernel_that_is_killed_says_why(place: Jupyter, sif: Path) -> None:
@@ -376,7 +376,7 @@ def test_sigkill_leaves_nothing(
     jupyter.wait(10)
     connection.unlink()
     assert until(lambda: not place.leftovers(0)), place.leftovers(0)
-    assert not private_folders(place)
+    assert not private_directories(place)
     assert instances(apptainer) == before
 
 
@@ -417,13 +417,13 @@ def test_ten_at_once(place: Jupyter, sif: Path) -> None:
             client.wait_for_ready(timeout=90)
             reply = client.execute_interactive(f"assert {number} == {number}", timeout=30)
             assert reply["content"]["status"] == "ok"
-        assert len(private_folders(place)) == 10
+        assert len(private_directories(place)) == 10
     finally:
         for manager, client in managers:
             client.stop_channels()
             manager.shutdown_kernel(now=True)
             manager.cleanup_resources()
-    assert until(lambda: not private_folders(place))
+    assert until(lambda: not private_directories(place))
 
 
 @contextlib.contextmanager
@@ -508,10 +508,10 @@ def test_the_kernelspec_of_1x(place: Jupyter, sif: Path, tmp_path: Path) -> None
         "-m",
         "ipykernel_launcher",
     ]
-    folder = place.kernels / "old"
-    folder.mkdir(parents=True)
+    directory = place.kernels / "old"
+    directory.mkdir(parents=True)
     spec = {"argv": [*argv, "-f", "{connection_file}"], "display_name": "Singularity", "language": "python"}
-    (folder / "kernel.json").write_text(json.dumps(spec))
+    (directory / "kernel.json").write_text(json.dumps(spec))
     (tmp_path / "file").write_text("text")
     with place.kernel("old") as kernel:
         assert kernel.value("open('/coursedata/file').read()") == "text"
@@ -549,7 +549,7 @@ def test_what_is_missing_is_said_at_setup(
 def test_what_is_gone_is_said_in_the_notebook(place: Jupyter, sif: Path) -> None:
     image = place.root / "image.sif"
     image.symlink_to(sif)
-    data = place.root / "folder"
+    data = place.root / "directory"
     data.mkdir()
     place.setup("apptainer", "gone", *SETUP, f"--bind={data}:/data", image)
     data.rmdir()
@@ -563,7 +563,7 @@ def test_what_is_gone_is_said_in_the_notebook(place: Jupyter, sif: Path) -> None
 
 
 def lacks_capabilities() -> bool:
-    """Tell whether root may not do all here (in some sandboxes): then the real %post can't be run."""
+    """Return whether root may not do all here (in some sandboxes): then the real %post can't be run."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     return int(status["CapBnd"], 16) != (1 << last + 1) - 1
@@ -602,7 +602,7 @@ def test_the_suite_of_jupyter_kernel_test(place: Jupyter, sif: Path, monkeypatch
 def test_grading_without_network(place: Jupyter, sif: Path, tmp_path: Path) -> None:
     place.setup("apptainer", "course", *SETUP, "--containall", "--no-home", "--network=none", "--pwd", sif)
     assert graded_output(place, tmp_path / "course", "course") == [["['lo']\n"]]
-    assert until(lambda: not private_folders(place))
+    assert until(lambda: not private_directories(place))
 
 
 def test_r(place: Jupyter, r_rootfs: Path) -> None:
@@ -626,14 +626,14 @@ def test_encrypted_end_to_end(place: Jupyter, sif: Path, new_ipykernel: Path) ->
     spec = place.setup("apptainer", "curve", *SETUP, "--network=none", *newer, sif)
     assert spec["metadata"]["supported_encryption"] == ["curve"]
     with started(place, "curve", transport_encryption="required") as (kernel,):
-        told = json.loads(Path(kernel.manager.connection_file).read_text())
-        assert readers_of(told["curve_secretkey"]) == []
+        reported = json.loads(Path(kernel.manager.connection_file).read_text())
+        assert readers_of(reported["curve_secretkey"]) == []
         assert kernel.value("6 * 7") == "42"
 
 
 def test_an_ordinary_user(place: Jupyter, apptainer: Apptainer, python_rootfs: Path) -> None:
-    with short_folder("user") as folder:
-        user = PlainUser(folder, {})
+    with short_directory("user") as directory:
+        user = PlainUser(directory, {})
         engine = "--engine=" + os.path.realpath(apptainer.program)
         seen = user.run(AS_USER, "apptainer", str(python_rootfs), engine)
         del seen["chosen"]  # what docker and podman make of --user=X, which Apptainer does not have

@@ -81,8 +81,8 @@ def test_open_ports_and_what_stays_are_found(jupyter, kernel_venv):
         for pid in sleepers:
             assert f"process {pid} (sleep 40)" in errors["leftovers"]
         private = f"{jupyter.environ['TMPDIR']}/envkernel-{os.getuid()}"
-        (folder,) = os.listdir(private)
-        assert f"folder {private}/{folder}" in errors["leftovers"]
+        (directory,) = os.listdir(private)
+        assert f"directory {private}/{directory}" in errors["leftovers"]
         assert {step for step, error in errors.items() if error} == {"listening", "leftovers"}
     finally:
         for pid in marked_processes(jupyter.mark):

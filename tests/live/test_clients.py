@@ -33,12 +33,12 @@ class Desk:
         self.prefixes = {}
         self.reason = ""
 
-    def call(self, folder, *argv):
-        """Run a client in a folder; return its exit status and all it said."""
+    def call(self, directory, *argv):
+        """Run a client in a directory; return its exit status and all it said."""
         said = subprocess.run(
             [program(argv[0]), *map(str, argv[1:])],
             env={**self.jupyter.environ, "PATH": f"{program('')}:{self.jupyter.environ['PATH']}"},
-            cwd=folder,
+            cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -86,25 +86,27 @@ def outputs(path):
     return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
 
 
-def run_jupyter_run(desk, kernel, folder):
-    (folder / "code.py").write_text(CODE)
-    return desk.call(folder, "jupyter-run", "--kernel", kernel, "code.py")
+def run_jupyter_run(desk, kernel, directory):
+    (directory / "code.py").write_text(CODE)
+    return desk.call(directory, "jupyter-run", "--kernel", kernel, "code.py")
 
 
-def run_nbclient(desk, kernel, folder):
-    status, said = desk.call(folder, "jupyter-execute", "--inplace", notebook(folder / "x.ipynb", kernel))
-    return status, said + (outputs(folder / "x.ipynb") if status == 0 else "")
+def run_nbclient(desk, kernel, directory):
+    status, said = desk.call(
+        directory, "jupyter-execute", "--inplace", notebook(directory / "x.ipynb", kernel)
+    )
+    return status, said + (outputs(directory / "x.ipynb") if status == 0 else "")
 
 
-def run_nbconvert(desk, kernel, folder):
-    name = notebook(folder / "x.ipynb", kernel)
-    return desk.call(folder, "jupyter-nbconvert", "--to=notebook", "--execute", "--stdout", name)
+def run_nbconvert(desk, kernel, directory):
+    name = notebook(directory / "x.ipynb", kernel)
+    return desk.call(directory, "jupyter-nbconvert", "--to=notebook", "--execute", "--stdout", name)
 
 
-def run_papermill(desk, kernel, folder):
-    name = notebook(folder / "x.ipynb", "python3")
+def run_papermill(desk, kernel, directory):
+    name = notebook(directory / "x.ipynb", "python3")
     options = ["--kernel", kernel, "--no-progress-bar", "--log-output"]
-    return desk.call(folder, "papermill", *options, name, "out.ipynb")
+    return desk.call(directory, "papermill", *options, name, "out.ipynb")
 
 
 def graded_notebook(path, kernel):
@@ -117,17 +119,17 @@ def graded_notebook(path, kernel):
     nbformat.write(book, path)
 
 
-def run_nbgrader(desk, kernel, folder):
+def run_nbgrader(desk, kernel, directory):
     """Release and autograde an assignment; return what stands in the graded notebook as well."""
-    graded_notebook(folder / "source/ps1/p1.ipynb", kernel)
-    graded_notebook(folder / "submitted/alice/ps1/p1.ipynb", kernel)
-    (folder / "nbgrader_config.py").write_text(
-        f"c = get_config(); c.CourseDirectory.root = {str(folder)!r}\n"
+    graded_notebook(directory / "source/ps1/p1.ipynb", kernel)
+    graded_notebook(directory / "submitted/alice/ps1/p1.ipynb", kernel)
+    (directory / "nbgrader_config.py").write_text(
+        f"c = get_config(); c.CourseDirectory.root = {str(directory)!r}\n"
     )
-    status, said = desk.call(folder, "nbgrader", "generate_assignment", "ps1")
+    status, said = desk.call(directory, "nbgrader", "generate_assignment", "ps1")
     assert status == 0, said
-    status, said = desk.call(folder, "nbgrader", "autograde", "ps1")
-    graded = folder / "autograded/alice/ps1/p1.ipynb"
+    status, said = desk.call(directory, "nbgrader", "autograde", "ps1")
+    graded = directory / "autograded/alice/ps1/p1.ipynb"
     return status, said + (outputs(graded) if graded.exists() else "")
 
 

@@ -101,7 +101,7 @@ def test_switching_from_an_active_environment(first: str, second: str, jupyter: 
     spec = jupyter.dry_run("conda", prefixes[second], *PRINT_ENVIRON)
     ours = jupyter.run_environ(spec, active, replace=True)
     assert difference(ours, activate(active, prefixes[second], root)) == {}
-    # ... also where the active environment's folder is no longer on PATH, and from the third level
+    # ... also where the active environment's directory is no longer on PATH, and from the third level
     moved = {**active, "PATH": "/usr/bin:/bin"}
     ours = jupyter.run_environ(spec, moved, replace=True)
     assert difference(ours, activate(moved, prefixes[second], root)) == {}
@@ -111,14 +111,14 @@ def test_switching_from_an_active_environment(first: str, second: str, jupyter: 
 
 
 @pytest.mark.parametrize(
-    "folder",
+    "directory",
     [" a  b ", 'it\'s $(id) `id` "q" ; id & #%s {connection_file}', "back\\slash\\n", "new\nline", "café 日"]
     + ["caf\udce9 \udcff", "envs", "envs/x y", "$(touch pwned)"],
 )
-def test_any_folder_name(folder: str, jupyter: Jupyter, tmp_path: Path) -> None:
+def test_any_directory_name(directory: str, jupyter: Jupyter, tmp_path: Path) -> None:
     scripts = {"one.sh": 'export ONE="$CONDA_PREFIX"\n'}
-    prefix = make_conda(tmp_path / folder, state={"STATE": "1"}, activate=scripts)
-    plain = make_conda(tmp_path / "plain" / folder)
+    prefix = make_conda(tmp_path / directory, state={"STATE": "1"}, activate=scripts)
+    plain = make_conda(tmp_path / "plain" / directory)
     for path in (prefix, plain):
         spec = jupyter.dry_run("conda", path, *PRINT_ENVIRON, cwd=tmp_path)
         for start in ({}, STARTS["something gone is active"]):

@@ -35,7 +35,7 @@ HANG = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile
 class Life:
     """A kernel of a mode that runs while its tests do.
 
-    place: its Jupyter.  work: the notebook's folder.  log: the file that is the kernel's stderr.
+    place: its Jupyter.  work: the notebook's directory.  log: the file that is the kernel's stderr.
     """
 
     def __init__(self, mode: Mode, place: Jupyter, work: Path) -> None:
@@ -62,15 +62,15 @@ class Life:
         tokens = (self.place.mark.encode(), self.name.encode())
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
-                folder = Path(f"/proc/{process.pid}")
-                text = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+                directory = Path(f"/proc/{process.pid}")
+                text = (directory / "environ").read_bytes() + (directory / "cmdline").read_bytes()
                 if process.pid != os.getpid() and any(token in text for token in tokens):
                     found.append(process)
         return found
 
 
 def words_of(mode: Mode, work: Path) -> list[str]:
-    """Return a setup's words, with which the kernel starts in the notebook's folder."""
+    """Return a setup's words, with which the kernel starts in the notebook's directory."""
     if mode.kind != "container":
         return mode.words
     if "--shared" in mode.words:  # the container is there before the notebook
@@ -122,7 +122,7 @@ def test_variables_reach_the_kernel_and_nothing_leaks(life: Life) -> None:
         assert [name for name in environ if name.startswith(("JPY_", "JUPYTER", "LD_"))] == []
 
 
-def test_it_starts_in_the_notebooks_folder(life: Life, request: pytest.FixtureRequest) -> None:
+def test_it_starts_in_the_notebooks_directory(life: Life, request: pytest.FixtureRequest) -> None:
     if life.mode.kind == "cluster":
         request.applymarker(pytest.mark.xfail(reason="issue 10, item 4: a kernel on Slurm starts in /"))
     kernel = life.ready()
@@ -138,8 +138,8 @@ def test_it_starts_in_the_notebooks_folder(life: Life, request: pytest.FixtureRe
 def test_only_loopback_listens(life: Life) -> None:
     """On this host; the agent's port on a node, which the handshake guards, is for `test_slurm`."""
     kernel = life.ready()
-    told = json.loads(Path(kernel.manager.connection_file).read_text())
-    ports = {told[name] for name in told if name.endswith("_port")}
+    reported = json.loads(Path(kernel.manager.connection_file).read_text())
+    ports = {reported[name] for name in reported if name.endswith("_port")}
     rows = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout.splitlines()
     places = [row.split()[3].rpartition(":") for row in rows]
     assert {ip for ip, _, port in places if int(port) in ports} == {"127.0.0.1"}
@@ -168,7 +168,7 @@ def test_nobody_else_reads_the_key(life: Life) -> None:
         with contextlib.suppress(OSError):
             if path.is_file() and not path.is_symlink() and key in path.read_bytes():
                 assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
-                closed = [stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0 for folder in path.parents]
+                closed = [stat.S_IMODE(directory.stat().st_mode) & 0o077 == 0 for directory in path.parents]
                 assert any(closed), path
                 assert path.suffix == ".json", path
 

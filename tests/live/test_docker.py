@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import done, missing
-from support.containers import USER, PlainUser, short_folder
+from support.containers import USER, PlainUser, short_directory
 from support.docker import Daemon, Docker
 from support.engine_cases import EngineCases, listeners, until
 from support.jupyter import Jupyter
@@ -23,7 +23,7 @@ class TestDocker(EngineCases):
         return docker
 
     def test_a_daemon_that_goes_and_comes_back(self, jupyter: Jupyter, python_rootfs: Path) -> None:
-        with short_folder("docker") as folder, Daemon(folder, "ekdown").running() as daemon:
+        with short_directory("docker") as directory, Daemon(directory, "ekdown").running() as daemon:
             engine = Docker(daemon)
             engine.add_image(python_rootfs, "python")
             jupyter.environ.update(engine.environ)
@@ -49,8 +49,8 @@ class TestDocker(EngineCases):
         for program in ("rootlesskit", "slirp4netns", "newuidmap"):
             if not shutil.which(program):
                 missing(program)
-        with short_folder("rootless") as folder:
-            user = PlainUser(folder, {})
+        with short_directory("rootless") as directory:
+            user = PlainUser(directory, {})
             (user.home / "run").mkdir(mode=0o700)
             os.chown(user.home / "run", USER, USER)
             contrib = "/usr/share/docker.io/contrib:/usr/sbin:/sbin"  # where Debian has dockerd-rootless.sh

@@ -30,9 +30,9 @@ def program(tmp_path: Path) -> Path:
 
 def write_spec(jupyter: Jupyter, argv: list[str]) -> None:
     """Write a kernelspec as envkernel 1.x did."""
-    folder = jupyter.kernels / "old"
-    folder.mkdir(parents=True)
-    (folder / "kernel.json").write_text(
+    directory = jupyter.kernels / "old"
+    directory.mkdir(parents=True)
+    (directory / "kernel.json").write_text(
         json.dumps({"argv": argv, "display_name": "old", "language": "python"})
     )
 

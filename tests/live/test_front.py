@@ -136,7 +136,7 @@ def test_a_thousand_messages_of_five_clients_keep_their_order(late):
     with late.kernel("late", {"DELAY": "4"}) as kernel:
         kernel.client.execute("seen = {n: [] for n in range(5)}", store_history=False)
         clients = [kernel.manager.blocking_client() for _ in range(5)]
-        heard = {}
+        received = {}
 
         def read(number, client):
             text, replies = "", []
@@ -147,7 +147,7 @@ def test_a_thousand_messages_of_five_clients_keep_their_order(late):
             while len(replies) < 200:
                 message = client.get_shell_msg(timeout=60)
                 replies += [message["content"]["status"]] * (message["msg_type"] == "execute_reply")
-            heard[number] = text.split(), set(replies)
+            received[number] = text.split(), set(replies)
 
         for client in clients:
             client.start_channels()
@@ -161,7 +161,7 @@ def test_a_thousand_messages_of_five_clients_keep_their_order(late):
         for thread in threads:
             thread.join(100)
         expected = [str(n) for n in range(200)], {"ok"}
-        assert heard == dict.fromkeys(range(5), expected)
+        assert received == dict.fromkeys(range(5), expected)
         reader = Kernel(kernel.manager, clients[0])  # too much was published for who has read nothing
         assert reader.value("all(seen[n] == list(range(200)) for n in range(5))") == "True"
         for client in clients:

@@ -100,8 +100,8 @@ class World:
         self.root = root
         self.work = root / "work"
         self.data = root / "data"
-        for folder in (self.work, self.data, root / "home", root / "bin", root / "tmp"):
-            folder.mkdir()
+        for directory in (self.work, self.data, root / "home", root / "bin", root / "tmp"):
+            directory.mkdir()
         for name in PROGRAMS:
             (root / "bin" / name).write_text(FAKE)
             (root / "bin" / name).chmod(0o755)
@@ -143,12 +143,12 @@ class World:
             for file in (out, errors):
                 file.seek(0)
                 texts.append(file.read().decode(errors="replace"))
-        told = f"{words} ended with {status}:\n{texts[0][-2000:]}\n{texts[1][-4000:]}"
-        assert os.WIFEXITED(status), told
+        reported = f"{words} ended with {status}:\n{texts[0][-2000:]}\n{texts[1][-4000:]}"
+        assert os.WIFEXITED(status), reported
         code = os.WEXITSTATUS(status)
-        assert code != 99, told
-        assert "Traceback" not in texts[1], told
-        assert not list(self.root.rglob(CANARY)), told
+        assert code != 99, reported
+        assert "Traceback" not in texts[1], reported
+        assert not list(self.root.rglob(CANARY)), reported
         return code, texts[0], texts[1]
 
     def _become(self, environ: dict[str, str], out: int, errors: int, words: Sequence[str]) -> None:
@@ -298,9 +298,9 @@ LINES: dict[str, dict[str, list[str]]] = {}
 def test_any_kernel_json(world: World, data: st.DataObject) -> None:
     """What somebody edited, or another program wrote, in every command that reads it."""
     tail = ["--", "/bin/true", "{connection_file}"]
-    folder = world.data / "kernels" / "x"
+    directory = world.data / "kernels" / "x"
     world.call("virtualenv", "--name=x", "--user", "--replace", str(world.root / "venv"), *tail)
-    spec = json.loads((folder / "kernel.json").read_text())
+    spec = json.loads((directory / "kernel.json").read_text())
     for _ in range(data.draw(st.integers(1, 3))):
         place: Any = spec
         while isinstance(place, (dict, list)) and place:
@@ -313,7 +313,7 @@ def test_any_kernel_json(world: World, data: st.DataObject) -> None:
     text = json.dumps(spec)
     if data.draw(st.integers(0, 9)) == 0:
         text = text[: data.draw(st.integers(0, len(text)))]
-    (folder / "kernel.json").write_text(text)
+    (directory / "kernel.json").write_text(text)
     for line in ("list", "list --json", "show x", "log x", "update x", "remove x"):
         code, _, said = world.call(*line.split())
         check_said(code, said)

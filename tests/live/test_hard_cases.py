@@ -49,7 +49,9 @@ def cluster(jupyter: Jupyter, slurm: Slurm) -> Iterator[Slurm]:
     jupyter.environ.update(slurm.environ)
     yield slurm
     slurm.wait_no_jobs(12)
-    wait_until(lambda: not list(Path("/tmp").glob("envkernel-node-*")), "the end of the nodes' folders", 3)
+    wait_until(
+        lambda: not list(Path("/tmp").glob("envkernel-node-*")), "the end of the nodes' directories", 3
+    )
 
 
 # ---- users and transports --------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def conda_environment(environment, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plots(tmp_path_factory, python_rootfs):
-    """A folder with matplotlib for the Python of the image, to be shown to its containers."""
+    """A directory with matplotlib for the Python of the image, to be shown to its containers."""
     version = os.readlink(python_rootfs / "usr/bin/python3").removeprefix("python")
     path = tmp_path_factory.mktemp("plots") / "packages"
     words = ["--target", path, "--python-version", version, "--only-binary=:all:"]
@@ -120,7 +120,7 @@ def test_a_container_whose_image_is_gone(lab, kernels, docker_engine, page, scre
 
 
 def test_a_kernel_that_crashes_says_why_once_it_was_started_again(lab, kernels, page, screenshots):
-    """What ends after the exec is not heard; JupyterLab starts the kernel again, and then it is."""
+    """What ends after the exec is not received; JupyterLab starts the kernel again, and then it is."""
     book = Notebook(page, lab, lab.notebook("crash.ipynb", "crashing", "1 + 1"))
     book.ready()
     book.run(0)

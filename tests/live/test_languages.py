@@ -52,9 +52,9 @@ CASES = {
 """By kernel: language, code, what it prints, code that an interrupt ends, and the error's name."""
 
 
-def check_files(jupyter, name, folder, mode):
+def check_files(jupyter, name, directory, mode):
     """Compare the logos and metadata with those that the environment's own kernelspec has."""
-    own = json.loads((folder / "kernel.json").read_text())
+    own = json.loads((directory / "kernel.json").read_text())
     spec = jupyter.spec(name)
     assert spec["language"] == own["language"]
     metadata = {key: value for key, value in spec["metadata"].items() if key != "envkernel"}
@@ -62,14 +62,14 @@ def check_files(jupyter, name, folder, mode):
     assert spec.get("interrupt_mode") == own.get("interrupt_mode")
     assert spec["metadata"]["envkernel"]["mode"] == mode
     installed = {path.name: path.read_bytes() for path in (jupyter.kernels / name).iterdir()}
-    for path in folder.iterdir():
+    for path in directory.iterdir():
         if path.name != "kernel.json":
             assert (installed[path.name] == path.read_bytes()) == (path.name != "logo-svg.svg")
     assert b"<circle" in installed["logo-svg.svg"]
 
 
 def nudge(client):
-    """Ask until something is heard on iopub: what IRkernel published before it was subscribed to is lost.
+    """Ask until something is received on iopub: what IRkernel published before it was subscribed to is lost.
 
     jupyter_server does the same for its clients; `execute_interactive` would wait for ever.
     """
@@ -79,7 +79,7 @@ def nudge(client):
             while client.get_iopub_msg(timeout=0.3)["content"].get("execution_state") != "idle":
                 pass
             return
-    raise AssertionError("nothing was heard on iopub")
+    raise AssertionError("nothing was received on iopub")
 
 
 def check_kernel(jupyter, name, case):
@@ -118,8 +118,8 @@ def test_an_interrupt_does_to_xeus_python_what_it_does_natively(jupyter, polyglo
 
     (With ``interrupt_mode: message`` it would take no notice: the code runs on.)
     """
-    folder = polyglot / "share/jupyter/kernels/xpython"
-    spec = json.loads((folder / "kernel.json").read_text())
+    directory = polyglot / "share/jupyter/kernels/xpython"
+    spec = json.loads((directory / "kernel.json").read_text())
     assert "interrupt_mode" not in spec
     spec["argv"][0] = str(polyglot / "bin" / "python")
     native = jupyter.kernels / "native"

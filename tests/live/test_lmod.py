@@ -139,9 +139,9 @@ def test_any_value_arrives_as_it_is(jupyter: Jupyter, modules: Modules) -> None:
         assert "EVIL" not in ours
 
 
-def test_more_folders(jupyter: Jupyter, lmod: Modules) -> None:
-    folder = lmod.root / "folder with space"
-    assert_same(jupyter, lmod, [["use", str(folder)], ["load", "spaced/1"]], {})
+def test_more_directories(jupyter: Jupyter, lmod: Modules) -> None:
+    directory = lmod.root / "directory with space"
+    assert_same(jupyter, lmod, [["use", str(directory)], ["load", "spaced/1"]], {})
 
 
 def test_a_collection(jupyter: Jupyter, lmod: Modules) -> None:
@@ -206,11 +206,11 @@ def test_a_python_that_no_module_brought_is_refused(jupyter: Jupyter, modules: M
 def test_a_module_that_goes_missing_is_named_in_the_notebook(
     jupyter: Jupyter, lmod: Modules, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "modulefiles"
-    folder.mkdir()
-    module = folder / "late.lua"
+    directory = tmp_path / "modulefiles"
+    directory.mkdir()
+    module = directory / "late.lua"
     module.write_text('setenv("LATE", "1")\n')
-    jupyter.setup("lmod", "late", f"--use={folder}", "late", "py/1", environ=lmod.environ)
+    jupyter.setup("lmod", "late", f"--use={directory}", "late", "py/1", environ=lmod.environ)
     module.unlink()
     with jupyter.kernel("late", environ=lmod.environ) as kernel:
         said, error = kernel.execute("print(1)")

@@ -36,8 +36,8 @@ def usable_pythons() -> dict[str, str]:
 
 @pytest.fixture(params=["ek", "my kernel's launcher.txt", "envkernel.py", ".hidden"])
 def copy(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of the file under some name, in a folder of its own."""
-    path = tmp_path / "bin folder" / request.param
+    """A copy of the file under some name, in a directory of its own."""
+    path = tmp_path / "bin directory" / request.param
     path.parent.mkdir()
     shutil.copy(SCRIPT, path)
     return path
@@ -124,25 +124,25 @@ def test_a_conda_environment_without_variables_needs_no_json(jupyter: Jupyter, t
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Path:
-    """A folder with a copy of the file, in which nothing can be written, not even by root."""
-    folder = tmp_path / "read only"
-    folder.mkdir()
-    shutil.copy(SCRIPT, folder / "ek")
-    return folder
+    """A directory with a copy of the file, in which nothing can be written, not even by root."""
+    directory = tmp_path / "read only"
+    directory.mkdir()
+    shutil.copy(SCRIPT, directory / "ek")
+    return directory
 
 
 def read_only_run(
-    folder: Path, argv: list[str], environ: dict[str, str]
+    directory: Path, argv: list[str], environ: dict[str, str]
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program for which `folder` is a read-only file system."""
+    """Run a program for which `directory` is a read-only file system."""
     if os.geteuid() != 0:
         missing("the right to mount something read-only")
     script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
-    start = ["unshare", "--mount", "sh", "-c", script, str(folder)]
+    start = ["unshare", "--mount", "sh", "-c", script, str(directory)]
     return subprocess.run([*start, *argv], env=environ, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("cached", ["no folder", "stale", "broken", "another version", "right"])
+@pytest.mark.parametrize("cached", ["no directory", "stale", "broken", "another version", "right"])
 def test_where_nothing_can_be_written(
     cached: str, read_only: Path, jupyter: Jupyter, activate_scripts: dict[str, Path]
 ) -> None:
@@ -153,7 +153,7 @@ def test_where_nothing_can_be_written(
     cache = read_only / "__pycache__"
     compiled = list(cache.iterdir())
     assert len(compiled) == 1
-    if cached == "no folder":
+    if cached == "no directory":
         shutil.rmtree(cache)
     elif cached == "stale":
         os.utime(read_only / "ek", (time.time() + 100,) * 2)
@@ -186,7 +186,7 @@ def test_an_edited_file_is_compiled_again(jupyter: Jupyter, tmp_path: Path) -> N
 def test_a_python_path_that_would_break_it_is_ignored(
     jupyter: Jupyter, activate_scripts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Neither PYTHON* variables nor files in the current folder get between."""
+    """Neither PYTHON* variables nor files in the current directory get between."""
     for name in ("os.py", "stat.py", "json.py", "envkernel.py", "sitecustomize.py"):
         (tmp_path / name).write_text("raise SystemExit('wrong module')\n")
     spec = jupyter.dry_run("virtualenv", activate_scripts["uv"].parents[1], *PRINT_ENVIRON)

@@ -18,7 +18,7 @@ from typing import Any, Iterator
 import psutil
 import pytest
 
-from support.containers import short_folder
+from support.containers import short_directory
 from support.jupyter import Jupyter, Kernel, private_jupyter, wait_for
 from support.modes import MAKERS, Mode
 from support.slurm import Slurm
@@ -31,10 +31,10 @@ import contextlib, json, os, socket, stat, sys
 order = json.loads(sys.stdin.readline())
 key = order["key"].encode()
 got = []
-for top in order["folders"]:
-    for folder, folders, files in os.walk(top):
+for top in order["directories"]:
+    for directory, directories, files in os.walk(top):
         for name in files:
-            path = os.path.join(folder, name)
+            path = os.path.join(directory, name)
             with contextlib.suppress(OSError):
                 if stat.S_ISSOCK(os.stat(path).st_mode):
                     with socket.socket(socket.AF_UNIX) as sock:
@@ -43,8 +43,8 @@ for top in order["folders"]:
                         got.append("connected to " + path)
                 elif key in open(path, "rb").read():
                     got.append("the key in " + path)
-        if os.access(folder, os.W_OK) and folder not in order["open"]:
-            got.append("writable " + folder)
+        if os.access(directory, os.W_OK) and directory not in order["open"]:
+            got.append("writable " + directory)
 with open("/proc/net/unix") as rows:
     names = {row.split()[7] for row in rows.readlines()[1:] if len(row.split()) > 7}
 for name in names:
@@ -123,16 +123,16 @@ def answer_of(process: subprocess.Popen[str]) -> Any:
 
 @pytest.fixture
 def street() -> Iterator[Path]:
-    """A folder that everybody can enter, as /tmp is: only what envkernel does keeps others out."""
-    with short_folder("street") as folder:
-        (folder / "tmp").mkdir()
-        (folder / "tmp").chmod(0o1777)
-        yield folder
+    """A directory that everybody can enter, as /tmp is: only what envkernel does keeps others out."""
+    with short_directory("street") as directory:
+        (directory / "tmp").mkdir()
+        (directory / "tmp").chmod(0o1777)
+        yield directory
 
 
 @pytest.fixture
 def place(street: Path) -> Iterator[Jupyter]:
-    """A private Jupyter below it, whose folder for temporary files everybody uses."""
+    """A private Jupyter below it, whose directory for temporary files everybody uses."""
     with private_jupyter(street / "j") as own:
         own.environ["TMPDIR"] = str(street / "tmp")
         yield own
@@ -155,7 +155,7 @@ def family(*words: str) -> list[int]:
     return found
 
 
-def told(kernel: Kernel) -> dict[str, Any]:
+def reported(kernel: Kernel) -> dict[str, Any]:
     """Return what the connection file says."""
     return dict(json.loads(Path(kernel.manager.connection_file).read_text()))
 
@@ -167,11 +167,11 @@ def test_a_neighbour_gets_nothing(place: Jupyter, mode: Mode, street: Path) -> N
     name = f"near{place.mark[:12]}"
     place.setup(mode.mode, name, f"--env=NEAR={name}", *mode.words)
     with place.kernel(name) as kernel:
-        info = told(kernel)
+        info = reported(kernel)
         assert kernel.value("6 * 7") == "42"
         order = {
             "key": info["key"],
-            "folders": [str(street), *map(str, Path("/tmp").glob("envkernel-node-*"))],
+            "directories": [str(street), *map(str, Path("/tmp").glob("envkernel-node-*"))],
             "open": [str(street / "tmp")],
             "words": [str(street), name, place.mark, "envkernel-node"],
             "pids": family(name, place.mark),
@@ -192,7 +192,7 @@ def test_a_neighbour_gets_nothing(place: Jupyter, mode: Mode, street: Path) -> N
         assert kernel.shutdown() < 6
     wait_until(lambda: not mode.running(name), "the end", 10)
     if mode.kind == "cluster":
-        wait_until(lambda: not list((street / "tmp").iterdir()), "the end of the node's folders", 5)
+        wait_until(lambda: not list((street / "tmp").iterdir()), "the end of the node's directories", 5)
 
 
 def unsigned(kernel: Kernel, info: dict[str, Any]) -> None:
@@ -209,13 +209,13 @@ def unsigned(kernel: Kernel, info: dict[str, Any]) -> None:
     wait_for(kernel.client)
 
 
-# ---- what is prepared in a folder for temporary files -----------------------------------------------
+# ---- what is prepared in a directory for temporary files -----------------------------------------------
 
 
-@pytest.mark.parametrize("trap", ["link", "folder", "open folder", "file"])
+@pytest.mark.parametrize("trap", ["link", "directory", "open directory", "file"])
 @pytest.mark.parametrize("mode", ["docker-none", "apptainer", "slurm"], indirect=True)
 def test_a_trap_in_tmp(place: Jupyter, mode: Mode, street: Path, trap: str) -> None:
-    """A kernel starts beside it or says what is wrong; nothing of it gets into somebody else's folder."""
+    """A kernel starts beside it or says what is wrong; nothing of it gets into somebody else's directory."""
     place.environ.update(mode.environ)
     place.environ["TMPDIR"] = str(street / "tmp")
     nobody = pwd.getpwnam("nobody").pw_uid
@@ -230,7 +230,7 @@ def test_a_trap_in_tmp(place: Jupyter, mode: Mode, street: Path, trap: str) -> N
         private.write_text("")
     else:
         private.mkdir()
-        private.chmod(0o700 if trap == "folder" else 0o777)
+        private.chmod(0o700 if trap == "directory" else 0o777)
     os.lchown(private, nobody, nobody)
     name = f"trap{place.mark[:12]}"
     said = place.envkernel(mode.mode, f"--name={name}", "--user", *mode.words, status=None)
@@ -327,7 +327,7 @@ def test_the_port_of_an_agent(jupyter: Jupyter, cluster: Slurm) -> None:
         kernel.value("1")
         replays = sniffer.stop()
         assert replays, "a restart opens connections"
-        key = told(kernel)["key"].encode()
+        key = reported(kernel)["key"].encode()
         readable = any(key in data for data in replays)
         order = {
             "host": cluster.far,

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.live
 class Terminal:
     """A terminal of tmux's, with a server of its own."""
 
-    def __init__(self, folder, environ):
+    def __init__(self, directory, environ):
         program = shutil.which("tmux")
         if not program:
             missing("tmux")
-        self.start = [program, "-S", str(folder / "socket"), "-f", "/dev/null"]
+        self.start = [program, "-S", str(directory / "socket"), "-f", "/dev/null"]
         self.environ = {**environ, "TERM": "screen", "PS1": "$ "}
         shell = ["env", "-i", *(f"{name}={value}" for name, value in self.environ.items())]
         self.call("new-session", "-d", "-x", "150", "-y", "200", *shell, "bash", "--norc", "--noprofile")

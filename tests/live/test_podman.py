@@ -37,12 +37,12 @@ class TestPodman(EngineCases):
 
     def as_user(self, user: PlainUser, engine: Engine) -> Any:
         """Podman is rootless here: the user has one of their own, with an own image store."""
-        folder = user.home / "podman"
-        folder.mkdir()
+        directory = user.home / "podman"
+        directory.mkdir()
         runtime = user.home / "run"
         runtime.mkdir(mode=0o700)
-        user.environ = {**user.environ, **podman_environ(folder), "XDG_RUNTIME_DIR": str(runtime)}
-        tar = folder / "image.tar"
+        user.environ = {**user.environ, **podman_environ(directory), "XDG_RUNTIME_DIR": str(runtime)}
+        tar = directory / "image.tar"
         engine.call("save", "-o", str(tar), self.image)
         done("chown", "-R", f"{USER}:{USER}", user.home)
         loaded = user.run(LOAD, str(tar))

@@ -18,7 +18,7 @@ from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 
 from support import done
-from support.containers import PlainUser, short_folder
+from support.containers import PlainUser, short_directory
 from support.jupyter import Kernel, marked_processes, wait_for
 from support.reasons import reason
 
@@ -161,7 +161,7 @@ def test_the_log_says_why_a_kernel_that_had_answered_ended(jupyter, docker):
 
 
 def test_what_a_container_needs_is_gone(jupyter, docker, tmp_path):
-    """A folder, the image, the engine itself: each was there at setup.  (The daemon: test_docker.)"""
+    """A directory, the image, the engine itself: each was there at setup.  (The daemon: test_docker.)"""
     jupyter.environ.update(docker.environ)
     engine, data = tmp_path / "docker", tmp_path / "data"
     engine.symlink_to(docker.program)
@@ -207,21 +207,23 @@ print(json.dumps([shown, blind.returncode, blind.stderr]))
 
 def test_what_a_user_may_not_read(kernel_venv):
     """An environment that belongs to others, and a connection file: then nobody can be answered."""
-    with short_folder("forbidden") as folder:
-        venv = folder / "venv"
+    with short_directory("forbidden") as directory:
+        venv = directory / "venv"
         shutil.copytree(kernel_venv, venv, symlinks=True)
-        user = PlainUser(folder, {})
+        user = PlainUser(directory, {})
         shown, status, said = user.run(FORBIDDEN, str(venv))
     assert (
-        f"You may not read {folder}/home/venv, so the virtualenv {folder}/home/venv can't be used." in shown
+        f"You may not read {directory}/home/venv, so the virtualenv {directory}/home/venv can't be used."
+        in shown
     )
     assert status == 1
-    assert said.startswith(f"envkernel: You may not read {folder}/home/venv")
+    assert said.startswith(f"envkernel: You may not read {directory}/home/venv")
     assert "The notebook can't show this: PermissionError(13, 'Permission denied')" in said
 
 
 def test_a_kernel_that_crashes_is_heard_when_jupyter_starts_it_again(jupyter, kernel_venv, tmp_path):
-    """Nobody stands beside a kernel of a virtualenv, but for the one that Jupyter had to start again."""
+    """No process remains next to a kernel of a virtualenv, except for the one that Jupyter had to start
+    again."""
     path = copy_venv(kernel_venv, tmp_path / "venv")
     script = path / "bin" / "activate"
     text = script.read_text().replace(str(kernel_venv), str(path))
@@ -292,7 +294,7 @@ def test_other_transports(jupyter, gone, traits):
         assert client.hb_channel.is_beating()
         reply = client.execute_interactive("1", timeout=20, output_hook=lambda message: None)
         assert reply["content"]["ename"] == "KernelDidNotStart"
-        if manager.transport == "tcp":  # whoever speaks without encryption is not heard
+        if manager.transport == "tcp":  # a client without encryption gets no answer
             plain = manager_of(jupyter, "gone").blocking_client()
             known = {name: value for name, value in connection.items() if not name.startswith("curve_")}
             plain.load_connection_info({**known, "key": connection["key"].encode()})

@@ -35,7 +35,7 @@ NODE_FILES = "envkernel-node-*"
 
 @pytest.fixture
 def other(jupyter: Jupyter, cluster: Slurm, tmp_path: Path) -> Jupyter:
-    """A second Jupyter with the same kernels: what is left of a kernel is told apart by its Jupyter."""
+    """A second Jupyter with the same kernels: what is left of a kernel is reported apart by its Jupyter."""
     second = Jupyter(tmp_path / "other")
     second.environ.update(cluster.environ)
     return second
@@ -47,10 +47,10 @@ def cluster(jupyter: Jupyter, slurm: Slurm) -> Iterator[Slurm]:
     jupyter.environ.update(slurm.environ)
     yield slurm
     slurm.wait_no_jobs(10)
-    wait_for(lambda: not node_folders(), "the end of the folders on the nodes", 3)
+    wait_for(lambda: not node_directories(), "the end of the directories on the nodes", 3)
 
 
-def node_folders() -> list[Path]:
+def node_directories() -> list[Path]:
     return list(Path("/tmp").glob(NODE_FILES))
 
 
@@ -70,13 +70,13 @@ def all_gone(cluster: Slurm, pids: list[int], seconds: float = 10) -> None:
     """Nothing of a kernel may be left after some seconds: no job, no process, no file."""
 
     def gone() -> bool:
-        return not cluster.jobs() and not alive(pids) and not node_folders()
+        return not cluster.jobs() and not alive(pids) and not node_directories()
 
     try:
         wait_for(gone, "the end", seconds)
     except TimeoutError:
         left = [psutil.Process(pid) for pid in alive(pids)]
-        raise AssertionError(f"left: {left} {cluster.jobs()} {node_folders()}") from None
+        raise AssertionError(f"left: {left} {cluster.jobs()} {node_directories()}") from None
 
 
 def all_pids(kernel: Kernel) -> list[int]:
@@ -205,7 +205,7 @@ def test_chain_with_a_container(
     jupyter: Jupyter, cluster: Slurm, apptainer: Apptainer, python_rootfs: Path
 ) -> None:
     """The container's own clean-up works on the node, below the agent."""
-    jupyter.environ["PATH"] = f"{apptainer.folder}:{jupyter.environ['PATH']}"
+    jupyter.environ["PATH"] = f"{apptainer.directory}:{jupyter.environ['PATH']}"
     box = ("apptainer", "--contain", str(python_rootfs))
     install(jupyter, "boxed", "--partition=far", chain=(*box, "--", "python3", *COMMAND))
     typed = ("--partition=far", "--", *box, "--", "nosuch", "{connection_file}")
@@ -259,7 +259,7 @@ def test_notebooks_directory_in_a_container_on_a_node(
     (notebooks / "data.csv").write_text("1,2")
     jupyter.environ.update(docker.environ)
     command = ("--", "python3", *COMMAND)
-    jupyter.environ["PATH"] = f"{apptainer.folder}:{jupyter.environ['PATH']}"
+    jupyter.environ["PATH"] = f"{apptainer.directory}:{jupyter.environ['PATH']}"
     install(jupyter, "docker", "--partition=near", chain=("docker", "--pwd", "python", *command))
     install(
         jupyter, "apptainer", "--partition=far", chain=("apptainer", "--pwd", str(python_rootfs), *command)
@@ -358,7 +358,7 @@ def test_another_user_of_the_node_gets_nothing(jupyter: Jupyter, cluster: Slurm)
         assert stranger.stdout.split() == ["0"], stranger
         agent = kernel.value("__import__('os').getppid()")
         assert as_nobody("cat", f"/proc/{agent}/environ").returncode != 0
-        assert not node_folders(), "the kernel's sockets have no name any more"
+        assert not node_directories(), "the kernel's sockets have no name any more"
         path = Path(kernel.value("get_ipython().config.IPKernelApp.connection_file"))
         assert path.parts[:3] == ("/", "proc", agent), "the connection file is in memory"
         assert path.stat().st_mode & 0o777 == 0o600
@@ -408,9 +408,9 @@ def test_tunnel_through_ssh(
 
 @pytest.fixture
 def sshd(cluster: Slurm, tmp_path: Path) -> Iterator[Path]:
-    """A folder with an ``ssh`` that reaches the far node."""
-    with cluster.sshd(tmp_path) as folder:
-        yield folder
+    """A directory with an ``ssh`` that reaches the far node."""
+    with cluster.sshd(tmp_path) as directory:
+        yield directory
 
 
 # ---- the queue -----------------------------------------------------------------------------------
@@ -560,7 +560,7 @@ def test_node_that_is_lost(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> 
             wait_for(lambda: not alive(pids), f"the end of {pids}", 30)
     finally:
         subprocess.run(["ip", "link", "set", cluster.link, "up"], check=True)
-        cluster.mend("far")
+        cluster.repair("far")
     assert "has not answered for 20 s" in errors.text()
 
 
@@ -583,7 +583,7 @@ def test_node_that_crashes(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> 
             cluster.run("scontrol", "update", "NodeName=far", "State=DOWN", "Reason=crashed")
             wait_for(lambda: not cluster.jobs(), "the end of the job", 5)
     finally:
-        cluster.mend("far")
+        cluster.repair("far")
     assert re.search("The node far broke off the connection|of Slurm job .* has failed", errors.text())
 
 
@@ -594,7 +594,7 @@ def test_node_that_slurm_sets_down(jupyter: Jupyter, cluster: Slurm, errors: Err
     try:
         said = ends_with(jupyter, cluster, errors, set_down)
     finally:
-        cluster.mend("far")
+        cluster.repair("far")
     assert re.search(r"The node of Slurm job \d+ has failed.", said), said
 
 

@@ -89,18 +89,18 @@ def test_the_environment_is_the_same(creator: str, jupyter: Jupyter, activate_sc
     assert_same(jupyter, jupyter.dry_run("virtualenv", script.parents[1], *PRINT_ENVIRON), script)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("directory", FOLDERS)
 @pytest.mark.parametrize("creator", ["venv", "virtualenv", "uv"])
-def test_any_folder_name(creator: str, folder: str, jupyter: Jupyter, tmp_path: Path) -> None:
+def test_any_directory_name(creator: str, directory: str, jupyter: Jupyter, tmp_path: Path) -> None:
     """Where a creator wrote the name so that bash would run or lose a part of it, setup says so."""
-    script = create_venv(VENV if creator == "venv" else creator, tmp_path / "venvs" / FOLDERS[folder])
+    script = create_venv(VENV if creator == "venv" else creator, tmp_path / "venvs" / FOLDERS[directory])
     path = str(script.parents[1])
     if in_bash(script, jupyter.environ).get("VIRTUAL_ENV") == path:
         starts = {name: STARTS[name] for name in ("clean", "another venv", "no prompt wanted", "odd values")}
         assert_same(jupyter, jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON), script, starts)
         return
     assert creator == "venv"
-    assert folder == "shell"
+    assert directory == "shell"
     said = jupyter.envkernel("virtualenv", "--name=x", "--user", path, *PRINT_ENVIRON, status=1)
     assert "does not quote the name of its directory" in said.stderr
 
@@ -125,7 +125,7 @@ def test_a_moved_environment_with_any_name(name: str | bytes, jupyter: Jupyter, 
     "creator", [*(f"venv-{version}" for version in found_pythons()), "virtualenv==20.26.0"]
 )
 @pytest.mark.parametrize("name", ["$(touch pwned)", "`touch pwned`", "';touch pwned;'", '";touch pwned;"'])
-def test_a_folder_name_is_never_run(name: str, creator: str, jupyter: Jupyter, tmp_path: Path) -> None:
+def test_a_directory_name_is_never_run(name: str, creator: str, jupyter: Jupyter, tmp_path: Path) -> None:
     path = create_venv(creator, tmp_path / name).parents[1]
     typed = ["virtualenv", "--name=x", "--user", path, *PRINT_ENVIRON]
     said = jupyter.envkernel(*typed, cwd=tmp_path, status=None)
@@ -158,7 +158,7 @@ EDITS = {
     "a function": "greet() { echo hi; }; export -f greet; alias ll=ls",
     "an array": "declare -a LIST=(1 2); declare -x NUMBER=3; declare -i WHOLE=4; export WHOLE",
     "awkward values": "export NL=$'a\\nb' BYTES=$'caf\\xe9\\xff' CR=$'a\\r\\n' QUOTE=\"it's \\\"\"",
-    "the folder": "cd /; export HERE=$PWD",
+    "the directory": "cd /; export HERE=$PWD",
     "arguments": 'export ARGUMENTS="$#:$*"',
     "traps": "trap 'echo bye' EXIT; export TRAPPED=1",
     "descriptors": "exec 5</dev/null 3>&1; export OPENED=1",

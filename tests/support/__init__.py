@@ -19,22 +19,23 @@ CACHE = Path(os.environ.get("ENVKERNEL_TEST_CACHE") or CACHE)
 
 
 def cache_dir() -> Path:
-    """Return the private folder for what is made once and kept between runs, whatever HOME a test has."""
+    """Return the private directory for what is made once and kept between runs, whatever HOME a test has."""
     CACHE.mkdir(parents=True, exist_ok=True)
     return CACHE
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> Path:
-    """Return a folder of the cache; where it is not there yet, `make` fills it, in one process at a time."""
-    folder = cache_dir() / name
-    with open(f"{folder}.lock", "w") as lock:
+    """Return a directory of the cache; where it is not there yet, `make` fills it, in one process at a
+    time."""
+    directory = cache_dir() / name
+    with open(f"{directory}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            new = Path(f"{folder}.new")
+        if not directory.exists():
+            new = Path(f"{directory}.new")
             shutil.rmtree(new, ignore_errors=True)
             make(new)
-            new.rename(folder)
-    return folder
+            new.rename(directory)
+    return directory
 
 
 def missing(what: str) -> NoReturn:

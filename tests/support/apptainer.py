@@ -18,17 +18,17 @@ REAL = shutil.which("apptainer") or ""
 class Apptainer:
     """An installed Apptainer.
 
-    kind: ``real`` or ``standin``.  folder: where the programs ``apptainer`` and ``singularity`` are.
+    kind: ``real`` or ``standin``.  directory: where the programs ``apptainer`` and ``singularity`` are.
     """
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, directory: Path) -> None:
         self.kind = kind
-        self.folder = folder
+        self.directory = directory
 
     @property
     def program(self) -> str:
         """Path of ``apptainer``."""
-        return str(self.folder / "apptainer")
+        return str(self.directory / "apptainer")
 
     def run(self, *words: str | Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run it to its end."""
@@ -59,13 +59,13 @@ def apptainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return link_apptainer(request.param, tmp_path_factory.mktemp("apptainer"))
 
 
-def link_apptainer(kind: str, folder: Path) -> Apptainer:
+def link_apptainer(kind: str, directory: Path) -> Apptainer:
     """Put ``apptainer`` and ``singularity`` of a kind into a directory."""
     if kind == "standin" and os.getuid():
         missing("root, which the stand-in for Apptainer needs, or a real Apptainer")
     for name in ("apptainer", "singularity"):
-        (folder / name).symlink_to(STANDIN if kind == "standin" else Path(REAL))
-    return Apptainer(kind, folder)
+        (directory / name).symlink_to(STANDIN if kind == "standin" else Path(REAL))
+    return Apptainer(kind, directory)
 
 
 @pytest.fixture(scope="session")

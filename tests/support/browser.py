@@ -54,12 +54,16 @@ class Lab:
 
     def __init__(self, jupyter: Jupyter) -> None:
         self.jupyter = jupyter
-        self.folder = jupyter.root / "notebooks"
-        self.folder.mkdir()
+        self.directory = jupyter.root / "notebooks"
+        self.directory.mkdir()
         self.log = jupyter.root / "lab.log"
         self._configure()
         options = ["--no-browser", "--allow-root", "--expose-app-in-browser"]
-        options += ["--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={self.folder}"]
+        options += [
+            "--ServerApp.port=0",
+            "--ServerApp.ip=127.0.0.1",
+            f"--ServerApp.root_dir={self.directory}",
+        ]
         options += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -104,7 +108,7 @@ class Lab:
             cells=[nbformat.v4.new_code_cell(code) for code in cells],
             metadata={"kernelspec": {"name": kernel, "display_name": kernel, "language": "python"}},
         )
-        nbformat.write(book, self.folder / name)
+        nbformat.write(book, self.directory / name)
         return name
 
     def stop(self) -> None:
@@ -233,6 +237,6 @@ def page(window: Any, lab: Lab) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder for screenshots: ENVKERNEL_SCREENSHOTS where it is set, to look at them or keep them."""
+    """Directory for screenshots: ENVKERNEL_SCREENSHOTS where it is set, to look at them or keep them."""
     chosen = os.environ.get("ENVKERNEL_SCREENSHOTS")
     return Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")

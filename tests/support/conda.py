@@ -63,17 +63,21 @@ def make_root(prefix: Path) -> Path:
 
 def scripts_of(prefix: str | Path, kind: str) -> list[str]:
     """Return the scripts that conda sources, in order."""
-    folder = Path(prefix) / "etc" / "conda" / f"{kind}.d"
-    found = sorted(str(path) for path in folder.glob("*.sh")) if folder.is_dir() else []
-    found += [str(path) for path in folder.glob(".*.sh") if str(path) not in found] if folder.is_dir() else []
+    directory = Path(prefix) / "etc" / "conda" / f"{kind}.d"
+    found = sorted(str(path) for path in directory.glob("*.sh")) if directory.is_dir() else []
+    found += (
+        [str(path) for path in directory.glob(".*.sh") if str(path) not in found]
+        if directory.is_dir()
+        else []
+    )
     return sorted(found, reverse=kind == "deactivate")
 
 
 def variables_of(prefix: Path) -> dict[str, str]:
     """Return the variables that an environment's files set; conda upper-cases the names when it exports."""
     found: dict[str, Any] = {}
-    folder = prefix / "etc" / "conda" / "env_vars.d"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    directory = prefix / "etc" / "conda" / "env_vars.d"
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         found.update(json.loads(path.read_text()))
     state = prefix / "conda-meta" / "state"
     if state.exists():

@@ -17,7 +17,7 @@ from support import ROOT, cache_dir
 
 
 class Engine:
-    """A container engine that runs in private folders.
+    """A container engine that runs in private directories.
 
     program: its client.  environ: what client and Jupyter need to find it.
     """
@@ -95,16 +95,16 @@ exec setpriv --reuid={USER} --regid={USER} --clear-groups "$@"
 class PlainUser:
     """Runs Python code as a user who is not root, in a mount namespace that knows this user.
 
-    home: a folder of the user's; environ: what the code runs with.
+    home: a directory of the user's; environ: what the code runs with.
     """
 
-    def __init__(self, folder: Path, environ: dict[str, str]) -> None:
-        self.hold = folder / "etc"
+    def __init__(self, directory: Path, environ: dict[str, str]) -> None:
+        self.hold = directory / "etc"
         self.hold.mkdir(parents=True)
-        self.home = folder / "home"
+        self.home = directory / "home"
         self.home.mkdir()
         os.chown(self.home, USER, USER)
-        for path in (folder, self.hold):
+        for path in (directory, self.hold):
             path.chmod(0o755)
         for name, line in (
             ("passwd", f"plain:x:{USER}:{USER}::{self.home}:/bin/sh\n"),
@@ -144,8 +144,8 @@ class PlainUser:
 
 
 @contextlib.contextmanager
-def short_folder(name: str) -> Iterator[Path]:
-    """Yield a temporary folder with a short path: unix sockets need that.  Removed with all in it."""
+def short_directory(name: str) -> Iterator[Path]:
+    """Yield a temporary directory with a short path: unix sockets need that.  Removed with all in it."""
     path = Path(tempfile.mkdtemp(prefix=f"envkernel-{name}-", dir="/tmp"))
     path.chmod(0o755)
     try:

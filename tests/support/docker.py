@@ -13,37 +13,41 @@ from typing import Iterator
 import pytest
 
 from support import done, missing
-from support.containers import Engine, short_folder
+from support.containers import Engine, short_directory
 from support.images import make_rootfs
 
 
 class Daemon:
-    """A dockerd in a folder, with a bridge of its own and no rules for iptables."""
+    """A dockerd in a directory, with a bridge of its own and no rules for iptables."""
 
-    def __init__(self, folder: Path, bridge: str = "ek") -> None:
-        self.folder = folder
-        self.socket = folder / "docker.sock"
+    def __init__(self, directory: Path, bridge: str = "ek") -> None:
+        self.directory = directory
+        self.socket = directory / "docker.sock"
         self.bridge = f"{bridge}{os.getpid()}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the daemon and wait until it answers."""
-        options = [f"--data-root={self.folder}/data", f"--exec-root={self.folder}/exec"]
-        options += [f"--pidfile={self.folder}/pid", f"--host=unix://{self.socket}", f"--bridge={self.bridge}"]
+        options = [f"--data-root={self.directory}/data", f"--exec-root={self.directory}/exec"]
+        options += [
+            f"--pidfile={self.directory}/pid",
+            f"--host=unix://{self.socket}",
+            f"--bridge={self.bridge}",
+        ]
         options += [f"--{name}=false" for name in ("iptables", "ip6tables", "ip-masq", "ip-forward")]
-        with open(self.folder / "log", "ab") as log:
+        with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
                 ["dockerd", *options], stdout=log, stderr=log, env={"PATH": os.environ["PATH"]}
             )
         deadline = time.monotonic() + 60
         while not self.answers():
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            assert self.process.poll() is None, (self.directory / "log").read_text()
+            assert time.monotonic() < deadline, (self.directory / "log").read_text()
             time.sleep(0.1)
         self.socket.chmod(0o666)
 
     def answers(self) -> bool:
-        """Tell whether the daemon answers."""
+        """Return whether the daemon answers."""
         argv = ["docker", "--host", f"unix://{self.socket}", "version"]
         return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
@@ -54,7 +58,7 @@ class Daemon:
             self.process.wait(60)
             self.process = None
         for line in Path("/proc/mounts").read_text().splitlines():  # its network namespace
-            if line.split()[1].startswith(f"{self.folder}/"):
+            if line.split()[1].startswith(f"{self.directory}/"):
                 done("umount", line.split()[1])
 
     @contextlib.contextmanager
@@ -82,7 +86,10 @@ class Docker(Engine):
     """The Docker of the tests."""
 
     def __init__(self, daemon: Daemon) -> None:
-        environ = {"DOCKER_HOST": f"unix://{daemon.socket}", "DOCKER_CONFIG": str(daemon.folder / "config")}
+        environ = {
+            "DOCKER_HOST": f"unix://{daemon.socket}",
+            "DOCKER_CONFIG": str(daemon.directory / "config"),
+        }
         super().__init__("docker", shutil.which("docker") or "docker", environ)
         self.daemon = daemon
 
@@ -95,8 +102,8 @@ def running_docker() -> Iterator[Docker]:
             missing(program)
     if os.getuid():
         missing("the rights to start dockerd (root)")
-    with short_folder("docker") as folder:
-        daemon = Daemon(folder)
+    with short_directory("docker") as directory:
+        daemon = Daemon(directory)
         with daemon.running():
             engine = Docker(daemon)
             engine.add_image(make_rootfs("python", "python3-ipykernel"), "python")

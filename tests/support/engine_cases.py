@@ -19,7 +19,7 @@ import pytest
 
 import envkernel
 from support import SCRIPT, done, memory
-from support.containers import USER, Engine, PlainUser, short_folder
+from support.containers import USER, Engine, PlainUser, short_directory
 from support.jupyter import Jupyter, Kernel, run_protocol_tests, wait_for
 
 ENDLESS = "import time\nwhile True: time.sleep(1)"
@@ -45,12 +45,12 @@ def listeners() -> set[tuple[str, int]]:
 def secrets_seen(engine: Engine, key: str) -> list[str]:
     """Return where a key can be read: processes' arguments and environments, what `inspect` says."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit() and int(directory.name) != os.getpid():
             for name in ("cmdline", "environ"):
                 with contextlib.suppress(OSError):
-                    if key.encode() in (folder / name).read_bytes():
-                        found.append(str(folder / name))
+                    if key.encode() in (directory / name).read_bytes():
+                        found.append(str(directory / name))
     found += [container["Id"] for container in engine.containers() if key in json.dumps(container)]
     return found
 
@@ -106,19 +106,19 @@ class EngineCases:
         with place.kernel("life") as kernel:
             path = Path(kernel.manager.connection_file)
             original = path.read_bytes()
-            told = json.loads(original)
-            ports = {told[name] for name in told if name.endswith("_port")}
+            reported = json.loads(original)
+            ports = {reported[name] for name in reported if name.endswith("_port")}
             # Nothing is exposed.
             new = {(ip, port) for ip, port in listeners() - before if port in ports}
             assert {port for _, port in new} == ports
             assert {ip for ip, _ in new} == {"127.0.0.1"}
-            assert secrets_seen(engine, told["key"]) == []
-            (folder,) = (Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}").glob("*/")
-            copy = folder / "connection.json"
+            assert secrets_seen(engine, reported["key"]) == []
+            (directory,) = (Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}").glob("*/")
+            copy = directory / "connection.json"
             assert stat.S_IMODE(copy.stat().st_mode) == 0o600
-            assert stat.S_IMODE(folder.stat().st_mode) & 0o777 == 0o700
-            assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
-            assert json.loads(copy.read_text())["key"] == told["key"]
+            assert stat.S_IMODE(directory.stat().st_mode) & 0o777 == 0o700
+            assert stat.S_IMODE(directory.parent.stat().st_mode) == 0o700
+            assert json.loads(copy.read_text())["key"] == reported["key"]
             (container,) = engine.containers()
             assert container["Name"].strip("/").startswith("envkernel-life-")
             assert container["Config"]["Labels"]["envkernel"] == "life"
@@ -249,25 +249,25 @@ class EngineCases:
         self, place: Jupyter, engine: Engine, kernel_venv: Path
     ) -> None:
         """In a chain, where --env after the second mode is envkernel's as well."""
-        folder = place.root / "we ird, 'q\" ;{x}$(touch no)"
-        folder.mkdir()
-        (folder / "file").write_text("text")
-        escaped = str(folder).replace(",", "\\,")
+        directory = place.root / "we ird, 'q\" ;{x}$(touch no)"
+        directory.mkdir()
+        (directory / "file").write_text("text")
+        escaped = str(directory).replace(",", "\\,")
         value = "a 'b' \"c\" {d} $e"
         here = [engine.name, f"--bind={escaped}:/in side,;'", "--pwd", "--env", f"X={value}", self.image]
         place.setup("virtualenv", "odd", "--python=python3", "--env=Y=other", kernel_venv, "--", *here)
-        with place.kernel("odd", cwd=str(folder)) as kernel:
+        with place.kernel("odd", cwd=str(directory)) as kernel:
             assert kernel.value("open('/in side,;\\'/file').read()") == "text"
-            assert kernel.value("__import__('os').getcwd()") == str(folder)
+            assert kernel.value("__import__('os').getcwd()") == str(directory)
             assert kernel.value("__import__('os').environ['X']") == value
             assert kernel.value("__import__('os').environ['Y']") == "other"
             kernel.value("open('new', 'w').write('x')")
             # `inspect` shows it, as it does all variables of a container; no argv does.
             assert [path for path in secrets_seen(engine, "a 'b'") if path.endswith("/cmdline")] == []
-        assert (folder / "new").read_text() == "x"
-        assert sorted(os.listdir(folder)) == ["file", "new"]
+        assert (directory / "new").read_text() == "x"
+        assert sorted(os.listdir(directory)) == ["file", "new"]
 
-    def test_a_copied_folder_goes_with_the_kernel(
+    def test_a_copied_directory_goes_with_the_kernel(
         self, place: Jupyter, engine: Engine, tmp_path: Path
     ) -> None:
         data = tmp_path / "data"
@@ -361,8 +361,8 @@ class EngineCases:
         assert spec["metadata"]["supported_encryption"] == ["curve"]
         with self.started(place, "curve", transport_encryption="required") as (manager, client):
             wait_for(client)
-            told = json.loads(Path(manager.connection_file).read_text())
-            assert secrets_seen(engine, told["curve_secretkey"]) == []
+            reported = json.loads(Path(manager.connection_file).read_text())
+            assert secrets_seen(engine, reported["curve_secretkey"]) == []
             assert Kernel(manager, client).value("6 * 7") == "42"
 
     def test_kernels_that_share_a_container(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ class EngineCases:
         options = ["--shared", "--network=none", "--pwd", f"--bind={tmp_path}/here:/there"]
         options += [f"--mount=type=bind,src={tmp_path}/data,dst=/data,copy"]
         self.setup(place, engine, "both", *options, self.image)
-        folders = Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}"
+        directories = Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}"
         with self.started(place, "both", cwd=str(tmp_path / "here/one")) as (first, one), self.started(
             place, "both", cwd=str(tmp_path / "here/two")
         ) as (second, two):
@@ -386,7 +386,7 @@ class EngineCases:
             assert [k.value("__import__('os').getcwd()") for k in (a, b)] == ["/there/one", "/there/two"]
             a.value("open('/data/file', 'w').write('text')")
             assert b.value("open('/data/file').read()") == "text"
-            assert len(list(folders.glob("shared-*.0/file"))) == 1
+            assert len(list(directories.glob("shared-*.0/file"))) == 1
             assert a.interrupt_in("import os; os.system('sleep 60')")[1] < 5
             a.client.execute(f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{ENDLESS}")
             time.sleep(0.3)
@@ -399,7 +399,7 @@ class EngineCases:
             assert b.value("x") == "1"
             assert [one["Id"] for one in engine.containers()] == [container["Id"]]
         assert until(lambda: engine.ids() == [])
-        assert until(lambda: not folders.exists())
+        assert until(lambda: not directories.exists())
         assert os.listdir(tmp_path / "data") == []
 
     def test_remove_says_what_still_runs(self, place: Jupyter, engine: Engine) -> None:
@@ -455,7 +455,7 @@ class EngineCases:
 
     def test_the_installed_engine_says_which_options_it_has(self, engine: Engine) -> None:
         program = shutil.which(engine.name) or ""
-        options = envkernel.EngineOptions([[program, "run"]], envkernel.Facts(), os.environ)
+        options = envkernel.EngineOptions([[program, "run"]], envkernel.Host(), os.environ)
         assert len(options.known) > 100
         for flag, known in {
             "-v": ("--volume", "="),
@@ -501,7 +501,7 @@ class EngineCases:
                 assert kernel.interrupt_in("import time; time.sleep(60)")[0] == "KeyboardInterrupt"
 
     def test_podkernels_example(self, place: Jupyter, engine: Engine) -> None:
-        """An image that starts the kernel itself, told where the connection file is by a variable."""
+        """An image that starts the kernel itself, reported where the connection file is by a variable."""
         shell = "exec python3 -m ipykernel_launcher -f $PODKERNEL_CONNECTION_FILE"
         arguments = ["--kernel=image", "-e", "PODKERNEL_CONNECTION_FILE=/run/envkernel/connection.json"]
         arguments += [self.image, "--entrypoint=/bin/sh", "--", "-c", shell]
@@ -510,13 +510,13 @@ class EngineCases:
             assert kernel.value("__import__('os').environ['ENVKERNEL_CONNECTION_FILE']").endswith(".json")
 
     def test_an_image_is_built_and_built_again(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
-        folder = tmp_path / "image"
-        folder.mkdir()
-        file = folder / "Dockerfile"
+        directory = tmp_path / "image"
+        directory.mkdir()
+        file = directory / "Dockerfile"
         file.write_text(f"FROM {self.image}\nARG A\nENV BUILT=$A\n")
-        words = ["--build", folder, "--build-arg", "A=one"]
+        words = ["--build", directory, "--build-arg", "A=one"]
         said = place.envkernel(engine.name, "--name=dry", "--dry-run", *words).stdout
-        assert said.splitlines()[1:] == [f"{engine.program} build --build-arg=A=one {folder}"]
+        assert said.splitlines()[1:] == [f"{engine.program} build --build-arg=A=one {directory}"]
         self.setup(place, engine, "built", *words)
         first = place.spec("built")["argv"]
         with place.kernel("built") as kernel:
@@ -532,7 +532,7 @@ class EngineCases:
     def test_a_built_image_stays_and_a_failing_build_is_said(
         self, place: Jupyter, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A tag keeps it from `image prune`; it goes with the kernel."""
+        """A tag keeps it from `image prune`; it is removed with the kernel."""
         (tmp_path / "Dockerfile").write_text(f"FROM {self.image}\nENV BUILT=one\n")
         words = [engine.name, "--name=stays", "--user", "--python=python3", "--build", tmp_path]
         said = place.envkernel(*words, "-f", tmp_path / "none", status=1).stderr
@@ -548,7 +548,7 @@ class EngineCases:
         tag = f"envkernel/stays:{os.getuid()}"
         assert tag in engine.call("images", "--format={{.Repository}}:{{.Tag}}")
         launch = envkernel.launch_from_argv(envkernel.run_tokens(place.spec("stays")["argv"]))
-        envkernel.remove_built_image(launch.steps[0], "stays", envkernel.Facts())
+        envkernel.remove_built_image(launch.steps[0], "stays", envkernel.Host())
         assert tag not in engine.call("images", "--format={{.Repository}}:{{.Tag}}")
 
     @pytest.mark.parametrize(
@@ -577,8 +577,8 @@ class EngineCases:
         words = [f"--bind={script}:/tcp.py:ro", self.image]
         place.setup(engine.name, "tcp", *words, "--", "python3", "/tcp.py", "-f", "{connection_file}")
         with place.kernel("tcp") as kernel:
-            told = json.loads(Path(kernel.manager.connection_file).read_text())
-            mine = {ip for ip, port in listeners() if port == told["shell_port"]}
+            reported = json.loads(Path(kernel.manager.connection_file).read_text())
+            mine = {ip for ip, port in listeners() if port == reported["shell_port"]}
             assert "127.0.0.1" in mine
             assert len(mine) == 2
             assert all(ip.startswith("127.") for ip in mine)
@@ -588,8 +588,8 @@ class EngineCases:
 
     def test_files_belong_to_the_user(self, place: Jupyter, engine: Engine, tmp_path: Path) -> None:
         """A plain user who may talk to root's daemon; without network, so through sockets of the user's."""
-        with short_folder("user") as folder:
-            seen = self.as_user(PlainUser(folder, engine.environ), engine)
+        with short_directory("user") as directory:
+            seen = self.as_user(PlainUser(directory, engine.environ), engine)
             chosen = seen.pop("chosen")
             assert seen == {"inside": USER, "owner": [USER, USER], "left": []}
             assert chosen[0] == self.chosen[0], chosen[1]
@@ -599,13 +599,13 @@ class EngineCases:
     """What becomes of a plain user's --user=1234: exit status of setup, and what is said then."""
 
     def test_a_user_of_ones_choice(self, place: Jupyter, engine: Engine) -> None:
-        """Another one than root, who starts it; on the host the private folder stays closed to others."""
+        """Another one than root, who starts it; on the host the private directory stays closed to others."""
         self.setup(place, engine, "guest", f"--user={USER}", "--network=none", self.image)
         with place.kernel("guest") as kernel:
             assert kernel.value("__import__('os').getuid()") == str(USER)
             base = Path(place.environ["TMPDIR"]) / f"envkernel-{os.getuid()}"
-            (folder,) = base.glob("*/")
-            seen = [path.stat() for path in (base, folder, folder / "connection.json")]
+            (directory,) = base.glob("*/")
+            seen = [path.stat() for path in (base, directory, directory / "connection.json")]
             assert [one.st_uid for one in seen] == [0, USER, USER]
             assert [stat.S_IMODE(one.st_mode) & 0o777 for one in seen] == [0o700, 0o700, 0o600]
 
@@ -658,10 +658,10 @@ def graded_notebook(solution: str) -> str:
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
 
-    def cell(source: str, name: str, **told: Any) -> Any:
+    def cell(source: str, name: str, **reported: Any) -> Any:
         about = {"grade": False, "locked": False, "solution": False, "task": False}
         about.update(points=1, schema_version=3)
-        return new_code_cell(source, metadata={"nbgrader": {**about, "grade_id": name, **told}})
+        return new_code_cell(source, metadata={"nbgrader": {**about, "grade_id": name, **reported}})
 
     cells = [cell(solution, "answer", solution=True), cell("print(names)", "test", grade=True, locked=True)]
     kernelspec = {"name": "python3", "display_name": "Python 3"}

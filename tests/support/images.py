@@ -17,21 +17,21 @@ PYTHON = ("python3-ipykernel",)
 
 
 def make_rootfs(name: str, *packages: str) -> Path:
-    """Return a folder with a minimal Debian and some packages, kept for the next run of the tests."""
+    """Return a directory with a minimal Debian and some packages, kept for the next run of the tests."""
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
 
-    def make(folder: Path) -> None:
+    def make(directory: Path) -> None:
         words = ["mmdebstrap", "--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io"]
         words += [f"--include={','.join(packages)}"] if packages else []
         if os.getuid() == 0:
-            subprocess.run([*words, "--format=directory", suite, str(folder)], check=True)
-            folder.chmod(0o755)
+            subprocess.run([*words, "--format=directory", suite, str(directory)], check=True)
+            directory.chmod(0o755)
             return
-        archive = folder.with_suffix(".tar")  # a directory would belong to others of the user's numbers
+        archive = directory.with_suffix(".tar")  # a directory would belong to others of the user's numbers
         if not shutil.which(words[0]) or subprocess.run([*words, suite, archive], check=False).returncode:
             missing("mmdebstrap for an ordinary user (it needs newuidmap and a line in /etc/subuid)")
-        folder.mkdir(mode=0o755)
-        done("tar", "-x", "--no-same-owner", "--exclude=./dev/*", "-f", archive, "-C", folder)
+        directory.mkdir(mode=0o755)
+        done("tar", "-x", "--no-same-owner", "--exclude=./dev/*", "-f", archive, "-C", directory)
         archive.unlink()
 
     return made_once(f"rootfs-{suite}-{name}", make)
@@ -45,12 +45,22 @@ def python_rootfs() -> Path:
 
 @pytest.fixture(scope="session")
 def new_ipykernel(tmp_path_factory: pytest.TempPathFactory, python_rootfs: Path) -> Path:
-    """The newest ipykernel in a folder for PYTHONPATH, for the Python of `python_rootfs`."""
-    folder = tmp_path_factory.mktemp("ipykernel") / "new"
+    """The newest ipykernel in a directory for PYTHONPATH, for the Python of `python_rootfs`."""
+    directory = tmp_path_factory.mktemp("ipykernel") / "new"
     version = max((python_rootfs / "usr/bin").glob("python3.*[0-9]")).name[len("python") :]
-    words = ["pip", "install", "-q", "--target", folder, "--python", BASE_PYTHON, "--python-version", version]
+    words = [
+        "pip",
+        "install",
+        "-q",
+        "--target",
+        directory,
+        "--python",
+        BASE_PYTHON,
+        "--python-version",
+        version,
+    ]
     done(UV, *words, "ipykernel", env=ENVIRON)
-    return folder
+    return directory
 
 
 @pytest.fixture(scope="session")

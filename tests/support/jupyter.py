@@ -1,4 +1,4 @@
-"""A private Jupyter: its folders, envkernel run in it, and kernels started through jupyter_client."""
+"""A private Jupyter: its directories, envkernel run in it, and kernels started through jupyter_client."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PRINT_ENVIRON = ["--", "/usr/bin/env", "-0", "CONNECTION_FILE={connection_file}"
 def marked_processes(mark: str) -> dict[int, str]:
     """Return the processes that have `mark` in their environment, with their command lines; no zombies."""
     found = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit() and int(directory.name) != os.getpid():
             with contextlib.suppress(OSError):
-                if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
-                    found[int(folder.name)] = os.fsdecode(command)
+                if f"{MARK}={mark}".encode() in (directory / "environ").read_bytes().split(b"\0"):
+                    command = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(directory.name)] = os.fsdecode(command)
     return found
 
 
@@ -155,7 +155,8 @@ class Kernel:
     def interrupt_r(self) -> None:
         """Interrupt R while it sleeps: it has to reply within 10 seconds.
 
-        IRkernel ends where the signal comes before it evaluates the code, so that code has to be heard first.
+        IRkernel ends where the signal comes before it evaluates the code, so that code has to be received
+        first.
         """
         request = self.client.execute("cat('now')\nSys.sleep(60)")
         while self.client.get_iopub_msg(timeout=20)["msg_type"] != "stream":
@@ -178,7 +179,7 @@ class Kernel:
 
 
 def wait_for(client: Any, timeout: float = 60) -> None:
-    """Wait until a kernel answers and what it publishes is heard.
+    """Wait until a kernel answers and what it publishes is received.
 
     A subscription may reach the kernel after its first answer; what it published before is lost then.
     A kernel that takes long to start is spoken for (`Front`), but for what is to be executed.
@@ -203,7 +204,7 @@ def wait_for(client: Any, timeout: float = 60) -> None:
 
 
 class Jupyter:
-    """A Jupyter of its own: HOME, data, runtime, configuration and temporary files below one folder.
+    """A Jupyter of its own: HOME, data, runtime, configuration and temporary files below one directory.
 
     environ: the environment that Jupyter, envkernel and the kernels are started with.
     """
@@ -211,18 +212,18 @@ class Jupyter:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.mark = uuid.uuid4().hex
-        folders = {"HOME": "home", "TMPDIR": "tmp", "IPYTHONDIR": "home/.ipython"}
-        folders.update({f"JUPYTER_{kind.upper()}_DIR": kind for kind in ("data", "runtime", "config")})
-        self.environ = {name: str(root / folder) for name, folder in folders.items()}
-        for folder in self.environ.values():
-            Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        directories = {"HOME": "home", "TMPDIR": "tmp", "IPYTHONDIR": "home/.ipython"}
+        directories.update({f"JUPYTER_{kind.upper()}_DIR": kind for kind in ("data", "runtime", "config")})
+        self.environ = {name: str(root / directory) for name, directory in directories.items()}
+        for directory in self.environ.values():
+            Path(directory).mkdir(parents=True, exist_ok=True, mode=0o700)
         self.environ["JUPYTER_PATH"] = str(root / "path")
         self.environ["PATH"] = "/usr/local/bin:/usr/bin:/bin"
         self.environ[MARK] = self.mark
 
     @property
     def kernels(self) -> Path:
-        """Folder of the user's kernelspecs."""
+        """Directory of the user's kernelspecs."""
         return self.root / "data" / "kernels"
 
     def envkernel(
@@ -272,7 +273,7 @@ class Jupyter:
     ) -> subprocess.CompletedProcess[bytes]:
         """Run the argv of a kernelspec to its end, filled in as jupyter_client does it.
 
-        environ: added to Jupyter's, or (replace) in its place.  cwd: the current folder, as a notebook's.
+        environ: added to Jupyter's, or (replace) in its place.  cwd: the current directory, as a notebook's.
         """
         start = {**({} if replace else self.environ), **(environ or {}), **spec.get("env", {})}
         names = {"connection_file": "/connection.json", "resource_dir": "/resources"}
@@ -301,8 +302,8 @@ class Jupyter:
         deadline = time.monotonic() + patience
         while True:
             left = [f"process {pid}: {command}" for pid, command in marked_processes(self.mark).items()]
-            for folder in ("runtime", "tmp"):
-                for top, _, files in os.walk(self.root / folder):  # rglob fails where one goes meanwhile
+            for directory in ("runtime", "tmp"):
+                for top, _, files in os.walk(self.root / directory):  # rglob fails where one goes meanwhile
                     left += [f"file {top}/{name}" for name in files]
             if not left or time.monotonic() > deadline:
                 return "\n".join(left)

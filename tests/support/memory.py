@@ -1,4 +1,4 @@
-"""How much memory stands beside a kernel."""
+"""How much memory envkernel uses next to a kernel."""
 
 from __future__ import annotations
 

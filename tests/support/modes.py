@@ -96,7 +96,7 @@ class ApptainerMode(Mode):
     """Apptainer, whose containers are processes of this host."""
 
     def __init__(self, key: str, apptainer: Apptainer, words: list[str]) -> None:
-        environ = {"PATH": f"{apptainer.folder}:/usr/local/bin:/usr/bin:/bin"}
+        environ = {"PATH": f"{apptainer.directory}:/usr/local/bin:/usr/bin:/bin"}
         super().__init__(key, "apptainer", ["--python=python3", *words], environ, "container")
 
 
@@ -189,16 +189,16 @@ class Things(contextlib.ExitStack):
             return self.enter_context(running[name]())
         if name == "skein_client":
             return self.enter_context(skein_client_of(self.get("yarn")))
-        folder = Path(self.enter_context(tempfile.TemporaryDirectory(prefix=f"envkernel-{name}-")))
-        folder.chmod(0o755)
+        directory = Path(self.enter_context(tempfile.TemporaryDirectory(prefix=f"envkernel-{name}-")))
+        directory.chmod(0o755)
         if name == "kernel_venv":
-            return make_kernel_venv(folder / "venv")
+            return make_kernel_venv(directory / "venv")
         if name == "packed":
-            return make_packed(folder)
+            return make_packed(directory)
         if name == "standin":
-            return link_apptainer("standin", folder)
+            return link_apptainer("standin", directory)
         assert name == "standin_sif", name
-        return self.get("standin").image(make_rootfs("python", "python3-ipykernel"), folder / "kernel.sif")
+        return self.get("standin").image(make_rootfs("python", "python3-ipykernel"), directory / "kernel.sif")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from support import bash_environ, done, made_once, missing
 
 LMOD = Path("/usr/share/lmod/lmod")
 
-# Modules for both systems, in the Tcl that both read.  {root}: folder of the tree.  {venv}: an
+# Modules for both systems, in the Tcl that both read.  {root}: directory of the tree.  {venv}: an
 # environment with ipykernel.
 TCL = {
     "core/gcc/12": """
@@ -103,7 +103,7 @@ LUA = {
     "core/quoted/1": "\n".join(f'setenv("{name}", {in_lua(value)})' for name, value in QUOTED.items()),
     "core/bytes/1": "\n".join(f'setenv("{name}", {in_lua(value)})' for name, value in BYTES.items()),
     "core/function/1": 'set_shell_function("greet", "echo hi", "echo hi")\nsetenv("FUNCTION", "1")',
-    "folder with space/spaced/1": 'setenv("SPACED", "1")',
+    "directory with space/spaced/1": 'setenv("SPACED", "1")',
     "core/execute/1": 'execute{cmd="export EXECUTED=1", modeA={"load"}}\nsetenv("AFTER", "1")',
     "core/executed/1": 'execute{cmd="export UNLOADED=yes", modeA={"unload"}}\nsetenv("AFTER", "1")',
     "core/sources/1": 'local here = pathJoin(myFileName():match("(.*)/"), "profile")\n'
@@ -174,29 +174,29 @@ def environment_modules(tmp_path_factory: pytest.TempPathFactory, kernel_venv: P
     tclsh = shutil.which("tclsh")
     if not tclsh:
         missing("tclsh (Debian: apt install tcl)")
-    folder = made_once("environment-modules", fetch_package)
-    [script] = folder.glob("usr/lib/*/modulecmd.tcl")
+    directory = made_once("environment-modules", fetch_package)
+    [script] = directory.glob("usr/lib/*/modulecmd.tcl")
     root = tmp_path_factory.mktemp("modules") / "tree"
     write_tree(root, kernel_venv, lua=False)
     environ = {
         "MODULES_CMD": str(script),
         "MODULEPATH": str(root / "core"),
-        "MODULESHOME": str(folder / "usr/share/modules"),
+        "MODULESHOME": str(directory / "usr/share/modules"),
     }
     return Modules("modules", [tclsh, str(script)], environ, root)
 
 
-def fetch_package(folder: Path) -> None:
-    """Download the Debian package that `folder` is called after, and unpack it there."""
-    package = folder.stem
+def fetch_package(directory: Path) -> None:
+    """Download the Debian package that `directory` is called after, and unpack it there."""
+    package = directory.stem
     if not shutil.which("apt-get"):
         missing(f"apt-get, which fetches {package}")
-    folder.mkdir()
+    directory.mkdir()
     said = subprocess.run(
-        ["apt-get", "download", "-q", package], cwd=folder, capture_output=True, text=True, check=False
+        ["apt-get", "download", "-q", package], cwd=directory, capture_output=True, text=True, check=False
     )
     if said.returncode:
         missing(f"the Debian package {package}: {said.stderr.strip()}")
-    [archive] = folder.glob("*.deb")
-    done("dpkg", "-x", archive, folder)
+    [archive] = directory.glob("*.deb")
+    done("dpkg", "-x", archive, directory)
     archive.unlink()

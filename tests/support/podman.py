@@ -11,7 +11,7 @@ from typing import Iterator
 import pytest
 
 from support import missing
-from support.containers import Engine, short_folder
+from support.containers import Engine, short_directory
 from support.images import make_rootfs
 
 _CONTAINERS = """
@@ -21,28 +21,28 @@ default_ulimits = ["nofile=10000:10000", "nproc=30000:30000"]
 runtime = "runc"
 events_logger = "file"
 cgroup_manager = "cgroupfs"
-tmp_dir = "{folder}/tmp"
+tmp_dir = "{directory}/tmp"
 [network]
-network_config_dir = "{folder}/networks"
+network_config_dir = "{directory}/networks"
 """
 
 _STORAGE = """
 [storage]
 driver = "overlay"
-graphroot = "{folder}/storage"
-rootless_storage_path = "{folder}/storage"
-runroot = "{folder}/run"
+graphroot = "{directory}/storage"
+rootless_storage_path = "{directory}/storage"
+runroot = "{directory}/run"
 """
 
 
-def podman_environ(folder: Path) -> dict[str, str]:
-    """Configure a Podman that keeps everything in `folder`; return the environment that says so."""
-    (folder / "containers.conf").write_text(_CONTAINERS.format(folder=folder))
-    (folder / "storage.conf").write_text(_STORAGE.format(folder=folder))
-    (folder / "networks").mkdir()
+def podman_environ(directory: Path) -> dict[str, str]:
+    """Configure a Podman that keeps everything in `directory`; return the environment that says so."""
+    (directory / "containers.conf").write_text(_CONTAINERS.format(directory=directory))
+    (directory / "storage.conf").write_text(_STORAGE.format(directory=directory))
+    (directory / "networks").mkdir()
     return {
-        "CONTAINERS_CONF": str(folder / "containers.conf"),
-        "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+        "CONTAINERS_CONF": str(directory / "containers.conf"),
+        "CONTAINERS_STORAGE_CONF": str(directory / "storage.conf"),
     }
 
 
@@ -60,8 +60,8 @@ def need_podman() -> str:
 def running_podman() -> Iterator[Engine]:
     """Have a Podman of root's with the images ``localhost/python`` and ``localhost/bare``."""
     program = need_podman()
-    with short_folder("podman") as folder:
-        engine = Engine("podman", program, podman_environ(folder))
+    with short_directory("podman") as directory:
+        engine = Engine("podman", program, podman_environ(directory))
         engine.add_image(make_rootfs("python", "python3-ipykernel"), "localhost/python")
         engine.add_image(make_rootfs("bare", "python3-minimal"), "localhost/bare")
         yield engine

@@ -12,11 +12,11 @@ from typing import Iterator
 import pytest
 
 from support import missing
-from support.containers import short_folder
+from support.containers import short_directory
 
 
 def listens(port: int) -> bool:
-    """Tell whether somebody listens on a port of loopback."""
+    """Return whether somebody listens on a port of loopback."""
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
@@ -28,17 +28,17 @@ def registry() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with short_folder("registry") as folder:
-        storage = {"filesystem": {"rootdirectory": str(folder / "data")}}
-        told = {"version": 0.1, "storage": storage, "http": {"addr": f"127.0.0.1:{port}"}}
-        (folder / "config.yml").write_text(json.dumps(told))
-        with open(folder / "log", "wb") as log:
-            process = subprocess.Popen([program, "serve", folder / "config.yml"], stdout=log, stderr=log)
+    with short_directory("registry") as directory:
+        storage = {"filesystem": {"rootdirectory": str(directory / "data")}}
+        reported = {"version": 0.1, "storage": storage, "http": {"addr": f"127.0.0.1:{port}"}}
+        (directory / "config.yml").write_text(json.dumps(reported))
+        with open(directory / "log", "wb") as log:
+            process = subprocess.Popen([program, "serve", directory / "config.yml"], stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 20
             while not listens(port):
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
+                assert process.poll() is None, (directory / "log").read_text()
+                assert time.monotonic() < deadline, (directory / "log").read_text()
                 time.sleep(0.05)
             yield f"127.0.0.1:{port}"
         finally:

@@ -120,7 +120,7 @@ class Slurm:
                 raise RuntimeError(self.run("sinfo", "-N") + self.logs())
             time.sleep(0.1)
 
-    def mend(self, node: str, timeout: float = 60) -> None:
+    def repair(self, node: str, timeout: float = 60) -> None:
         """Bring a node back into service, whatever was done to it."""
         if f"slurmd-{node}" not in self.daemons:
             self.start_node(node)
@@ -235,9 +235,10 @@ class Slurm:
         ).stdout
 
     @contextlib.contextmanager
-    def sshd(self, folder: Path) -> Iterator[Path]:
-        """Run an sshd on the far node; yields a folder with an ``ssh`` that has the right key and address."""
-        with run_sshd(folder, "far", self.far, ["nsenter", f"--net=/run/netns/{self.netns}"]) as programs:
+    def sshd(self, directory: Path) -> Iterator[Path]:
+        """Run an sshd on the far node; yields a directory with an ``ssh`` that has the right key and
+        address."""
+        with run_sshd(directory, "far", self.far, ["nsenter", f"--net=/run/netns/{self.netns}"]) as programs:
             yield programs
 
     def logs(self) -> str:
@@ -253,25 +254,25 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def run_sshd(folder: Path, node: str, address: str, inside: Sequence[str] = ()) -> Iterator[Path]:
+def run_sshd(directory: Path, node: str, address: str, inside: Sequence[str] = ()) -> Iterator[Path]:
     """Run an sshd at an address of `node`, started by the command `inside`.
 
-    Yields a folder with an ``ssh`` that has the right key and address.
+    Yields a directory with an ``ssh`` that has the right key and address.
     """
     for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name], check=True)
     os.makedirs("/run/sshd", exist_ok=True)
     [port] = free_ports(1)
-    server = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", str(port), "-h", str(folder / "host")]
-    keys = f"AuthorizedKeysFile={folder}/user.pub"
+    server = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null", "-p", str(port), "-h", str(directory / "host")]
+    keys = f"AuthorizedKeysFile={directory}/user.pub"
     for option in (f"ListenAddress={address}", keys, "PidFile=none", "StrictModes=no", "UsePAM=no"):
         server += ["-o", option]
-    config = f"Host {node}\n HostName {address}\n Port {port}\n IdentityFile {folder}/user\n"
-    config += f" UserKnownHostsFile {folder}/known\n StrictHostKeyChecking accept-new\n"
-    (folder / "config").write_text(config)
-    (folder / "bin").mkdir()
-    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/config "$@"\n')
-    (folder / "bin" / "ssh").chmod(0o755)
+    config = f"Host {node}\n HostName {address}\n Port {port}\n IdentityFile {directory}/user\n"
+    config += f" UserKnownHostsFile {directory}/known\n StrictHostKeyChecking accept-new\n"
+    (directory / "config").write_text(config)
+    (directory / "bin").mkdir()
+    (directory / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {directory}/config "$@"\n')
+    (directory / "bin" / "ssh").chmod(0o755)
 
     def listens() -> bool:
         with socket.socket() as sock:
@@ -280,7 +281,7 @@ def run_sshd(folder: Path, node: str, address: str, inside: Sequence[str] = ()) 
     with subprocess.Popen([*inside, *server], stderr=subprocess.DEVNULL) as daemon:
         try:
             wait_for(listens, "sshd", 5)
-            yield folder / "bin"
+            yield directory / "bin"
         finally:
             daemon.terminate()
 

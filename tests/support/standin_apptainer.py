@@ -6,12 +6,12 @@ wrong: an option that Apptainer does not document ends it, a bind whose source i
 command sees the image, Apptainer's default mounts and the given binds, nothing else of the host.
 
 Modelled on Apptainer 1.4.5, by trying: default mounts and what ``--contain``, ``--no-home`` and
-``--workdir`` make of them; ``APPTAINERENV_X`` and ``--env`` evaluated by a shell unless told otherwise;
+``--workdir`` make of them; ``APPTAINERENV_X`` and ``--env`` evaluated by a shell unless reported otherwise;
 SIGINT and SIGTERM forwarded to the command alone, not by ``exec instance://``; the command dies
 with the starter; a helper process in a group of its own, but in the same session, that survives a
 SIGKILL of the starter (there: squashfuse); the words and statuses of the usual errors.
 
-An image is a folder, or a file that says ``standin-sif`` and, in the second line, which folder.
+An image is a directory, or a file that says ``standin-sif`` and, in the second line, which directory.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def image_root(image: str) -> str:
-    """Return the folder that an image stands for."""
+    """Return the directory that an image stands for."""
     if not os.path.lexists(image):
         die(f"While checking container encryption: could not open image {image}: failed to retrieve path")
     if os.path.isdir(image):
@@ -273,7 +273,7 @@ class Container:
         return words
 
     def _resolve(self, path: str) -> str:
-        """Follow the image's links in the leading folders of a mount point."""
+        """Follow the image's links in the leading directories of a mount point."""
         parts = path.strip("/").split("/")
         first = "/" + parts[0]
         if os.path.islink(self.root + first):
@@ -479,9 +479,9 @@ def end_helper(*pids: int) -> None:
 
 def instance_file(name: str) -> Path:
     """Return where an instance is recorded."""
-    folder = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".apptainer/instances/standin"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder / (name + ".json")
+    directory = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".apptainer/instances/standin"
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return directory / (name + ".json")
 
 
 def read_instance(name: str) -> dict[str, object]:  # type: ignore[type-arg]
@@ -573,7 +573,8 @@ def run_build(options: dict[str, list[str]], rest: list[str]) -> int:
 
 
 def run_pull(options: dict[str, list[str]], rest: list[str]) -> int:
-    """``apptainer pull [OUT] URI``: from the folder $STANDIN_REGISTRY, where NAME stands for any ``x://NAME``."""
+    """``apptainer pull [OUT] URI``: from the directory $STANDIN_REGISTRY, where NAME stands for any
+    ``x://NAME``."""
     uri = rest[-1]
     name = uri.partition("://")[2]
     out = rest[0] if len(rest) > 1 else re.sub(r"[:/]", "_", name.rpartition("/")[2]) + ".sif"

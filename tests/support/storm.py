@@ -78,12 +78,12 @@ class Process:
     """A process of a round, as it was when it was found."""
 
     def __init__(self, pid: int) -> None:
-        folder = Path(f"/proc/{pid}")
+        directory = Path(f"/proc/{pid}")
         self.pid = pid
-        stat = (folder / "stat").read_text().rpartition(") ")[2].split()
+        stat = (directory / "stat").read_text().rpartition(") ")[2].split()
         self.state, self.parent, self.start = stat[0], int(stat[1]), int(stat[19])
-        self.argv = (folder / "cmdline").read_bytes().split(b"\0")[:-1]
-        self.environ = (folder / "environ").read_bytes() if self.state != "Z" else b""
+        self.argv = (directory / "cmdline").read_bytes().split(b"\0")[:-1]
+        self.environ = (directory / "environ").read_bytes() if self.state != "Z" else b""
 
     def __str__(self) -> str:
         command = os.fsdecode(b" ".join(self.argv))
@@ -181,7 +181,8 @@ def victims_of(mode: Mode) -> tuple[str, ...]:
 
 
 class Round:
-    """One kernel that is started and killed.  root: folder of all that belongs to it, with a short path."""
+    """One kernel that is started and killed.  root: directory of all that belongs to it, with a short
+    path."""
 
     def __init__(self, mode: Mode, template: str, root: Path, seed: int) -> None:
         self.mode = mode
@@ -401,9 +402,11 @@ class Round:
     def leftovers(self, thorough: bool = True) -> list[str]:
         """Return what is left of the kernel."""
         left = [str(process) for process in self.ours()]
-        for folder in ("runtime", "tmp", "user"):
-            for top, folders, files in os.walk(self.root / folder):  # rglob fails where one goes meanwhile
-                paths = [("folder", name) for name in folders] + [("file", name) for name in files]
+        for directory in ("runtime", "tmp", "user"):
+            for top, directories, files in os.walk(
+                self.root / directory
+            ):  # rglob fails where one goes meanwhile
+                paths = [("directory", name) for name in directories] + [("file", name) for name in files]
                 for kind, name in paths:
                     path = Path(top, name)
                     if path != self.connection:
@@ -556,8 +559,8 @@ class Storm:
         common = [f"--name=storm-{PLACEHOLDER}", "--user", f"--env=STORM_MARK={PLACEHOLDER}"]
         place.envkernel(mode.mode, *common, *mode.words, environ=mode.environ, script=self.script)
         text = (place.kernels / f"storm-{PLACEHOLDER}" / "kernel.json").read_text()
-        folder = str(self.script.resolve().parent)
-        assert folder in text, f"the kernelspec does not run the envkernel of {folder}: {text}"
+        directory = str(self.script.resolve().parent)
+        assert directory in text, f"the kernelspec does not run the envkernel of {directory}: {text}"
         return text
 
     def play(self, seeds: dict[str, Iterable[int]], parallel: int = 5) -> Iterator[Outcome]:
@@ -577,7 +580,7 @@ class Storm:
                 yield future.result()
 
     def close(self) -> None:
-        """Remove the folder of all rounds."""
+        """Remove the directory of all rounds."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def __enter__(self) -> Storm:

@@ -19,7 +19,7 @@ BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)
 ENVIRON = {
     name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))
 }
-"""For the makers: the caches lie in our own folder, whatever HOME a test has."""
+"""For the makers: the caches lie in our own directory, whatever HOME a test has."""
 ENVIRON.update(
     UV_CACHE_DIR=str(cache_dir() / "uv"), VIRTUALENV_OVERRIDE_APP_DATA=str(cache_dir() / "virtualenv")
 )
@@ -94,5 +94,5 @@ def make_kernel_venv(path: Path) -> Path:
 @pytest.fixture(scope="session")
 def activate_scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The bin/activate of one fresh environment per creator."""
-    folder = tmp_path_factory.mktemp("venvs")
-    return {creator: create_venv(creator, folder / creator.replace("=", "-")) for creator in creators()}
+    directory = tmp_path_factory.mktemp("venvs")
+    return {creator: create_venv(creator, directory / creator.replace("=", "-")) for creator in creators()}

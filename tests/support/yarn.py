@@ -56,11 +56,11 @@ log4j.appender.stderr.layout.ConversionPattern=%d %p %c{1}: %m%n
 """
 
 
-def fetch_jars(folder: Path) -> None:
-    """Let maven fetch Hadoop's jars into `folder`."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+def fetch_jars(directory: Path) -> None:
+    """Let maven fetch Hadoop's jars into `directory`."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as work:
         shutil.copy(POM, Path(work) / "pom.xml")
-        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={folder}"]
+        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={directory}"]
         mvn = ["mvn", "-B", "-q", f"-Dhadoop={HADOOP}", *goal]
         subprocess.run(mvn, cwd=work, check=True, timeout=900, stdin=subprocess.DEVNULL)
 
@@ -145,8 +145,8 @@ class Yarn:
         return (self.dir / f"{name}.log").read_text(errors="replace")
 
     def _write_conf(self) -> None:
-        for folder in (self.conf, self.dir / "bin", self.dir / "skein"):
-            folder.mkdir()
+        for directory in (self.conf, self.dir / "bin", self.dir / "skein"):
+            directory.mkdir()
         rm = free_ports(8)
         addresses = (
             "address",
@@ -242,19 +242,19 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_packed(tmp_path_factory.mktemp("packed"))
 
 
-def make_packed(folder: Path) -> Path:
+def make_packed(directory: Path) -> Path:
     """Make an environment with skein and ipykernel, packed by venv-pack.
 
     What these two need is taken from the environment of the tests: a NodeManager without Hadoop's
     native library starts one chmod per file that it unpacks.
     """
-    venv = folder / "venv"
+    venv = directory / "venv"
     done(sys.executable, "-m", "venv", "--without-pip", venv)
     pip = [sys.executable, "-m", "pip", "--python", venv, "install", "-q", "--no-deps", "--no-compile"]
     done(*pip, "skein", "ipykernel")
     [packages] = venv.glob("lib/python*/site-packages")
     rest = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n"
     (packages / "rest.pth").write_text(rest)
-    archive = folder / "environment.tar.gz"
+    archive = directory / "environment.tar.gz"
     done(Path(sys.executable).with_name("venv-pack"), "-q", "-p", venv, "-o", archive)
     return archive

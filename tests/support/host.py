@@ -1,4 +1,4 @@
-"""Facts out of dictionaries, for the tests of planning."""
+"""Host out of dictionaries, for the tests of planning."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def unknown_flag(flag):
     return envkernel.Output(125, b"", f"unknown flag: {flag}".encode())
 
 
-class FakeFacts(envkernel.Facts):
+class FakeHost(envkernel.Host):
     """A world of given files, programs and answers; whatever is not given is not there.
 
     files: content by path.  programs: paths that can be executed.  answers: `Output` by argv.
@@ -64,7 +64,7 @@ class FakeFacts(envkernel.Facts):
         self.login = login or {}
         self.cwd = cwd
         self.asked = []
-        self.told = b""
+        self.reported = b""
         self.agreed = True
         self.listening = True
 
@@ -122,7 +122,7 @@ class FakeFacts(envkernel.Facts):
         self.asked.append(question)
         return self.agreed
 
-    def produce(self, argv, path, environ, folder=None):
+    def produce(self, argv, path, environ, directory=None):
         status = self.show(argv, environ)
         if not status:
             self.files[path] = b"made"
@@ -137,5 +137,5 @@ class FakeFacts(envkernel.Facts):
     def login_environ(self, environ):
         return self.login
 
-    def tell(self, text):
-        self.told += text
+    def warn(self, text):
+        self.reported += text
