@@ -11,7 +11,7 @@ builds the environment and executes the kernel.
 The file reads top to bottom: constants, errors, records with the registry of modes, kernelspec tokens,
 command line, environment modes, container modes, cluster modes, kernelspecs, logos, completion, managing,
 host (the only access to the world), launch log, keeper, agent on a node, YARN, front, main.
-Planning is apart from effect: a mode is a function from options, what `Host` knows and environment to a `Plan`;
+Planning is apart from effect: a mode is a function from options, `Host` and environment to a `Plan`;
 only the last sections touch the world.
 
 Imports are few on purpose.  Jupyter starts this file before each kernel, and every module costs:
@@ -317,7 +317,7 @@ class Plan(Record):
     search: the directories in which a bare program name has to be found; None where the program is
     not looked up on this host.  where: what those directories belong to, in words.
     install: how to install something there, in words, ``%s`` standing for the package.
-    care: what has to stand beside the program; None where it takes this process's place.
+    supervision: what the keeper needs to know; None where it takes this process's place.
     given: variables of the user's for the kernel (``--env``), for modes that start with a clean one.
     inside: how a command is run once inside of a container, without its private directory; empty for none.
     job: what runs it on a cluster; None on this host.
@@ -328,7 +328,7 @@ class Plan(Record):
     search: list[str] | None = None
     where: str = "this machine"
     install: str = "install %s"
-    care: Care | None = None
+    supervision: Supervision | None = None
     given: dict[str, str] = {}
     inside: list[str] = []
     job: Job | None = None
@@ -1873,11 +1873,11 @@ class ContainerSpec(Record):
     shared: name of the container that all kernels of the kernelspec share, empty for one of its own.
     binds: what is bound, the private directory first.  workdir: where to work, empty for the image's own.
     environ: variables to set inside; secret: the user's variables, which no argv may show.
-    command: the kernel command.  publish: ports to publish.  care: how it is supervised.
+    command: the kernel command.  publish: ports to publish.  supervision: how it is supervised.
     """
 
     directory: str
-    care: Care
+    supervision: Supervision
     inside: str = INSIDE
     shared: str = ""
     binds: list[Bind] = []
@@ -1909,7 +1909,7 @@ def container_spec(
     file = f"{inside}/connection.json"
     spec = ContainerSpec(
         directory,
-        Care(directory, connection=connection),
+        Supervision(directory, connection=connection),
         inside=inside,
         shared=shared,
         binds=[Bind(os.path.dirname(directory), INSIDE) if shared else Bind(directory, inside)],
@@ -1922,9 +1922,11 @@ def container_spec(
     if connection:
         transport = step.options.get("transport") or step.options.get("reach", "")
         own = kernel_connection(spec, host_network, transport, host)
-        spec.care.files.append((spec.path("connection.json"), to_json(own)))
+        spec.supervision.files.append((spec.path("connection.json"), to_json(own)))
         if connection.get("transport") == "ipc":
-            spec.care.remove += [f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS]
+            spec.supervision.remove += [
+                f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS
+            ]
     if step.options.get("pwd") or step.options.get("copy-workdir"):
         use_workdir(spec, step, plan, host)
     return spec
@@ -1938,10 +1940,10 @@ def kernel_connection(spec: ContainerSpec, host_network: bool, transport: str, h
     kernel's own, on the host's network or published there.  Without a record of what setup has seen
     (kernelspecs of envkernel 1.x) it is TCP where that can be had.
     """
-    jupyters = spec.care.connection
+    jupyters = spec.supervision.connection
     if transport == "ipc" or not (transport or host_network):
         numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
-        spec.care.relay = {**numbers, "transport": "ipc", "ip": spec.path("s")}
+        spec.supervision.relay = {**numbers, "transport": "ipc", "ip": spec.path("s")}
         return {**jupyters, **numbers, "transport": "ipc", "ip": f"{spec.inside}/s"}
     random = bytes.fromhex(host.random())
     address = "127.{}.{}.{}".format(*(byte % 254 + 1 for byte in random[:3]))
@@ -1949,10 +1951,10 @@ def kernel_connection(spec: ContainerSpec, host_network: bool, transport: str, h
     if jupyters.get("transport") == "ipc" or jupyters["ip"] in ("0.0.0.0", "::", "*", ""):
         first = 61000 + 8 * random[3]  # Jupyter has none, or listens on them at all addresses
         ports = {name: first + number for number, name in enumerate(ports)}
-    spec.care.relay = {**ports, "transport": "tcp", "ip": address}
+    spec.supervision.relay = {**ports, "transport": "tcp", "ip": address}
     if not host_network:
         spec.publish = [f"{address}:{port}:{port}" for port in ports.values()]
-    return {**jupyters, **spec.care.relay, "ip": address if host_network else "0.0.0.0"}
+    return {**jupyters, **spec.supervision.relay, "ip": address if host_network else "0.0.0.0"}
 
 
 def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, host: Host) -> None:
@@ -1969,7 +1971,7 @@ def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, host: Host) -> None
                 inner = os.path.normpath(f"{bind.target}/{os.path.relpath(directory, bind.source)}")
                 spec.workdir = spec.workdir or inner
                 return
-        if spec.care.connection and not spec.workdir:
+        if spec.supervision.connection and not spec.workdir:
             raise UserError(
                 f"The notebook's directory {directory} can't be seen in the shared container.",
                 "Open a notebook in a directory that --bind shows there, or bind this one as well.",
@@ -1978,7 +1980,7 @@ def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, host: Host) -> None
         source = add_copy(spec, directory, plan, host) if step.options.get("copy-workdir") else directory
         spec.binds.append(Bind(source, directory))
         spec.workdir = spec.workdir or directory
-    elif spec.care.connection:
+    elif spec.supervision.connection:
         hint = "Open the notebook from a directory of yours, or leave --pwd out."
         raise UserError("The kernel was started in /, which can't be bound into a container.", hint)
 
@@ -1987,8 +1989,8 @@ def add_copy(spec: ContainerSpec, directory: str, plan: Plan, host: Host) -> str
     """Have a directory copied before the start; return where the copy will be (on disk, not in memory)."""
     disk = private_base({**plan.environ, "XDG_RUNTIME_DIR": ""}, "", host)
     owner = spec.shared or os.path.basename(spec.directory)
-    copy = f"{disk}/{owner}.{len(spec.care.copies)}"
-    spec.care.copies.append((directory, copy))
+    copy = f"{disk}/{owner}.{len(spec.supervision.copies)}"
+    spec.supervision.copies.append((directory, copy))
     return copy
 
 
@@ -2097,7 +2099,7 @@ def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         step = step.replace(options={"identity": "user", **step.options})
     on_host, network = shares_host(step), last_value(step, "--network", "--net")
     spec = container_spec(step, plan, host, rest, host_network=on_host)
-    care = spec.care
+    supervision = spec.supervision
     name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), spec.shared or host.random())
     image, podman, init = step.targets[0], is_podman(step), bool(step.options.get("init"))
     head = [program, "run", "--rm", "--pull=never", *(["--init"] if init else [])]
@@ -2112,24 +2114,24 @@ def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     environ, variables = variable_tokens(spec, plan.environ, init)
     options = [*(["--workdir=" + spec.workdir] if spec.workdir else []), *variables]
     remove = [program, "rm", "-f", "-v", *(["-t", "0"] if podman else []), name]
-    care.owner = int(step.options.get("guest", "-1"))
-    care.litter = podman  # conmon marks an OOM kill by a file in its current directory
-    care.explain = ContainerEnd(program, image, name, spec.path("oom"))
+    supervision.owner = int(step.options.get("guest", "-1"))
+    supervision.litter = podman  # conmon marks an OOM kill by a file in its current directory
+    supervision.explain = ContainerEnd(program, image, name, spec.path("oom"))
     if spec.shared:
         idle = [*head, *step.engine, "--detach", "--entrypoint=sleep", image, "2147483647"]
         alive = [program, "container", "inspect", "--format={{.State.Running}}", name]
-        care.shared = Shared(alive, idle, remove, bool(step.options.get("keep")), care.copies)
-        care.copies = []
+        supervision.shared = Shared(alive, idle, remove, bool(step.options.get("keep")), supervision.copies)
+        supervision.copies = []
         argv = [*exec_argv(spec, program, name, options), *spec.command]
     else:
-        care.signal = [program, "kill", "--signal={signal}", name]
-        care.container = name
-        care.init = [program, "inspect", "--format={{.State.Pid}}", name] if podman and init else []
-        care.cleanup.append(remove)
+        supervision.signal = [program, "kill", "--signal={signal}", name]
+        supervision.container = name
+        supervision.init = [program, "inspect", "--format={{.State.Pid}}", name] if podman and init else []
+        supervision.cleanup.append(remove)
         argv = [*head, *options, *step.engine, image, *spec.command]
     install = "RUN pip install %s (a line for its Dockerfile)"
     plan = plan.replace(where=f"the image {image}", install=install, inside=look, search=None)
-    return plan.replace(argv=argv, environ=environ, care=care)
+    return plan.replace(argv=argv, environ=environ, supervision=supervision)
 
 
 def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[str]) -> list[str]:
@@ -2139,9 +2141,9 @@ def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[st
     """
     pid = spec.inside + "/pid"
     shell = [program, "exec", name, "sh", "-c"]
-    spec.care.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
+    spec.supervision.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
     gone = 'test ! -e "$0" || kill -s KILL -- "-$(cat "$0")" || true'
-    spec.care.cleanup.append(["/bin/sh", "-c", '"$@" || true', "sh", *shell, gone, pid])
+    spec.supervision.cleanup.append(["/bin/sh", "-c", '"$@" || true', "sh", *shell, gone, pid])
     return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
 
 
@@ -2194,7 +2196,7 @@ def identity_tokens(step: Step, spec: ContainerSpec, host: Host) -> list[str]:
         tokens += [f"--group-add={group}" for group in groups if group != gid]
     if who == "keep-id" or (who == "user" and uid):
         spec.environ["HOME"] = f"{spec.inside}/home"
-        spec.care.files.append((spec.path("home/.envkernel"), b""))
+        spec.supervision.files.append((spec.path("home/.envkernel"), b""))
     return tokens
 
 
@@ -2236,7 +2238,7 @@ def variable_tokens(
             environ[name] = value
             tokens.append("--env=" + name)
     if lines:
-        spec.care.files.append((spec.path("env"), "".join(lines).encode(errors="surrogateescape")))
+        spec.supervision.files.append((spec.path("env"), "".join(lines).encode(errors="surrogateescape")))
         tokens.append("--env-file=" + spec.path("env"))
     return environ, tokens
 
@@ -2625,22 +2627,24 @@ def plan_apptainer(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     head = [*([gpu] if step.options.get("gpu") else []), *step.engine]
     mounts = [*map(bind_token, spec.binds), *mount_options(step, spec, plan, host)]
     workdir = ["--pwd=" + spec.workdir] if spec.workdir else []
-    spec.care.leader = False  # it passes signals on to the kernel, which has them already
-    spec.care.explain = ApptainerEnd(image, oom_kills(host))
+    spec.supervision.leader = False  # it passes signals on to the kernel, which has them already
+    spec.supervision.explain = ApptainerEnd(image, oom_kills(host))
     argv = [program, "run" if step.options.get("runscript") else "exec"]
     if spec.shared:
         name = "envkernel-" + spec.shared
         stop = ["/bin/sh", "-c", '"$@" || true', "sh", program, "instance", "stop", name]
         alive = [program, "exec", "instance://" + name, "echo", "true"]
         start = [program, "instance", "start", *head, *mounts, image, name]
-        spec.care.shared = Shared(alive, start, stop, bool(step.options.get("keep")))
+        spec.supervision.shared = Shared(alive, start, stop, bool(step.options.get("keep")))
         argv += [*workdir, "instance://" + name, *spec.command]
     else:
         argv += [*head, *mounts, *workdir, image, *spec.command]
     look = [program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image]
     install = "pip install %s (a line for %%post of its definition file)"
     plan = plan.replace(where=f"the image {image}", install=install, inside=look, search=None)
-    return plan.replace(argv=argv, environ=apptainer_environ(spec, plan.environ), care=spec.care)
+    return plan.replace(
+        argv=argv, environ=apptainer_environ(spec, plan.environ), supervision=spec.supervision
+    )
 
 
 def oom_kills(host: Host) -> int:
@@ -3864,7 +3868,7 @@ def check_request(request: Request) -> None:
 def check_choice(request: Request) -> None:
     """Raise UserError (status 2) where a request asks for two kernels, or for two programs to run one.
 
-    --kernel or --kernel-template may stand beside a command: metadata and logos are then the kernel's.
+    --kernel or --kernel-template may be given with a command: metadata and logos are then the kernel's.
     """
     common = request.common
     making = any(step.options.get("create") for step in request.steps)  # --python makes the virtualenv
@@ -4068,7 +4072,7 @@ def image_kernel(request: Request, plan: Plan) -> Kernel:
     """
     if not plan.inside:
         raise usage_error("--kernel=image is for containers.", "Name the kernel: --kernel=ipykernel.")
-    if plan.care and plan.care.shared and not request.command:
+    if plan.supervision and plan.supervision.shared and not request.command:
         raise usage_error(
             "The image's own command has a container of its own: it can't be run in a shared one.",
             "Give the kernel command after --, or leave --shared out.",
@@ -4936,9 +4940,13 @@ def shared_container(kernel: Installed, host: Host) -> Membership | None:
     """Return a share in the container of all kernels of a kernelspec, None where there is no such
     directory."""
     try:
-        care = plan_of(kernel, host).care if kernel.tokens else None
-        directory = os.path.dirname(care.directory) if care and care.shared else ""
-        return Membership(care.shared, directory) if care and care.shared and host.isdir(directory) else None
+        supervision = plan_of(kernel, host).supervision if kernel.tokens else None
+        directory = os.path.dirname(supervision.directory) if supervision and supervision.shared else ""
+        return (
+            Membership(supervision.shared, directory)
+            if supervision and supervision.shared and host.isdir(directory)
+            else None
+        )
     except UserError:
         return None
 
@@ -5210,7 +5218,7 @@ class Check:
         """Return what there is now: this kernel's private directories, its kernelspec's containers and
         jobs."""
         found: set[str] = set()
-        care, job = self.plan.care, self.plan.job
+        supervision, job = self.plan.supervision, self.plan.job
         if self.manager.connection_file:
             key = kernel_key(self.manager.connection_file)
             for base in private_bases(self.plan.environ, self.host):
@@ -5223,7 +5231,9 @@ class Check:
         if isinstance(job, SlurmJob):
             mine = f"--user={os.getuid()}"
             question = [job.tool("squeue"), "--noheader", mine, f"--name={self.kernel.name}", "--format=%i"]
-        elif not (care and isinstance(care.explain, ContainerEnd)) or (care.shared and care.shared.keep):
+        elif not (supervision and isinstance(supervision.explain, ContainerEnd)) or (
+            supervision.shared and supervision.shared.keep
+        ):
             return found
         said = self.host.output(question, self.plan.environ)
         kind = "job" if job else "container"
@@ -5444,15 +5454,15 @@ class Host:
 
     def try_plan(self, plan: Plan) -> Output:
         """Run a plan's program to its end with its private directory there; nothing is left of either."""
-        assert plan.care
-        base = os.path.dirname(plan.care.directory)
+        assert plan.supervision
+        base = os.path.dirname(plan.supervision.directory)
         os.makedirs(os.path.dirname(base), exist_ok=True)
         private_directory(base)
         try:
-            prepare(plan.care)
+            prepare(plan.supervision)
             return self.output(plan.argv, plan.environ)
         finally:
-            remove_tree(plan.care.directory)
+            remove_tree(plan.supervision.directory)
             remove_empty(base)
 
     def listens(self, launch: Launch, environ: Mapping[str, str], seconds: float = 20) -> bool:
@@ -5475,8 +5485,8 @@ class Host:
                 json.dump({**numbers, **key, "transport": "ipc", "ip": scratch + "/j"}, file)
             options = {"connection-file": path, "no-error-kernel": True, "env": launch.options.get("env", [])}
             launch = launch.replace(options={**launch.options, **options})
-            care = plan_launch(launch, self, environ).care
-            assert care
+            supervision = plan_launch(launch, self, environ).supervision
+            assert supervision
             words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
             argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), *words]
             null = subprocess.DEVNULL
@@ -5489,12 +5499,12 @@ class Host:
             try:
                 while left and process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.02)
-                    left = {number for number in left if not _connects(care.directory, number)}
+                    left = {number for number in left if not _connects(supervision.directory, number)}
             finally:
                 process.kill()
                 process.wait()
                 deadline = time.monotonic() + 20
-                while os.path.exists(care.directory + ".lock") and time.monotonic() < deadline:
+                while os.path.exists(supervision.directory + ".lock") and time.monotonic() < deadline:
                     time.sleep(0.02)
             return not left
         finally:
@@ -6062,7 +6072,7 @@ def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, A
     return path, text or b"", said
 
 
-class Care(Record):
+class Supervision(Record):
     """What accompanies a supervised program from before its start until nothing of it is left.
 
     directory: private directory of this kernel (mode 0700), created before all else and removed last;
@@ -6369,23 +6379,23 @@ def remove_empty(directory: str) -> None:
         return
 
 
-def prepare(care: Care) -> None:
+def prepare(supervision: Supervision) -> None:
     """Make the private directory with its files, and the copies.  Raises UserError where that fails."""
-    remove_tree(care.directory)
+    remove_tree(supervision.directory)
     try:
-        os.mkdir(care.directory, 0o700)
-        for path, text in care.files:
+        os.mkdir(supervision.directory, 0o700)
+        for path, text in supervision.files:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(text)
-                os.fchown(file.fileno(), care.owner, -1)
-        os.chown(care.directory, care.owner, -1)
+                os.fchown(file.fileno(), supervision.owner, -1)
+        os.chown(supervision.directory, supervision.owner, -1)
     except OSError as error:
         raise UserError(
-            f"The private directory {care.directory} can't be filled: {os.strerror(error.errno or 0)}.",
+            f"The directory {supervision.directory} can't be filled: {os.strerror(error.errno or 0)}.",
             "Free some space there, or point XDG_RUNTIME_DIR or TMPDIR elsewhere.",
         ) from None
-    make_copies(care.copies)
+    make_copies(supervision.copies)
 
 
 def make_copies(copies: Sequence[tuple[str, str]]) -> None:
@@ -6504,7 +6514,7 @@ def watched(plan: Plan, launch: Launch, host: Host) -> Plan:
     if not failed or not connection:
         return plan
     directory = f"{private_base(plan.environ, '', host)}/{kernel_key(path)}"
-    return plan.replace(care=Care(directory, connection=connection))
+    return plan.replace(supervision=Supervision(directory, connection=connection))
 
 
 # ---- keeper -------------------------------------------------------------------------------------
@@ -6745,9 +6755,9 @@ class Program:
     what = "kernel"
     keeper: Keeper
 
-    def __init__(self, plan: Plan, care: Care, host: Host) -> None:
+    def __init__(self, plan: Plan, supervision: Supervision, host: Host) -> None:
         self.plan = plan
-        self.care = care
+        self.supervision = supervision
         self.host = host
         self.has_front = True
 
@@ -6781,9 +6791,9 @@ class Program:
 class LocalProgram(Program):
     """An engine's client with a kernel in its container, or a kernel on this host."""
 
-    def __init__(self, plan: Plan, care: Care, host: Host) -> None:
-        super().__init__(plan, care, host)
-        self.has_front = bool(care.relay)
+    def __init__(self, plan: Plan, supervision: Supervision, host: Host) -> None:
+        super().__init__(plan, supervision, host)
+        self.has_front = bool(supervision.relay)
 
     def start(self) -> None:
         """Start it with the keeper as its Jupyter; a shared container first."""
@@ -6791,15 +6801,15 @@ class LocalProgram(Program):
             said = self.keeper.membership.have_container(self.plan.environ, self.host)
             if said.status:
                 text = os.fsdecode(said.err)
-                reason = self.care.explain and self.care.explain(said.status, text, self.host)
+                reason = self.supervision.explain and self.supervision.explain(said.status, text, self.host)
                 raise reason or ended_error(said.status, self.plan.where, text)
-        self.earlier = set() if self.has_front else used_ports(self.care.connection, self.host)
-        self.directory = os.open(self.care.directory, os.O_RDONLY)
+        self.earlier = set() if self.has_front else used_ports(self.supervision.connection, self.host)
+        self.directory = os.open(self.supervision.directory, os.O_RDONLY)
         environ = dict(self.plan.environ)
         if "JPY_PARENT_PID" in environ:
             environ["JPY_PARENT_PID"] = str(os.getpid())
-        if self.care.litter:
-            os.chdir(self.care.directory)
+        if self.supervision.litter:
+            os.chdir(self.supervision.directory)
         self.stderr, end = os.pipe()
         self.pid = spawn(self.plan.argv, environ, err=end)
         os.close(end)
@@ -6818,7 +6828,7 @@ class LocalProgram(Program):
 
         try:
             with await self.connect(number) as sock:
-                if self.care.relay["transport"] == "ipc":
+                if self.supervision.relay["transport"] == "ipc":
                     return True
                 greeting = asyncio.get_running_loop().sock_recv(sock, 1)
                 return bool(await asyncio.wait_for(greeting, 5))
@@ -6830,8 +6840,8 @@ class LocalProgram(Program):
         import asyncio
         import socket
 
-        ip = self.care.relay["ip"]
-        is_unix = self.care.relay["transport"] == "ipc"
+        ip = self.supervision.relay["ip"]
+        is_unix = self.supervision.relay["transport"] == "ipc"
         sock = socket.socket(socket.AF_UNIX) if is_unix else tcp_socket(ip)
         sock.setblocking(False)
         try:
@@ -6841,7 +6851,7 @@ class LocalProgram(Program):
                 paths = [f"{start}{sign}{number + 1}" for sign in "-:"]
                 sock.connect(paths[os.path.exists(paths[1])])
             else:
-                port = int(self.care.relay[STREAMS[number] + "_port"])
+                port = int(self.supervision.relay[STREAMS[number] + "_port"])
                 await asyncio.get_running_loop().sock_connect(sock, (ip, port))
         except BaseException:
             sock.close()
@@ -6850,9 +6860,9 @@ class LocalProgram(Program):
 
     def send_signal(self, number: int) -> None:
         """Pass a signal on to the kernel, by the engine's command where there is one."""
-        if self.care.signal or self.care.init:
+        if self.supervision.signal or self.supervision.init:
             self.keeper.aside(self.signal_inside, number)
-        elif self.care.leader:
+        elif self.supervision.leader:
             send_signals([-self.pid], number)
         else:
             signal_members(self.pid, number)
@@ -6861,10 +6871,10 @@ class LocalProgram(Program):
         """Signal a kernel in a container, in a thread."""
         import signal
 
-        if self.care.init and self.signal_below_init(number):
+        if self.supervision.init and self.signal_below_init(number):
             return
         name = signal.Signals(number).name[3:]
-        argv = [word.replace("{signal}", name) for word in self.care.signal]
+        argv = [word.replace("{signal}", name) for word in self.supervision.signal]
         try:
             self.host.output(argv, self.plan.environ)
         except UserError:  # the engine is gone
@@ -6873,7 +6883,7 @@ class LocalProgram(Program):
     def signal_below_init(self, number: int) -> bool:
         """Signal the process group of an init's one child; return whether that could be done."""
         try:
-            init = int(self.host.output(self.care.init, self.plan.environ).out)
+            init = int(self.host.output(self.supervision.init, self.plan.environ).out)
             child = (self.host.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
             os.killpg(int(child), number)
         except (ValueError, IndexError, OSError, UserError):
@@ -6889,14 +6899,14 @@ class LocalProgram(Program):
         self.over = True
         await asyncio.wait({stderr}, timeout=1)
         reason = None
-        if status and self.care.explain and not self.keeper.wanted:
+        if status and self.supervision.explain and not self.keeper.wanted:
             said = self.keeper.tail.decode("utf-8", "replace")
-            reason = await self.keeper.aside(self.care.explain, status, said, self.host)
+            reason = await self.keeper.aside(self.supervision.explain, status, said, self.host)
         return status, reason
 
     def answered(self) -> bool:
         """Return whether the kernel ever answered on ports of its own, as far as that can be seen."""
-        return bool(used_ports(self.care.connection, self.host) - self.earlier)
+        return bool(used_ports(self.supervision.connection, self.host) - self.earlier)
 
 
 class Children:
@@ -6972,7 +6982,7 @@ class Service(Children):
         self.environ = program.plan.environ
         self.launch = launch
         self.channel = channel
-        self.connection: Mapping[str, Any] = program.care.connection
+        self.connection: Mapping[str, Any] = program.supervision.connection
         self.front: Front | None = None
         self.cleaning: asyncio.Future[None] | None = None
         self.wanted = False  # somebody wants the kernel to end
@@ -7136,30 +7146,30 @@ class Keeper(Service):
     def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
         super().__init__(program, launch, channel)
         program.keeper = self
-        self.care = program.care
+        self.supervision = program.supervision
         self.membership: Membership | None = None
         self.locks: list[int] = []
-        self.recipe = Recipe(self.care.directory)
+        self.recipe = Recipe(self.supervision.directory)
         self.visitor: tuple[Channel, dict[str, Any]] | None = None
 
     def begin(self) -> None:
         """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
         import time
 
-        care, base = self.care, os.path.dirname(self.care.directory)
-        if care.shared:
-            self.membership = Membership(care.shared, base)
-        lock = take_lock(care.directory + ".lock")
-        earlier = read_recipe(lock, care.directory + ".lock")
+        supervision, base = self.supervision, os.path.dirname(self.supervision.directory)
+        if supervision.shared:
+            self.membership = Membership(supervision.shared, base)
+        lock = take_lock(supervision.directory + ".lock")
+        earlier = read_recipe(lock, supervision.directory + ".lock")
         self.locks = [lock, *(self.membership.locks if self.membership else ())]
         self.recipe = Recipe(
-            care.directory,
+            supervision.directory,
             os.getpid(),
             time.monotonic(),
-            care.cleanup,
-            [*care.remove, *(copy for _, copy in care.copies)],
-            vars(care.shared) if care.shared else None,
-            care.container,
+            supervision.cleanup,
+            [*supervision.remove, *(copy for _, copy in supervision.copies)],
+            vars(supervision.shared) if supervision.shared else None,
+            supervision.container,
         )
         self.send_recipe()
         if self.channel.is_closed():
@@ -7169,14 +7179,14 @@ class Keeper(Service):
             for command in earlier.cleanup:
                 retry(command, self.environ, (0,))
         try:
-            prepare(care)
+            prepare(supervision)
             self.program.start()
         except UserError:
             self.recipe.started = 0.0
             raise
         finally:
             os.chdir("/")
-        for recipe, lock in stale_recipes("" if care.shared else base):
+        for recipe, lock in stale_recipes("" if supervision.shared else base):
             start_cleaner(recipe, self.environ, [lock])
 
     def send_recipe(self) -> None:
@@ -7247,7 +7257,7 @@ class Keeper(Service):
         import socket
 
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.care.directory + "/keeper")
+        listener.bind(self.supervision.directory + "/keeper")
         listener.listen(8)
         self.arrived = asyncio.Event()
         self.loop.add_reader(listener, self.accept, listener)
@@ -7256,9 +7266,9 @@ class Keeper(Service):
     def accept(self, listener: socket.socket) -> None:
         """Let another run process in."""
         channel = Channel(listener.accept()[0])
-        self.loop.add_reader(channel.sock, self.greet, channel)
+        self.loop.add_reader(channel.sock, self.on_visitor, channel)
 
-    def greet(self, channel: Channel) -> None:
+    def on_visitor(self, channel: Channel) -> None:
         """Hear what another run process wants; if that is another launch, this one has to end."""
         messages = channel.receive()
         self.loop.remove_reader(channel.sock)
@@ -7354,13 +7364,13 @@ class RunProcess:
 
         sock = socket.socket(socket.AF_UNIX)
         try:
-            sock.connect(self.program.care.directory + "/keeper")
+            sock.connect(self.program.supervision.directory + "/keeper")
         except OSError:
             sock.close()
             return None
         channel = Channel(sock)
         options = {name: self.launch.options.get(name, "") for name in ("log", "notice")}
-        message = {"attach": self.program.digest, "connection": self.program.care.connection}
+        message = {"attach": self.program.digest, "connection": self.program.supervision.connection}
         channel.send({**message, "options": options}, (1, 2))
         self.attached = True
         return channel
@@ -8590,7 +8600,7 @@ class AgentLink:
         """Lead a tunnel to the agent and wait until it can be used.  Raises UserError."""
         import asyncio
 
-        path = self.keeper.care.directory + "/tunnel"
+        path = self.keeper.supervision.directory + "/tunnel"
         argv = tunnel_argv(self.job.tunnel, path, str(self.place["node"]), int(self.place["port"]))
         err, err_end = os.pipe()
         pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
@@ -8680,7 +8690,7 @@ class JobProgram(Program):
 
     def __init__(self, plan: Plan, job: Job, launch: Launch, host: Host) -> None:
         connection = read_connection(launch, host)[2]
-        super().__init__(plan, Care(job_directory(launch, host), connection=connection), host)
+        super().__init__(plan, Supervision(job_directory(launch, host), connection=connection), host)
         self.job = job
         self.linger, self.digest = job.linger, job.digest()
         self.orders = agent_orders(job, launch, connection, os.environ)
@@ -9780,7 +9790,7 @@ class Client(End):
         if self.reader.size > HELD_LIMIT:
             self.transport.pause_reading()
 
-    def greet(self) -> None:
+    def shake_hands(self) -> None:
         """Be the peer that Jupyter expects."""
         self.is_held = False
         self.receive = self.converse
@@ -10386,7 +10396,7 @@ class Front:
             if client.is_held and (
                 self.state in ("waiting", "failed") or (self.state == "live" and self.notice)
             ):
-                client.greet()
+                client.shake_hands()
             elif self.state != "live" or client.is_joined:
                 continue
             elif client.upstream and not (self.notice and client.stream in (SHELL, IOPUB)):
@@ -10620,17 +10630,17 @@ def log_launch(launch: Launch, tokens: Sequence[str], plan: Plan | None, environ
 
 
 def execute(plan: Plan, launch: Launch, host: Host) -> int:
-    """Do what a plan says: stand beside its program, or become it; return the exit status.
+    """Do what a plan says: run its program below a keeper, or become it; return the exit status.
 
     Raises UserError where it can't start, or ended before the kernel ever answered.
     """
     if plan.job:
         return keep(JobProgram(plan, plan.job, launch, host), launch)
-    if not plan.care and launch.options.get("earlier"):
+    if not plan.supervision and launch.options.get("earlier"):
         plan = watched(plan, launch, host)
-    if not plan.care:
+    if not plan.supervision:
         become(plan)
-    return keep(LocalProgram(plan, plan.care, host), launch)
+    return keep(LocalProgram(plan, plan.supervision, host), launch)
 
 
 def become(plan: Plan) -> NoReturn:

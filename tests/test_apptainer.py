@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import envkernel
-from envkernel import Care, Output, Plan, Step, UserError
+from envkernel import Output, Plan, Step, Supervision, UserError
 from support.host import FakeHost
 
 PORTS = {f"{name}_port": 50001 + number for number, name in enumerate(envkernel.STREAMS)}
@@ -52,11 +52,13 @@ def run(*options: str, mode: str = "apptainer", image: str = "/images/a.sif") ->
 
 
 def test_whole_plan(host: FakeHost) -> None:
-    care = Care(FOLDER, leader=False, connection=json.loads(CONNECTION))
+    supervision = Supervision(FOLDER, leader=False, connection=json.loads(CONNECTION))
     ports = {**PORTS, "transport": "tcp", "ip": "127.203.1.2"}  # setup has seen nothing else
-    care.relay = ports
-    care.files = [(FOLDER + "/connection.json", json.dumps({**json.loads(CONNECTION), **ports}).encode())]
-    care.explain = envkernel.ApptainerEnd("/images/a.sif")
+    supervision.relay = ports
+    supervision.files = [
+        (FOLDER + "/connection.json", json.dumps({**json.loads(CONNECTION), **ports}).encode())
+    ]
+    supervision.explain = envkernel.ApptainerEnd("/images/a.sif")
     options = ["--bind=/data:/coursedata:ro", "--pass=--contain"]
     leaks = {"PYTHONPATH": "/x", "LD_LIBRARY_PATH": "/y", "JPY_PARENT_PID": "1", "JUPYTERHUB_API_TOKEN": "t"}
     assert plan(host, *run(*options), environ={**leaks, "LANG": "C"}) == Plan(
@@ -65,29 +67,29 @@ def test_whole_plan(host: FakeHost) -> None:
         {"PATH": "/opt/bin", "LANG": "C", **set_inside()},
         where="the image /images/a.sif",
         install="pip install %s (a line for %%post of its definition file)",
-        care=care,
+        supervision=supervision,
         inside=[ENGINE, "exec", "--contain", "--bind=/data:/coursedata:ro", "/images/a.sif"],
     )
 
 
 def test_no_network_of_the_host_means_unix_sockets_and_a_relay(host: FakeHost) -> None:
     for tokens in (["--pass=--network=none"], ["--pass=--net"]):
-        care = plan(host, *run(*tokens)).care
-        assert care is not None
-        own = json.loads(care.files[0][1])
+        supervision = plan(host, *run(*tokens)).supervision
+        assert supervision is not None
+        own = json.loads(supervision.files[0][1])
         assert own == {
             **json.loads(CONNECTION),
             **{f"{name}_port": number for number, name in enumerate(envkernel.STREAMS, 1)},
             "transport": "ipc",
             "ip": "/run/envkernel/s",
         }
-        assert care.relay["ip"] == FOLDER + "/s"
+        assert supervision.relay["ip"] == FOLDER + "/s"
 
 
 def test_network_by_the_engines_own_variables(host: FakeHost) -> None:
-    care = plan(host, *run(), environ={"APPTAINER_NETWORK": "none"}).care
-    assert care is not None
-    assert care.relay
+    supervision = plan(host, *run(), environ={"APPTAINER_NETWORK": "none"}).supervision
+    assert supervision is not None
+    assert supervision.relay
 
 
 def test_values_of_env_are_in_no_argv_and_do_not_change_the_engine(host: FakeHost) -> None:
@@ -113,8 +115,8 @@ def test_working_in_the_notebooks_directory(host: FakeHost) -> None:
 
 def test_copies_go_with_the_kernel(host: FakeHost) -> None:
     made = plan(host, *run("--copy-workdir", "--mount=type=bind,src=/data,dst=/d,readonly,copy"))
-    assert made.care is not None
-    assert made.care.copies == [("/cwd", FOLDER + ".0"), ("/data", FOLDER + ".1")]
+    assert made.supervision is not None
+    assert made.supervision.copies == [("/cwd", FOLDER + ".0"), ("/data", FOLDER + ".1")]
     assert made.argv[3:6] == [
         f"--bind={FOLDER}.0:/cwd",
         f"--mount=type=bind,src={FOLDER}.1,dst=/d,readonly",
@@ -145,11 +147,11 @@ def test_a_shared_container_is_an_instance(host: FakeHost) -> None:
         *run("--shared", "--workdir=/srv", "--bind=/data", "--pass=--contain", "--env=A"),
         environ={"A": "1"},
     )
-    assert made.care is not None
-    shared = made.care.shared
+    assert made.supervision is not None
+    shared = made.supervision.shared
     assert shared is not None
     name = shared.alive[2][len("instance://") :]
-    directory, key = made.care.directory.rsplit("/", 1)
+    directory, key = made.supervision.directory.rsplit("/", 1)
     assert made.argv[:4] == [ENGINE, "exec", "--pwd=/srv", "instance://" + name]
     assert made.argv[-1] == f"/run/envkernel/{key}/connection.json"
     assert shared == envkernel.Shared(
@@ -159,8 +161,8 @@ def test_a_shared_container_is_an_instance(host: FakeHost) -> None:
         ["/bin/sh", "-c", '"$@" || true', "sh", ENGINE, "instance", "stop", name],
     )
     assert made.environ["APPTAINERENV_A"] == "1"
-    assert not made.care.leader
-    assert not made.care.cleanup
+    assert not made.supervision.leader
+    assert not made.supervision.cleanup
 
 
 @pytest.mark.parametrize(
@@ -408,10 +410,10 @@ def test_what_runs_is_reported_by_process_and_instance(host: FakeHost, monkeypat
 
 def test_a_killed_kernel_is_told_from_one_that_memory_ran_out_for(host: FakeHost) -> None:
     host.files["/proc/vmstat"] = b"pgfault 7\noom_kill 3\n"
-    care = plan(host, *run()).care
-    assert care is not None
-    assert care.explain is not None
-    assert str(care.explain(137, "", host).message).endswith("a.sif was killed (SIGKILL).")  # type: ignore[union-attr]
+    supervision = plan(host, *run()).supervision
+    assert supervision is not None
+    assert supervision.explain is not None
+    assert str(supervision.explain(137, "", host).message).endswith("a.sif was killed (SIGKILL).")  # type: ignore[union-attr]
     host.files["/proc/vmstat"] = b"pgfault 8\noom_kill 4\n"
-    assert "because memory ran out" in care.explain(-9, "", host).message  # type: ignore[union-attr]
-    assert care.explain(1, "", host) is None
+    assert "because memory ran out" in supervision.explain(-9, "", host).message  # type: ignore[union-attr]
+    assert supervision.explain(1, "", host) is None

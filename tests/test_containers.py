@@ -43,8 +43,8 @@ ON_UNIX_SOCKETS = {**UNIX_NUMBERS, "transport": "ipc", "ip": f"{FOLDER}/s"}
 
 def own_connection(made: Plan) -> Any:
     """Return what the kernel's own connection file says."""
-    assert made.care is not None
-    return json.loads(dict(made.care.files)[f"{FOLDER}/connection.json"])
+    assert made.supervision is not None
+    return json.loads(dict(made.supervision.files)[f"{FOLDER}/connection.json"])
 
 
 def test_docker_on_the_hosts_network() -> None:
@@ -56,13 +56,13 @@ def test_docker_on_the_hosts_network() -> None:
         *[TOLD, "--env=HOME=/run/envkernel/home", "--env=TINI_KILL_PROCESS_GROUP=1"],
         *KERNEL,
     ]
-    care = made.care
-    assert care is not None
-    assert care.directory == FOLDER
-    assert list(dict(care.files)) == [f"{FOLDER}/connection.json", f"{FOLDER}/home/.envkernel"]
-    assert care.relay == ON_UNIX_SOCKETS
-    assert care.signal == ["/usr/bin/docker", "kill", "--signal={signal}", "envkernel-x-cafe0123"]
-    assert care.cleanup == [["/usr/bin/docker", "rm", "-f", "-v", "envkernel-x-cafe0123"]]
+    supervision = made.supervision
+    assert supervision is not None
+    assert supervision.directory == FOLDER
+    assert list(dict(supervision.files)) == [f"{FOLDER}/connection.json", f"{FOLDER}/home/.envkernel"]
+    assert supervision.relay == ON_UNIX_SOCKETS
+    assert supervision.signal == ["/usr/bin/docker", "kill", "--signal={signal}", "envkernel-x-cafe0123"]
+    assert supervision.cleanup == [["/usr/bin/docker", "rm", "-f", "-v", "envkernel-x-cafe0123"]]
     assert made.environ == {"PATH": "/usr/bin", "USER": "me"}
     assert "secret" not in " ".join(made.argv)
 
@@ -70,8 +70,8 @@ def test_docker_on_the_hosts_network() -> None:
 @pytest.mark.parametrize("network", ["none", "bridge", "course"])
 def test_any_other_network_is_reached_by_unix_sockets(network: str) -> None:
     made = plan(engine=[f"--network={network}"])
-    assert made.care is not None
-    assert made.care.relay == ON_UNIX_SOCKETS
+    assert made.supervision is not None
+    assert made.supervision.relay == ON_UNIX_SOCKETS
     assert made.argv.count(f"--network={network}") == 1
     assert "--network=host" not in made.argv
     assert not any(token.startswith("--publish") for token in made.argv)
@@ -93,9 +93,9 @@ def test_on_the_hosts_network_a_kernel_of_tcp_has_a_loopback_address_of_its_own(
 ) -> None:
     """Jupyter's port numbers; Jupyter's own address stays free.  Also where setup has seen nothing."""
     made = plan(**options)
-    assert made.care is not None
+    assert made.supervision is not None
     assert own_connection(made) == {**CONNECTION, "ip": LOOPBACK}
-    assert made.care.relay.items() <= {**CONNECTION, "ip": LOOPBACK}.items()
+    assert made.supervision.relay.items() <= {**CONNECTION, "ip": LOOPBACK}.items()
     assert "--network=host" in made.argv
     assert not any(token.startswith("--publish") for token in made.argv)
 
@@ -105,9 +105,9 @@ def test_ports_are_published_on_loopback_where_sockets_cannot_cross() -> None:
     assert [token for token in made.argv if token.startswith("--publish")] == [
         f"--publish={LOOPBACK}:{port}:{port}" for port in range(5000, 5005)
     ]
-    assert made.care is not None
+    assert made.supervision is not None
     assert own_connection(made) == {**CONNECTION, "ip": "0.0.0.0"}
-    assert made.care.relay.items() <= {**CONNECTION, "ip": LOOPBACK}.items()
+    assert made.supervision.relay.items() <= {**CONNECTION, "ip": LOOPBACK}.items()
 
 
 @pytest.mark.parametrize(
@@ -176,17 +176,17 @@ def test_selinux_and_gpu() -> None:
 def test_podman_signals_what_the_kernel_runs_by_the_pid_of_its_init(
     mode: str, options: dict[str, Any]
 ) -> None:
-    care = plan(mode, init=True, **options).care
-    assert care is not None
+    supervision = plan(mode, init=True, **options).supervision
+    assert supervision is not None
     program, name = f"/usr/bin/{mode}", "envkernel-x-cafe0123"
-    assert care.init == [program, "inspect", "--format={{.State.Pid}}", name]
-    assert care.cleanup == [[program, "rm", "-f", "-v", "-t", "0", name]]
+    assert supervision.init == [program, "inspect", "--format={{.State.Pid}}", name]
+    assert supervision.cleanup == [[program, "rm", "-f", "-v", "-t", "0", name]]
 
 
 def test_the_users_values_are_in_no_argv() -> None:
     made = plan(given={"TOKEN": "abc", "ODD": "a'b\nc", "LD_LIBRARY_PATH": "/x"})
-    assert made.care is not None
-    assert dict(made.care.files)[f"{FOLDER}/env"] == b"TOKEN=abc\nLD_LIBRARY_PATH=/x\n"
+    assert made.supervision is not None
+    assert dict(made.supervision.files)[f"{FOLDER}/env"] == b"TOKEN=abc\nLD_LIBRARY_PATH=/x\n"
     assert f"--env-file={FOLDER}/env" in made.argv
     assert "--env=ODD" in made.argv
     assert made.environ == {"PATH": "/usr/bin", "USER": "me", "ODD": "a'b\nc"}
@@ -200,8 +200,8 @@ def test_working_directory_binds_and_copies() -> None:
     assert "--mount=type=bind,src=/cwd,dst=/cwd" in made.argv
     assert "--workdir=/b" in made.argv
     copied = plan(copy_workdir=True, mount=["type=bind,src=/data,dst=/data,copy"])
-    assert copied.care is not None
-    assert copied.care.copies == [("/cwd", FOLDER + ".0"), ("/data", FOLDER + ".1")]
+    assert copied.supervision is not None
+    assert copied.supervision.copies == [("/cwd", FOLDER + ".0"), ("/data", FOLDER + ".1")]
     assert f"--mount=type=bind,src={FOLDER}.0,dst=/cwd" in copied.argv
     assert f"--mount=type=bind,src={FOLDER}.1,dst=/data" in copied.argv
     assert "--workdir=/cwd" in copied.argv
@@ -219,12 +219,12 @@ def test_a_shared_container() -> None:
     made = plan(shared=True, engine=["--network=none"])
     again = plan(shared=True, engine=["--network=none"])
     other = plan(shared=True, engine=["--network=none", "--cpus=1"])
-    assert made.care is not None
-    assert again.care is not None
-    assert other.care is not None
-    assert made.care.shared == again.care.shared
-    assert made.care.shared != other.care.shared
-    shared = made.care.shared
+    assert made.supervision is not None
+    assert again.supervision is not None
+    assert other.supervision is not None
+    assert made.supervision.shared == again.supervision.shared
+    assert made.supervision.shared != other.supervision.shared
+    shared = made.supervision.shared
     assert shared is not None
     assert shared.start[-4:] == ["--detach", "--entrypoint=sleep", "image", "2147483647"]
     name = shared.alive[-1]
@@ -249,9 +249,9 @@ def test_each_kernel_of_a_shared_container_works_in_its_notebooks_directory(
 ) -> None:
     made = plan(shared=True, pwd=True, bind=bind, engine=engine)
     assert made.argv[:3] == ["/usr/bin/docker", "exec", "--workdir=" + workdir]
-    assert made.care is not None
-    assert made.care.shared is not None
-    assert not any(token.startswith("--workdir") for token in made.care.shared.start)
+    assert made.supervision is not None
+    assert made.supervision.shared is not None
+    assert not any(token.startswith("--workdir") for token in made.supervision.shared.start)
 
 
 def test_a_directory_that_a_shared_container_does_not_show() -> None:
@@ -260,12 +260,12 @@ def test_a_directory_that_a_shared_container_does_not_show() -> None:
 
 
 def test_copies_belong_to_the_shared_container() -> None:
-    care = plan(shared=True, mount=["type=bind,src=/data,dst=/data,copy"]).care
-    assert care is not None
-    assert care.shared is not None
-    copy = f"/tmp/envkernel-1000/{os.path.basename(os.path.dirname(care.directory))}.0"
-    assert (care.copies, care.shared.copies) == ([], [("/data", copy)])
-    assert f"--mount=type=bind,src={copy},dst=/data" in care.shared.start
+    supervision = plan(shared=True, mount=["type=bind,src=/data,dst=/data,copy"]).supervision
+    assert supervision is not None
+    assert supervision.shared is not None
+    copy = f"/tmp/envkernel-1000/{os.path.basename(os.path.dirname(supervision.directory))}.0"
+    assert (supervision.copies, supervision.shared.copies) == ([], [("/data", copy)])
+    assert f"--mount=type=bind,src={copy},dst=/data" in supervision.shared.start
 
 
 def test_a_kernelspec_of_envkernel_1() -> None:
@@ -368,8 +368,8 @@ def test_a_user_who_could_not_be_reached(said: str, engine: list[str]) -> None:
 
 def test_the_private_directory_is_given_to_the_guest() -> None:
     made = plan(identity="given", guest="7", engine=["--user=7"])
-    assert made.care is not None
-    assert made.care.owner == 7
+    assert made.supervision is not None
+    assert made.supervision.owner == 7
     assert "--userns=keep-id:uid=7,gid=8" in plan("podman", identity="keep-id:uid=7,gid=8").argv
 
 

@@ -31,7 +31,7 @@ class Lingering(envkernel.LocalProgram):
     async def attach(self, connection):
         os.kill(self.pid, 9)
         for number in range(1, 6):  # a kernel that is slow to die still listens
-            os.unlink(f"{self.care.relay['ip']}-{number}")
+            os.unlink(f"{self.supervision.relay['ip']}-{number}")
         read, end = os.pipe()
         self.stderr = read
         self.pid = envkernel.spawn(self.plan.argv, self.plan.environ, err=end)
@@ -44,13 +44,13 @@ class Lingering(envkernel.LocalProgram):
 
 envkernel.Keeper.HOLD = 60  # the clients of these tests are no ZeroMQ, however slow the machine is
 reported = json.loads(sys.argv[1])
-care = envkernel.Care(reported.pop("directory"), **reported.pop("care"))
+supervision = envkernel.Supervision(reported.pop("directory"), **reported.pop("supervision"))
 plan = envkernel.Plan(reported.pop("argv"), {**os.environ, **reported.pop("environ", {})}, where="a test")
-care.files = [(path, text.encode()) for path, text in care.files]
+supervision.files = [(path, text.encode()) for path, text in supervision.files]
 try:
     launch = envkernel.Launch([], [], reported["options"])
     program = Lingering if launch.options.get("linger") else envkernel.LocalProgram
-    sys.exit(envkernel.keep(program(plan, care, envkernel.Host()), launch))
+    sys.exit(envkernel.keep(program(plan, supervision, envkernel.Host()), launch))
 except envkernel.UserError as error:
     envkernel.print_error(error)
     sys.exit(77)
@@ -63,12 +63,14 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
     directory = tmp_path / "base" / "kernel"
 
-    def start(argv: list[str], environ: dict[str, str] | None = None, **care: Any) -> subprocess.Popen[bytes]:
-        options = care.pop("options", {})
+    def start(
+        argv: list[str], environ: dict[str, str] | None = None, **supervision: Any
+    ) -> subprocess.Popen[bytes]:
+        options = supervision.pop("options", {})
         reported = {
-            "directory": care.pop("directory", str(directory)),
+            "directory": supervision.pop("directory", str(directory)),
             "argv": argv,
-            "care": care,
+            "supervision": supervision,
             "environ": environ or {},
             "options": options,
         }
@@ -176,7 +178,7 @@ def test_end_of_jupyter_ends_the_program(tmp_path: Path) -> None:
     reported = {
         "directory": str(directory),
         "argv": python(SLEEPER.format(str(pid_file))),
-        "care": {},
+        "supervision": {},
         "options": {},
     }
     jupyter = (

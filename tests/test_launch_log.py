@@ -188,11 +188,11 @@ def test_who_stands_beside_a_kernel_that_is_started_again(more, tcp, transport, 
     launch = envkernel.Launch([], [], {"connection-file": "/k", "earlier": earlier})
     plan = envkernel.Plan(["/x/python"], {"TMPDIR": "/tmp"})
     again = envkernel.watched(plan, launch, Files(files))
-    assert (again.care is not None) == beside
+    assert (again.supervision is not None) == beside
     launch.options["connection-file"] = envkernel.CONNECTION_FILE  # nothing is launched: the command by hand
     assert envkernel.watched(plan, launch, Files(files)) == plan
-    assert again.replace(care=None) == plan
-    assert not beside or again.care.connection == connection
+    assert again.replace(supervision=None) == plan
+    assert not beside or again.supervision.connection == connection
 
 
 def test_what_env_gives_is_in_the_log_though_jupyter_has_set_it():
