@@ -122,9 +122,7 @@ def test_variables_reach_the_kernel_and_nothing_leaks(life: Life) -> None:
         assert [name for name in environ if name.startswith(("JPY_", "JUPYTER", "LD_"))] == []
 
 
-def test_it_starts_in_the_notebooks_directory(life: Life, request: pytest.FixtureRequest) -> None:
-    if life.mode.kind == "cluster":
-        request.applymarker(pytest.mark.xfail(reason="issue 10, item 4: a kernel on Slurm starts in /"))
+def test_it_starts_in_the_notebooks_directory(life: Life) -> None:
     kernel = life.ready()
     assert kernel.value("__import__('os').getcwd()") == str(life.work)
     assert kernel.value("open('data.csv').read()") == "1,2"
@@ -251,7 +249,7 @@ def test_shutdown_leaves_nothing(life: Life) -> None:
 
 def test_check_and_remove(life: Life) -> None:
     """`check` starts one more kernel; after it there is nothing either."""
-    said = json.loads(life.place.envkernel("check", life.name, "--json").stdout)
+    said = json.loads(life.place.envkernel("check", life.name, "--json", cwd=life.work).stdout)
     wrong = {row["step"]: row["error"] for row in said["steps"] if row["error"]}
     assert (said["ok"], wrong) == (True, {})
     life.place.envkernel("remove", life.name)
@@ -274,7 +272,7 @@ def test_a_kernel_that_ends_at_once_says_why(life: Life) -> None:
     name = f"{life.name}-ends"
     life.place.setup(life.mode.mode, name, "--replace", *words, "--", *command)
     log = life.place.root / "reason"
-    with open(log, "wb") as file, life.place.kernel(name, stderr=file) as kernel:
+    with open(log, "wb") as file, life.place.kernel(name, stderr=file, cwd=str(life.work)) as kernel:
         content = kernel.client.execute_interactive("1", timeout=60, allow_stdin=False)["content"]
     said = "\n".join([content["evalue"], *content["traceback"]])
     assert "exit status 3" in said
