@@ -6062,9 +6062,13 @@ def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, A
     text = host.read(path)
     try:
         said = from_json(text or b"")
-        if not all(said[name + "_port"] for name in STREAMS):
+        ports = [said[name + "_port"] for name in STREAMS]
+        texts = [said["ip"], said.get("key", ""), said.get("transport", "tcp")]
+        if not all(type(port) is int and 0 < port < 1 << 16 for port in ports):
             raise ValueError("no ports")
-    except (ValueError, KeyError, TypeError):
+        if "\0" in "".join(texts):
+            raise ValueError("an address can't hold a NUL")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"The connection file {path} can't be read.",
             "Let Jupyter start this kernel; by hand, give it a connection file.",

@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import envkernel
+from envkernel import CONNECTION_FILE, Launch, Plan, Step, UserError
+from support.host import FakeHost
 
 pytestmark = pytest.mark.live
 
@@ -320,29 +322,35 @@ def test_any_kernel_json(world: World, data: st.DataObject) -> None:
     assert (world.root / "venv" / "bin" / "python").exists()
 
 
-@fuzz(20)
+KEYS = [*(name + "_port" for name in envkernel.STREAMS), "ip", "key", "transport"]
+VALID = {**dict.fromkeys(KEYS, 5001), "ip": "127.0.0.1", "key": "k", "transport": "tcp"}
+
+
+@fuzz(200)
 @given(
     st.one_of(
         st.binary(max_size=60),
         JSON.map(lambda value: json.dumps(value).encode()),
-        st.dictionaries(
-            st.sampled_from(
-                ["shell_port", "iopub_port", "stdin_port", "control_port", "hb_port", "ip", "key"]
-            ),
-            JSON,
-        ).map(lambda value: json.dumps({"transport": "tcp", "key": "k", **value}).encode()),
-    )
+        st.dictionaries(st.sampled_from(KEYS), JSON).map(
+            lambda value: json.dumps({**VALID, **value}).encode()
+        ),
+    ),
+    st.sampled_from(["ipc", "tcp"]),
 )
-def test_any_connection_file(world: World, content: bytes) -> None:
-    lines = LINES.setdefault(str(world.root), run_lines(world))
-    if "docker" not in lines:
-        return  # the fake engine was not good enough for a setup
-    path = world.root / "connection.json"
-    path.write_bytes(content)
-    line = [word.replace("{connection_file}", str(path)) for word in lines["docker"][2:]]
-    code, _, said = world.call("docker", "run", *line)
-    assert code != 98, said
-    assert path.read_bytes() == content
+@example(json.dumps(VALID).encode(), "tcp")
+def test_any_connection_file(content: bytes, reach: str) -> None:
+    """A container is planned with it, or it is refused."""
+    host = FakeHost(files={"/c.json": content}, programs=["/usr/bin/docker"])
+    step = Step("docker", {"program": "/usr/bin/docker", "reach": reach}, ["image"])
+    launch = Launch([], ["python", "-f", CONNECTION_FILE], {"name": "x", "connection-file": "/c.json"})
+    try:
+        plan = envkernel.plan_engine(step, Plan(launch.command, {"PATH": "/usr/bin"}), host, launch)
+    except UserError as error:
+        said, transport = error.message, ""
+    else:
+        said, transport = "", plan.supervision.relay["transport"] if plan.supervision else "none"
+    assert (said, transport) in (("The connection file /c.json can't be read.", ""), ("", reach))
+    assert content != json.dumps(VALID).encode() or not said
 
 
 # ---- what other programs print -----------------------------------------------------------------------------
