@@ -2984,11 +2984,12 @@ class Job(Record):
         """Return why the agent on a node is gone while the program that holds the job lives on."""
         raise NotImplementedError
 
-    def digest(self) -> str:
+    def digest(self, secrets: Sequence[str]) -> str:
         """Return what two launches have in common that may use the same job after each other."""
         import hashlib
 
-        return hashlib.sha256(repr((self.argv, vars(self.launch))).encode(errors="surrogatepass")).hexdigest()
+        text = repr((self.argv, vars(self.launch), secrets))
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def read_seconds(options: Mapping[str, Any], name: str, default: float) -> float:
@@ -7728,7 +7729,7 @@ class Starter:
             if "signal" in message:
                 self.signal(message["signal"])
             else:
-                self.start(message["start"], message["launch"])
+                self.start({**self.orders["connection"], **message["start"]}, message["launch"])
 
     def start(self, connection: Mapping[str, Any], launch: int) -> None:
         """Start a kernel; one that still runs is killed first."""
@@ -8681,6 +8682,10 @@ class AgentLink:
             await asyncio.sleep(PING)
 
 
+SECRETS = ("key", "curve_publickey", "curve_secretkey")
+"""What a connection file holds that must not cross the network unencrypted."""
+
+
 class JobProgram(Program):
     """A kernel in a job of a cluster: srun or Skein's client as the program, an agent on the node.
 
@@ -8696,7 +8701,8 @@ class JobProgram(Program):
         connection = read_connection(launch, host)[2]
         super().__init__(plan, Supervision(job_directory(launch, host), connection=connection), host)
         self.job = job
-        self.linger, self.digest = job.linger, job.digest()
+        secrets = [str(connection.get(name, "")) for name in SECRETS]
+        self.linger, self.digest = job.linger, job.digest(secrets)
         self.orders = agent_orders(job, launch, connection, os.environ)
         self.connection: Mapping[str, Any] = connection
         self.launches = 0
@@ -8756,10 +8762,15 @@ class JobProgram(Program):
         self.launches += 1
         self.connection = connection
         self.expect_kernel()
-        self.send(start=dict(connection), launch=self.launches)
+        self.send_start()
         self.submission.log_id()
         if self.submission.state and not self.link:
             self.keeper.report(self.submission.state)
+
+    def send_start(self) -> None:
+        """Have the agent start a kernel.  Its key went to the node with the job: the network may be read."""
+        public = {name: value for name, value in self.connection.items() if name not in SECRETS}
+        self.send(start=public, launch=self.launches)
 
     async def end(self) -> None:
         """End the job."""
@@ -8836,7 +8847,7 @@ class JobProgram(Program):
         if self.job.detached:  # the agent ends the job now, and well
             self.submission.cancel_later(False)
         if self.launches:  # restarted while the job waited
-            self.send(start=dict(self.connection), launch=self.launches)
+            self.send_start()
         return await link.follow(reader, self.on_news)
 
 

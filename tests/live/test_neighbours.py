@@ -352,10 +352,7 @@ def test_the_port_of_an_agent(jupyter: Jupyter, cluster: Slurm) -> None:
             assert neighbour.stdin
             neighbour.stdin.close()
         assert kernel.value("6 * 7") == "42"
-    if readable:
-        pytest.xfail(
-            "a restart sends the kernel's key to the agent, readable on the way without --tunnel=ssh"
-        )
+    assert not readable, "a restart sends the kernel's key over the network"
 
 
 def test_files_on_a_node_are_closed_to_others(jupyter: Jupyter, cluster: Slurm) -> None:
