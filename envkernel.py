@@ -682,7 +682,7 @@ def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | 
             "Nothing follows the --.",
             "Give the kernel command or another mode after it, or leave the -- out.",
         )
-    if rest and rest[0].startswith("-"):
+    if rest and rest[0].startswith("-") and common.get("kernel") != "image":  # an image has its entrypoint
         raise usage_error(
             f"The kernel command begins with an option, {rest[0]}.",
             f"Put its program first: -- python {' '.join(map(quoted, rest))}",
@@ -6188,15 +6188,22 @@ class Membership:
         for lock in self.locks:
             os.close(lock)
 
-    def leave(self, environ: Mapping[str, str]) -> None:
-        """Stop the container if nobody else uses it."""
+    def leave(self, environ: Mapping[str, str], interrupted: bool) -> None:
+        """Stop the container if nobody else uses it.
+
+        interrupted: its start may have been, and the engine may be about to create it.
+        """
         import fcntl
+        import time
 
         fcntl.flock(self.start_lock, fcntl.LOCK_EX)
         try:
             fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self.shared.keep:
                 retry(self.shared.stop, environ)
+                if interrupted:
+                    time.sleep(2)
+                    retry(self.shared.stop, environ)
                 for path in [*(copy for _, copy in self.shared.copies), self.directory]:
                     remove_tree(path)
                     remove_empty(os.path.dirname(path))
@@ -6567,9 +6574,11 @@ def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -
         remove_tree(path)
         remove_empty(os.path.dirname(path))
     release_lock(recipe.directory + ".lock", locks[0])
+    interrupted = killed and time.monotonic() - recipe.started < 10
     if recipe.shared:
-        Membership(Shared(**recipe.shared), os.path.dirname(recipe.directory), locks[1:]).leave(environ)
-    elif killed and time.monotonic() - recipe.started < 10:
+        shared = Membership(Shared(**recipe.shared), os.path.dirname(recipe.directory), locks[1:])
+        shared.leave(environ, interrupted or not recipe.started)
+    elif interrupted:
         failed = commands  # the engine may have been about to create what had to be removed
         time.sleep(2 * bool(failed))
         send_signals(container_monitors(recipe.container), 9)
@@ -8150,7 +8159,7 @@ class Agent:
         message = from_json(self.starter.recv(1 << 18) or b"{}")
         kernel = self.kernel
         if "started" in message:
-            self.kernel, self.stderr.tail = NodeKernel(message), b""
+            self.kernel = NodeKernel(message)
             self.start_task(self.await_kernel(self.kernel))
         elif kernel and "problem" in message:
             kernel.problem = message["problem"]
@@ -8217,10 +8226,12 @@ class Agent:
         elif "end" in message:
             self.end()
         elif not self.ending and not message.keys().isdisjoint(("start", "signal")):
+            if "start" in message:  # not when it has started: it may have said why it ends by then
+                self.stderr.tail = b""
             self.order(**message)
 
     def report(self, **news: Any) -> None:
-        """Report the keeper what has become of the kernel, now or as soon as it is there."""
+        """Report to the keeper what has become of the kernel, now or as soon as it is there."""
         self.news = news
         if self.control and news:
             self.control.write(to_json(news) + b"\n")
@@ -8524,6 +8535,8 @@ class Submission:
         if not self.exit.done():
             send_signals([self.pid], 15)
             await asyncio.wait({self.exit}, timeout=1 + seconds / 2)
+        elif self.job.detached and self.exit.result() == ALL_KILLED:
+            self.cancel_later(False)
 
     async def ask(self, argv: Sequence[str]) -> Output:
         """Run a command of the cluster's; return what it said, status 127 where it does not end."""
@@ -8899,6 +8912,9 @@ conda-pack's script exports no PATH, and bash has one of its own where yarn.node
 none through; a Python that is not reported of it takes itself for the one that it was built as.
 """
 
+ALL_KILLED = 3
+"""Exit status of a helper that has killed its application because nobody waits for it any more."""
+
 ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
 """Keys in the application's key-value store, which only who holds its certificate can read."""
 
@@ -8976,9 +8992,8 @@ def client_submit(words: Sequence[str]) -> int:
     def kill_when_nobody_waits() -> None:
         if not sys.stdin.buffer.read(1):
             with submitting:
-                for client, number in started:
-                    kill_application(client, number)
-                os._exit(1)
+                killed = [kill_application(client, number) for client, number in started]
+                os._exit(ALL_KILLED if all(killed) else 1)
 
     threading.Thread(target=kill_when_nobody_waits, daemon=True).start()
     skein, client = open_skein()
@@ -9073,12 +9088,14 @@ def client_kill(words: Sequence[str]) -> int:
     return 0
 
 
-def kill_application(client: Any, number: str) -> None:
-    """Kill an application, if it has not ended and YARN answers."""
+def kill_application(client: Any, number: str) -> bool:
+    """Kill an application, if it has not ended and YARN answers; return whether it did."""
     try:
         client.kill_application(number)
+        return True
     except Exception as error:
         say_yarn(f"application {number} could not be killed: {error}")
+        return False
 
 
 CLIENTS = {"check": client_check, "submit": client_submit, "report": client_report, "kill": client_kill}

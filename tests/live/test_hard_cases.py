@@ -181,7 +181,7 @@ def full_pipe() -> Iterator[int]:
 
 
 WRITE_STDERR = "__import__('os').write(__import__('sys').stderr._original_stdstream_copy, bytes(1000))"
-"""Past ipykernel, which shows what is written to descriptor 2 in the notebook; little enough for the pipes."""
+"""Past ipykernel, which shows what is written to descriptor 2 in the notebook; it fits into the pipes."""
 
 
 @pytest.mark.parametrize("mode", ["docker", "docker-none", "slurm"], indirect=True)

@@ -32,12 +32,14 @@ def play(mode: Mode, victims: tuple[str, ...]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("mode", MAKERS, indirect=True)
+LATE = pytest.mark.xfail(reason="issue 9: a JVM kills an application, on a busy machine not within 11 s")
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(key, marks=LATE if key == "yarn" else ()) for key in MAKERS], indirect=True
+)
 def test_nothing_is_left_of_what_is_killed(mode: Mode) -> None:
     play(mode, JUPYTERS)
-
-
-LATE = pytest.mark.xfail(reason="issue 9: a JVM kills an application, on a busy machine not within 11 s")
 
 
 @pytest.mark.parametrize(
