@@ -6798,6 +6798,12 @@ class Program:
     async def attach(self, connection: Mapping[str, Any]) -> None:
         """Start the kernel again for the run process of a restart, with its connection file."""
 
+    async def lost(self) -> None:
+        """Return when no other launch can use it any more, while it waits for one."""
+        import asyncio
+
+        await asyncio.Event().wait()
+
     async def end(self) -> None:
         """End it gracefully; after that the keeper kills what is left in its session."""
 
@@ -7298,11 +7304,11 @@ class Keeper(Service):
         """Wait for the run process of a restart and take over its stdio; return whether one came."""
         import asyncio
 
-        try:
-            await asyncio.wait_for(self.arrived.wait(), self.program.linger)
-        except asyncio.TimeoutError:
-            return False
-        if self.ending or not self.visitor:
+        waiting = [asyncio.ensure_future(event) for event in (self.arrived.wait(), self.program.lost())]
+        await asyncio.wait(waiting, timeout=self.program.linger, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if self.ending or not self.visitor or not self.arrived.is_set():
             return False
         self.channel, message = self.visitor
         self.visitor, self.head, self.tail, self.wanted = None, b"", b"", False
@@ -8535,8 +8541,8 @@ class Submission:
         if not self.exit.done():
             send_signals([self.pid], 15)
             await asyncio.wait({self.exit}, timeout=1 + seconds / 2)
-        elif self.job.detached and self.exit.result() == ALL_KILLED:
-            self.cancel_later(False)
+        elif self.job.detached and (self.exit.result() == ALL_KILLED or self.failure):
+            self.cancel_later(False)  # there is no application any more
 
     async def ask(self, argv: Sequence[str]) -> Output:
         """Run a command of the cluster's; return what it said, status 127 where it does not end."""
@@ -8779,6 +8785,12 @@ class JobProgram(Program):
         self.submission.log_id()
         if self.submission.state and not self.link:
             self.keeper.report(self.submission.state)
+
+    async def lost(self) -> None:
+        """Return when the job is over."""
+        import asyncio
+
+        await (asyncio.wait({self.life}) if self.life else asyncio.Event().wait())
 
     def send_start(self) -> None:
         """Have the agent start a kernel.  Its key went to the node with the job: the network may be read."""
