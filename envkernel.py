@@ -1646,7 +1646,7 @@ def missing_hint(program: str, plan: Plan, host: Host) -> str:
     }
     if is_python(program) and pythons:
         return f"It has {', '.join(sorted(pythons))}: choose one of them with --python."
-    if is_python(program) and " -m pip " in plan.install:
+    if is_python(program) and ("uv pip " in plan.install or " -m pip " in plan.install):
         link = f"{(plan.search or [''])[0]}/{program}"
         goal = host.real_path(link)
         gone = f"Its Python is gone (it was {goal})" if goal != link else "Its Python is gone"
@@ -8952,6 +8952,7 @@ def open_skein() -> Any:
     import warnings
 
     warnings.simplefilter("ignore")  # that it makes its credentials the first time
+    sys.unraisablehook = lambda args: None  # what its client prints when it could not be started
     try:
         skein = importlib.import_module("skein")
     except ImportError as error:

@@ -70,7 +70,7 @@ def test_a_missing_ipykernel(jupyter, kernel_venv, tmp_path):
         shutil.rmtree(module) if module.is_dir() else module.unlink()
     evalue = reason(jupyter, "empty")[0]["evalue"]
     assert "There is no ipykernel_launcher" in evalue
-    assert "pip install ipykernel" in evalue
+    assert f"uv pip install --python {path}/bin/python ipykernel" in evalue  # uv's environments have no pip
 
 
 def test_a_program_that_the_system_refuses(jupyter, kernel_venv, tmp_path):
@@ -152,6 +152,9 @@ def test_the_log_says_why_a_kernel_that_had_answered_ended(jupyter, docker):
         while "\nended: " not in jupyter.envkernel("log", "lost").stdout and time.monotonic() < deadline:
             time.sleep(0.1)
         kernel.restart()
+        said, error = kernel.execute("6 * 7")
+        assert "The previous kernel ended" in said
+        assert (said[-2:], error) == ("42", None)
         assert kernel.execute("6 * 7") == ("42", None)
         first, second = jupyter.envkernel("log", "lost").stdout.split("\n\n")
     assert first.startswith("The last abnormal end: ")
