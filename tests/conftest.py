@@ -1,8 +1,14 @@
 """What all tests share: the fixtures of tests/support, one module per outside thing."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # kernels of the tests must not inherit that
 
 pytest_plugins = [
     "support.jupyter",
