@@ -2035,7 +2035,8 @@ def mount_options(step: Step, spec: ContainerSpec, plan: Plan, host: Host) -> li
 def shared_name(step: Step, launch: Launch, host: Host) -> str:
     """Return what names the container that all kernels of a kernelspec share: the same for the same spec."""
     parts = [launch.options.get("name", ""), *step.targets, *step.engine]
-    parts += [f"{name}={value}" for name, value in sorted(step.options.items())]
+    options = [item for item in sorted(step.options.items()) if item[0] != "transport"]  # planning may set it
+    parts += [f"{name}={value}" for name, value in options]
     return "shared-" + kernel_key("\0".join([str(host.ids()[0]), *parts]))
 
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell has it for what it starts in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for its background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)  # kernels of the tests must not inherit that
 
 pytest_plugins = [

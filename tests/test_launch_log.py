@@ -182,7 +182,8 @@ ANSWERED = b"  sl local rem st\n 0: 0100007F:C351 0100007F:9999 06 00000000:0000
     ids=["silent", "answered", "long ago", "ipc", "broken", "still broken", "mended"],
 )
 def test_who_stands_beside_a_kernel_that_is_started_again(more, tcp, transport, age, beside):
-    connection = {name + "_port": 50001 for name in envkernel.STREAMS} | {"transport": transport}
+    ports = {name + "_port": 50001 for name in envkernel.STREAMS}
+    connection = {**ports, "ip": "127.0.0.1", "transport": transport}
     earlier = f"/d/envkernel/x@{time.time_ns() - age * 10**9}-1.log"
     files = {earlier: (HEAD + more).encode(), "/k": json.dumps(connection).encode(), "/proc/net/tcp": tcp}
     launch = envkernel.Launch([], [], {"connection-file": "/k", "earlier": earlier})
