@@ -7078,6 +7078,8 @@ class Service(Children):
 
     async def conclude(self, status: int, reason: UserError | None) -> None:
         """Say why the kernel has ended, where that is remarkable, and let the run process end like it."""
+        import asyncio
+
         plan, said = self.program.plan, self.tail.decode("utf-8", "replace").strip()
         if self.wanted:
             reason = None
@@ -7087,7 +7089,8 @@ class Service(Children):
             await self.fail(status, reason)
             return
         elif reason:
-            self.aside(write_patiently, 2, error_text(reason))
+            # before the run process ends, for its caller may look then; a blocked stderr delays that little
+            await asyncio.wait({self.aside(write_patiently, 2, error_text(reason))}, timeout=1)
         elif status:
             reason = UserError("The kernel ended by itself.")
         if self.front:

@@ -33,6 +33,7 @@ def late(jupyter):
     directory = jupyter.kernels / "late"
     directory.mkdir(parents=True)
     (directory / "kernel.json").write_text(json.dumps(spec))
+    jupyter.waits = False
     return jupyter
 
 

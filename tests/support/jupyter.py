@@ -178,7 +178,7 @@ class Kernel:
         return time.monotonic() - start
 
 
-def wait_for(client: Any, timeout: float = 60) -> None:
+def wait_for(client: Any, timeout: float = 60, executes: bool = True) -> None:
     """Wait until a kernel answers and what it publishes is received.
 
     A subscription may reach the kernel after its first answer; what it published before is lost then.
@@ -198,6 +198,8 @@ def wait_for(client: Any, timeout: float = 60) -> None:
             break
     else:
         raise TimeoutError("the kernel publishes nothing")
+    if not executes:
+        return
     request = client.execute("", silent=True)  # not answered by what speaks for a kernel that still starts
     while client.get_shell_msg(timeout=timeout)["parent_header"].get("msg_id") != request:
         pass
@@ -211,6 +213,7 @@ class Jupyter:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.waits = True  # `kernel` waits for a kernel that executes code, not only for one that answers
         self.mark = uuid.uuid4().hex
         directories = {"HOME": "home", "TMPDIR": "tmp", "IPYTHONDIR": "home/.ipython"}
         directories.update({f"JUPYTER_{kind.upper()}_DIR": kind for kind in ("data", "runtime", "config")})
@@ -327,7 +330,7 @@ class Jupyter:
         client = manager.blocking_client()
         try:
             client.start_channels()
-            wait_for(client)
+            wait_for(client, executes=self.waits)
             yield Kernel(manager, client)
         finally:
             client.stop_channels()
