@@ -185,9 +185,9 @@ class Notebook:
         self.page.locator(".jp-Dialog .jp-mod-accept").click()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium."""
+    """A headless Chromium; not for the session, because Playwright keeps an event loop running in this thread."""
     program = shutil.which("chromium")
     if not program:
         missing("Debian's chromium")
