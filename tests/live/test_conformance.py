@@ -56,6 +56,12 @@ class Life:
         wait_for(self.kernel.client)
         return self.kernel
 
+    def end(self) -> None:
+        """End the kernel, if no earlier test has."""
+        if self.kernel.manager.is_alive():
+            self.kernel.shutdown()
+            wait_until(lambda: not self.mode.running(self.name), "the end of the shared kernel", 11)
+
     def family(self) -> list[psutil.Process]:
         """Return all processes of this host that belong to the kernel: Jupyter started or named them."""
         found = []
@@ -249,6 +255,7 @@ def test_shutdown_leaves_nothing(life: Life) -> None:
 
 def test_check_and_remove(life: Life) -> None:
     """`check` starts one more kernel; after it there is nothing either."""
+    life.end()
     said = json.loads(life.place.envkernel("check", life.name, "--json", cwd=life.work).stdout)
     wrong = {row["step"]: row["error"] for row in said["steps"] if row["error"]}
     assert (said["ok"], wrong) == (True, {})
@@ -266,6 +273,7 @@ def test_a_kernel_that_ends_at_once_says_why(life: Life) -> None:
     """Its status and what it said are in the cell, in the log, and on stderr."""
     if life.mode.kind == "environment":
         return  # it is the process that Jupyter started: only the next start can tell, see `test_reasons`
+    life.end()
     words = words_of(life.mode, life.work)
     words = [word for word in words if not word.startswith("--python=")]
     words = words[: words.index("--")] if "--" in words else words
