@@ -17,10 +17,13 @@ from typing import Iterator
 import psutil
 import pytest
 
+from support import ROOT
 from support.jupyter import Jupyter, Kernel, private_jupyter, wait_for
 from support.modes import MAKERS, Mode
 from support.slurm import wait_for as wait_until
 
+LISTENERS = ("environments", "containers", "slurm, yarn")
+"""The rows of README's table of what listens."""
 GREETING = "a b {c} %:$ 'q\" é"
 LEAKS = {
     "JUPYTERHUB_API_TOKEN": "of-the-host",
@@ -155,6 +158,36 @@ def test_only_loopback_listens(life: Life) -> None:
             for one in process.net_connections("inet"):
                 if one.status == psutil.CONN_LISTEN:
                     assert one.laddr.ip.startswith("127."), (process.cmdline(), one)
+
+
+def test_who_listens_is_as_the_readme_says(life: Life) -> None:
+    """Jupyter's ports are the kernel's own or the keeper's (a child of the run process)."""
+    kernel = life.ready()
+    reported = json.loads(Path(kernel.manager.connection_file).read_text())
+    ports = {reported[name] for name in reported if name.endswith("_port")}
+    rows = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines()]
+    documented = {row[1].strip(): row[2] for row in rows if len(row) == 4 and row[1].strip() in LISTENERS}
+    assert documented.keys() == set(LISTENERS)
+    if life.mode.kind == "environment":
+        assert "the kernel itself" in documented["environments"]
+    else:
+        assert "(keeper)" in documented["containers"]
+        assert "the same (keeper)" in documented["slurm, yarn"]
+    here = os.stat("/proc/self/ns/net").st_ino
+    listening: dict[int, set[int]] = {}
+    for process in life.family():
+        with contextlib.suppress(psutil.Error):
+            if os.stat(f"/proc/{process.pid}/ns/net").st_ino == here:
+                found = [one.laddr.port for one in process.net_connections("inet") if one.status == "LISTEN"]
+                listening[process.pid] = set(found)
+    owners = [number for number, some in listening.items() if ports & some]
+    assert len(owners) == 1
+    assert listening[owners[0]] >= ports
+    first = kernel.manager.provisioner.process.pid
+    assert first == (owners[0] if life.mode.kind == "environment" else psutil.Process(owners[0]).ppid())
+    if life.mode.kind == "container" and "--transport=tcp" not in life.mode.words:
+        others = {number: some for number, some in listening.items() if number not in owners}
+        assert all(len(some) < 2 for some in others.values()), others  # one is ipykernel's own, for debugpy
 
 
 def test_nobody_else_reads_the_key(life: Life) -> None:

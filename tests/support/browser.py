@@ -187,7 +187,7 @@ class Notebook:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium; not for the session, because Playwright keeps an event loop running in this thread."""
+    """A headless Chromium, not for the session: Playwright keeps an event loop running in this thread."""
     program = shutil.which("chromium")
     if not program:
         missing("Debian's chromium")

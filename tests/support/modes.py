@@ -42,6 +42,9 @@ class Mode:
     outside = ""
     """What runs outside of this host's processes: ``container``, ``job`` or nothing."""
 
+    cleanup_limit = 10.0
+    """Seconds after which nothing may be left of a kernel that was killed."""
+
     def __init__(
         self, key: str, mode: str, words: list[str], environ: dict[str, str], kind: str, patience: float = 30
     ) -> None:
@@ -123,9 +126,10 @@ class SlurmMode(Mode):
 
 
 class YarnMode(Mode):
-    """Applications of YARN."""
+    """Applications of YARN: a new JVM has to end one whose client was killed, which took up to 18 s."""
 
     outside = "job"
+    cleanup_limit = 30.0
 
     def __init__(self, key: str, cluster: Any, words: list[str], client: Any) -> None:
         words = ["--linger=1", "--memory=512", *words]

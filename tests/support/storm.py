@@ -33,8 +33,6 @@ from support import SCRIPT
 from support.jupyter import MARK, Jupyter, wait_for
 from support.modes import Mode
 
-LIMIT = 10.0
-"""Seconds within which everything has to be gone."""
 LINGER = 1.0
 """Seconds more for a job: what `support.modes` gives as --linger."""
 SPAN = {"yarn": 10.0}
@@ -470,7 +468,7 @@ class Round:
     @property
     def limit(self) -> float:
         """Within how many seconds after the kill everything has to be gone."""
-        return LIMIT + (LINGER if self.mode.kind == "cluster" else 0)
+        return self.mode.cleanup_limit + (LINGER if self.mode.kind == "cluster" else 0)
 
     def watch(self) -> list[str]:
         """Wait until nothing is left; return what is there after the limit."""
