@@ -155,6 +155,48 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
             "Have an administrator allow user namespaces, or install the engine with setuid.",
         ),
     ),
+    "srun": (
+        (
+            ("DUE TO TIME LIMIT", "job: TIMEOUT"),
+            "The {job} has reached its time limit.",
+            "Ask for more: --time=HOURS:00:00.",
+        ),
+        (
+            ("DUE TO NODE FAILURE", "Node failure", "job: NODE_FAIL"),
+            "The node of {job} has failed.",
+            "Start the kernel again: it gets another node.",
+        ),
+        (
+            ("DUE TO PREEMPTION", "job: PREEMPTED"),
+            "The {job} had to make way for another.",
+            "Start the kernel again.",
+        ),
+        (
+            ("oom", "emory lim", "OUT_OF_MEMORY"),
+            "The {job} has used more memory than it asked for.",
+            "Ask for more: --mem=8G.",
+        ),
+        (
+            ("has been revoked", "was cancelled", "Job cancelled", "CANCELLED AT", "job: CANCELLED"),
+            "The {job} was cancelled.",
+            "Start the kernel again.",
+        ),
+        (
+            ("execve()",),
+            "The node of {job} has no such Python.",
+            "Name one that it has: --node-python=PATH.",
+        ),
+        (
+            ("Unable to contact slurm controller", "configuration source"),
+            "Slurm does not answer.",
+            "Ask whether it is down; `sinfo` has to work where Jupyter runs.",
+        ),
+        (
+            ("Unable to allocate resources: ", "allocation failure: "),
+            "Slurm refuses the job: {reason}.",
+            "Change the options for srun: `sinfo -s` lists the partitions, `sinfo -Nl` what nodes have.",
+        ),
+    ),
 }
 """What programs say when they fail: patterns (one is enough), message and hint; the first row counts."""
 
@@ -164,7 +206,7 @@ def explain(program: str, said: str, **names: str) -> UserError | None:
 
     names: what message and hint mention, as in ``str.format``.
     """
-    for patterns, message, hint in KNOWN_ERRORS[program]:
+    for patterns, message, hint in KNOWN_ERRORS.get(program, ()):
         if any(pattern in said for pattern in patterns):
             return UserError(message.format(**names), hint.format(**names), 1, said.strip())
     return None
@@ -893,11 +935,10 @@ class EngineOptions:
             found = read_engine_help(os.fsdecode(answer.out))
             if not found:
                 name = " ".join(command)
-                raise UserError(
-                    f"{name} does not say which options it has.",
-                    f"See: {name} --help",
-                    detail=os.fsdecode(answer.err).strip(),
-                )
+                said = os.fsdecode(answer.err).strip()
+                message = f"{name} does not say which options it has."
+                error = UserError(message, f"See: {name} --help", detail=said)
+                raise explain(os.path.basename(command[0]), said) or error
             self.known = {**found, **self.known}
 
     def find(self, flag: str) -> tuple[str, str] | None:
@@ -2923,50 +2964,47 @@ class Job(Record):
 
     argv, environ: that program, for as long as the job lives.  launch: the rest of the chain.
     queue_timeout, linger: seconds; no time-out if 0.  tunnel: path of ssh, empty for none.
+    spec: what Skein's client needs to know of the application.
     """
 
+    what = ""
     detached = False
     """Whether the program may end once the agent is there."""
-
     patience = 10.0
     """Seconds that a command of the cluster's may take."""
-
     grace = 0.0
     """Seconds that the program has for taking its job back when its stdin ends before the agent is there."""
 
     def __init__(
-        self, argv: Sequence[str], environ: Mapping[str, str], launch: Launch, options: Mapping[str, Any]
+        self,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        launch: Launch,
+        options: Mapping[str, Any],
+        spec: Mapping[str, Any] | None = None,
     ) -> None:
-        self.argv = list(argv)
-        self.environ = dict(environ)
+        self.argv, self.environ, self.spec = list(argv), dict(environ), spec or {}
         self.launch = launch.replace(options={**launch.options})
         self.queue_timeout = read_seconds(options, "queue-timeout", 0)
         self.linger = read_seconds(options, "linger", 5)
-        self.tunnel = options.get("tunnel-program", "") if "tunnel" in options else ""
+        self.tunnel = options.get("tunnel-program", "")
         self.node_ports = options.get("node-ports", "")
         self.transport = options.get("node-transport", "ipc")
 
-    def feed(self, orders: Mapping[str, Any], own: Callable[[], bytes]) -> bytes:
-        """Return what the program gets on stdin.  own: returns this file, see `own_code`."""
+    def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
+        """Return what the program gets on stdin.  Raises UserError."""
         raise NotImplementedError
 
     def directories(self, notebook: str) -> list[str]:
-        """Return where the kernel may start on its node, the best first; where the agent does if empty.
-
-        notebook: the directory of the notebook.
-        """
+        """Return where the kernel may start on its node, the best first; where the agent does if empty."""
         raise NotImplementedError
 
-    def read_state(self, said: str, known: str) -> tuple[str, bool]:
-        """Return the job's id and whether it waits, from what the program said on stderr."""
+    def read_state(self, said: str, known: str) -> tuple[str, bool, str]:
+        """Return the job's id, whether `pending` knows more, and what it waits for, from stderr."""
         raise NotImplementedError
-
-    def progress(self, said: str) -> str:
-        """Return what the program itself said last of what the job waits for; empty for nothing."""
-        return ""
 
     async def pending(self, known: str, ask: Ask) -> str:
-        """Return what the job waits for, in words; empty where that is not known."""
+        """Return what the job waits for; empty where that is not known."""
         return ""
 
     def cancel(self, session: int, known: str) -> list[str]:
@@ -2977,46 +3015,29 @@ class Job(Record):
         """
         raise NotImplementedError
 
-    async def explain(self, status: int, said: str, known: str, ask: Ask) -> UserError:
-        """Return why the job ended, from the program's exit status and the end of its stderr."""
+    async def explain(self, message: str, said: str, known: str, ask: Ask) -> UserError:
+        """Return why the job is over.  message: what is seen of it here.  said: the end of stderr."""
         raise NotImplementedError
-
-    async def lost(self, node: str, said: str, known: str, ask: Ask) -> UserError:
-        """Return why the agent on a node is gone while the program that holds the job lives on."""
-        raise NotImplementedError
-
-    def digest(self, secrets: Sequence[str]) -> str:
-        """Return what two launches have in common that may use the same job after each other."""
-        import hashlib
-
-        text = repr((self.argv, vars(self.launch), secrets))
-        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def read_seconds(options: Mapping[str, Any], name: str, default: float) -> float:
     """Return an option's value in seconds.  Raises UserError (status 2) for what is no number."""
-    text = options.get(name)
+    text = options.get(name, default)
     try:
-        return default if text is None else max(float(text), 0)
+        return max(float(text), 0)
     except ValueError:
         raise usage_error(f"--{name} takes seconds, not {text!r}.", f"For example: --{name}=60.") from None
 
 
-def check_node_options(options: Mapping[str, Any]) -> None:
-    """Raise UserError (status 2) for options of both cluster modes that make no sense."""
-    read_seconds(options, "queue-timeout", 0)
-    read_seconds(options, "linger", 0)
-    ports = options.get("node-ports")
-    if ports is not None:
-        first, _, last = ports.partition("-")
-        if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65536):
-            raise usage_error(
-                f"--node-ports={ports} is no range of ports.", "For example: --node-ports=50000-51000."
-            )
-
-
-def find_tunnel(options: dict[str, Any], host: Host, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options with the path of the tunnel's program.  Raises UserError where it is missing."""
+def check_node_options(options: dict[str, Any], host: Host, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of both cluster modes with the path of the tunnel's program.  Raises UserError."""
+    for name in ("queue-timeout", "linger"):
+        read_seconds(options, name, 0)
+    ports = options.get("node-ports", "1-1")
+    first, _, last = ports.partition("-")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65536):
+        message = f"--node-ports={ports} is no range of ports."
+        raise usage_error(message, "For example: --node-ports=50000-51000.")
     if "tunnel" not in options:
         return options
     program = search_program(options["tunnel"], path_entries(environ), host)
@@ -3033,33 +3054,34 @@ def cluster_environ(environ: Mapping[str, str]) -> dict[str, str]:
 class SlurmJob(Job):
     """A job of Slurm, held by srun."""
 
-    def feed(self, orders: Mapping[str, Any], own: Callable[[], bytes]) -> bytes:
+    what = "Slurm job"
+
+    def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
         """Return this file and the agent's orders."""
-        return own() + to_json(orders) + b"\n"
+        return own_code(host) + to_json(orders) + b"\n"
 
     def directories(self, notebook: str) -> list[str]:
         """Return the notebook's directory and HOME, unless srun is given a directory."""
-        given = any(token.startswith(("--chdir", "-D")) for token in self.argv)
+        given = any(token.startswith("--chdir") for token in self.argv)
         return [] if given or "SLURM_WORKING_DIR" in self.environ else [notebook, os.path.expanduser("~")]
 
-    def read_state(self, said: str, known: str) -> tuple[str, bool]:
-        """Return the number of the job and whether it waits, from what srun said on stderr."""
-        waits = False
-        for line in said.splitlines():
-            words = line.split()
-            if line.startswith("srun: job ") and "queued and waiting" in line:
-                known, waits = words[2], True
-            elif line.startswith("srun: job ") and "allocated" in line:
-                known, waits = words[2], False
-        return known, waits
+    def read_state(self, said: str, known: str) -> tuple[str, bool, str]:
+        """Return the number of the job and whether it waits."""
+        import re
+
+        found = re.findall(r"^srun: job (\d+) (queued|has been allocated)", said, re.M)
+        number, word = found[-1] if found else (known, "")
+        return number, word == "queued", ""
 
     async def pending(self, number: str, ask: Ask) -> str:
-        """Return what the job waits for, in words; empty where squeue does not say."""
-        said = await ask([self.tool("squeue"), "-h", "-j", number, "-o", "%T|%r|%S"])
-        fields = os.fsdecode(said.out).strip().split("|")
-        if said.status or len(fields) != 3 or fields[0] != "PENDING":
+        """Return what the job waits for, by squeue."""
+        said = await ask([self.tool("squeue"), "-h", "-j", number, "-t", "PENDING", "-o", "%r|%S"])
+        reason, _, start = os.fsdecode(said.out).strip().partition("|")
+        if said.status or not reason:
             return ""
-        return pending_text(number, fields[1], fields[2])
+        text = f"Slurm job {number} waits: {reason}"
+        text += f" ({PENDING[reason]})" if reason in PENDING else ""
+        return text + ("." if start in ("", "N/A") else f"; expected start {start.replace('T', ' ')}.")
 
     def cancel(self, session: int, number: str) -> list[str]:
         """Return the command that cancels the job, if it is there, even if srun did not live to name it.
@@ -3076,43 +3098,20 @@ class SlurmJob(Job):
         tools = [self.tool("squeue"), self.tool("scancel")]
         return ["/bin/sh", "-c", CANCEL_OF_SESSION, "sh", *tools, str(os.getuid()), str(session), since]
 
-    async def explain(self, status: int, said: str, number: str, ask: Ask) -> UserError:
-        """Return why the job ended; Slurm itself is asked where srun has not said it."""
-        reported = srun_lines(said)
-        if number and not slurm_reason(reported)[0]:
-            reported += await self.outcome(number, ask)
-        return slurm_end(status, reported, number)
-
-    async def outcome(self, number: str, ask: Ask, waits: Sequence[float] = (0.1, 0.2, 0.5, 1)) -> str:
-        """Return a line with the state in which a job has ended; empty where Slurm can't say it.
-
-        waits: seconds between the times that it is asked again while the job is about to end.
-        """
+    async def explain(self, message: str, said: str, number: str, ask: Ask) -> UserError:
+        """Return why the job is over; Slurm itself is asked where srun has not said it."""
         import asyncio
 
-        argv = [self.tool("squeue"), "-h", "-t", "all", "-j", number, "-o", "%T"]
-        for wait in (*waits, 0):
-            said = await ask(argv)
-            state = os.fsdecode(said.out).strip()
-            if said.status or not wait or state not in ("RUNNING", "COMPLETING"):
+        error = slurm_error(said, number)
+        for _ in range(5 if number and not error else 0):
+            state = await ask([self.tool("squeue"), "-h", "-t", "all", "-j", number, "-o", "%T"])
+            said += f"\nsrun: state of the job: {os.fsdecode(state.out).strip()}"
+            error = slurm_error(said, number)
+            if error or state.out.strip() not in (b"RUNNING", b"COMPLETING"):
                 break
-            await asyncio.sleep(wait)
-        return f"\nstate of the job: {state}" if state else ""
-
-    async def lost(self, node: str, said: str, number: str, ask: Ask) -> UserError:
-        """Return why the agent is gone while srun lives on: what Slurm thinks of the job and the node."""
-        reported = (srun_lines(said) + await self.outcome(number, ask, ())).strip()
-        if slurm_reason(reported)[0]:
-            return slurm_end(1, reported, number)
-        state = os.fsdecode((await ask([self.tool("sinfo"), "-h", "-n", node, "-o", "%T"])).out).split("\n")[
-            0
-        ]
-        about = f" (Slurm: {state})" if state else ""
-        return UserError(
-            f"The node {node} broke off the connection without a word{about}.",
-            "The node failed, or somebody killed what ran there.  Start the kernel again.",
-            detail=reported,
-        )
+            await asyncio.sleep(0.4)
+        hint = "Start the kernel again; `sacct` may know more."
+        return error or UserError(message, hint, detail=srun_lines(said))
 
     def tool(self, name: str) -> str:
         """Return the path of another of Slurm's programs."""
@@ -3127,116 +3126,25 @@ done
 """
 """Cancels what was submitted in a session since a time; the paths and numbers are its arguments."""
 
-PENDING = {
-    "Priority": "others are before it",
-    "Resources": "no node has enough room",
-    "Dependency": "it depends on another job",
-    "PartitionDown": "the partition is down",
-    "PartitionTimeLimit": "its time limit is above the partition's",
-    "QOSMaxJobsPerUserLimit": "you have as many jobs as your QOS allows",
-    "AssocGrpCpuLimit": "your account uses all of its CPUs",
-    "ReqNodeNotAvail": "a node that it asks for is not available",
-    "JobHeldUser": "you hold it",
-    "JobHeldAdmin": "an administrator holds it",
-    "BeginTime": "its start time has not come",
-    "None": "Slurm has not looked at it yet",
-}
-"""Slurm's most common reasons, in words (squeue(1), JOB REASON CODES)."""
-
-
-def pending_text(number: str, reason: str, start: str) -> str:
-    """Return what a pending job waits for, in words."""
-    reason = reason.strip("()")
-    words = PENDING.get(reason.partition(",")[0])
-    text = f"Slurm job {number} waits: {reason}" + (f" ({words})" if words else "")
-    return text + ("." if start in ("", "N/A") else f"; expected start {start.replace('T', ' ')}.")
-
-
-SLURM_ENDS = (
-    (
-        ("DUE TO TIME LIMIT", "job: TIMEOUT", "job: DEADLINE"),
-        "The Slurm job {} has reached its time limit.",
-        "Ask for more: --time=HOURS:00:00.",
-    ),
-    (
-        ("DUE TO NODE FAILURE", "Node failure", "job: NODE_FAIL", "job: BOOT_FAIL"),
-        "The node of Slurm job {} has failed.",
-        "Start the kernel again: it gets another node.",
-    ),
-    (
-        ("DUE TO PREEMPTION", "job: PREEMPTED"),
-        "The Slurm job {} had to make way for another.",
-        "Start the kernel again.",
-    ),
-    (
-        ("oom", "emory lim", "OUT_OF_MEMORY"),
-        "The Slurm job {} has used more memory than it asked for.",
-        "Ask for more: --mem=8G.",
-    ),
-    (
-        ("has been revoked", "was cancelled", "Job cancelled", "CANCELLED AT", "job: CANCELLED"),
-        "The Slurm job {} was cancelled.",
-        "Start the kernel again.",
-    ),
-    (
-        ("execve()",),
-        "The node of Slurm job {} has no such Python.",
-        "Name one that it has: --node-python=PATH.",
-    ),
-    (
-        ("Unable to contact slurm controller",),
-        "Slurm does not answer.",
-        "Ask whether it is down; `sinfo` has to work where Jupyter runs.",
-    ),
-)
-"""What srun says when a job ends (or the state it then is in), message and hint; the most telling first."""
+PENDING = {"Priority": "others are before it", "Resources": "no node has enough room"}
+"""What users ask about most of the reasons that squeue gives."""
 
 
 def srun_lines(said: str) -> str:
-    """Return what srun and Slurm's daemons said, apart from the kernel's own lines.
+    """Return what Slurm said: its lines begin within one of the kernel's where that has not ended it."""
+    import re
 
-    One of theirs begins in the middle of a line where the kernel has not ended its last.
-    """
-    lines = []
-    for line in said.splitlines():
-        starts = [line.find(sign) for sign in ("srun: ", "slurmstepd: ", "slurmstepd-") if sign in line]
-        lines += [line[min(starts) :]] if starts else []
-    return "\n".join(lines)
+    return "\n".join(re.findall(r"(?:srun: |slurmstepd[:-]|allocation failure: ).*", said))
 
 
-def slurm_reason(reported: str) -> tuple[str, str]:
-    """Return message and hint for what Slurm reported of a job's end; both empty where that says too
-    little."""
-    for signs, message, hint in SLURM_ENDS:
-        if any(sign in reported for sign in signs):
-            return message, hint
-    return ("Slurm refuses the job: {}.", "") if "Unable to allocate resources: " in reported else ("", "")
+def slurm_error(said: str, number: str = "") -> UserError | None:
+    """Return the error for what Slurm said of a job's end or refusal, None where that is not known."""
+    import re
 
-
-def slurm_end(status: int, reported: str, number: str) -> UserError:
-    """Return why a job ended or never began, from srun's exit status and what Slurm reported of it."""
-    message, hint = slurm_reason(reported)
-    if message and not hint:
-        return refused_by_slurm(
-            reported.rpartition("Unable to allocate resources: ")[2].splitlines()[0], reported
-        )
-    words = f"signal {-status}" if status < 0 else f"exit status {status}"
-    message = message or f"The Slurm job {{}} has ended (srun: {words})."
-    hint = hint or "What srun said is below; `sacct` may know more."
-    return UserError(message.format(number).replace("  ", " "), hint, detail=reported)
-
-
-def refused_by_slurm(reason: str, said: str) -> UserError:
-    """Return the error for a job that Slurm does not take."""
-    hint = "Change the options that srun is given."
-    for word, better in (
-        ("partition", "See the partitions there are: sinfo -s."),
-        ("account", "See your accounts: sacctmgr show associations user=$USER."),
-        ("not available", "See what the nodes have: sinfo -N -l."),
-    ):
-        if word in reason:
-            hint = better
-    return UserError(f"Slurm refuses the job: {reason.strip().rstrip('.')}.", hint, detail=said.strip())
+    reported = srun_lines(said)
+    reason = re.search(r"(?:Unable to allocate resources|allocation failure): (.*)", reported)
+    refused = reason[1].strip().rstrip(".") if reason else ""
+    return explain("srun", reported, job=f"Slurm job {number}".strip(), reason=refused)
 
 
 def srun_commands(
@@ -3252,22 +3160,16 @@ def srun_commands(
     return [[srun]]
 
 
-def refuse_srun_options(tokens: Sequence[str]) -> None:
-    """Raise UserError (status 2) for an option that a kernel's job can't have."""
-    for flag in (token.partition("=")[0] for token in tokens):
-        if any(refused.startswith(flag) for refused in SRUN_REFUSED):
-            raise usage_error(
-                f"{flag} can't be used: a kernel is one task with its own pipes.", "Leave it out."
-            )
-
-
 def setup_slurm(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
     """Check that Slurm would take such a job.  Raises UserError where it would not, or is not there."""
-    check_node_options(step.options)
+    options = check_node_options(step.options, host, environ)
     srun = srun_commands(step.mode, [], environ, host)[0][0]
-    refuse_srun_options(step.engine)
+    for flag in (token.partition("=")[0] for token in step.engine):
+        if any(refused.startswith(flag) for refused in SRUN_REFUSED):
+            message = f"{flag} can't be used: a kernel is one task with its own pipes."
+            raise usage_error(message, "Leave it out.")
     ask_slurm(step, srun, host, environ)
-    return step.replace(options={**find_tunnel(step.options, host, environ), "srun": srun})
+    return step.replace(options={**options, "srun": srun})
 
 
 def ask_slurm(step: Step, srun: str, host: Host, environ: Mapping[str, str]) -> None:
@@ -3275,34 +3177,25 @@ def ask_slurm(step: Step, srun: str, host: Host, environ: Mapping[str, str]) -> 
     test = host.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
     if test.status:
         said = os.fsdecode(test.err).strip()
-        said = said.replace("allocation failure:", "srun: error: Unable to allocate resources:")
-        reported = srun_lines(said)
-        if not slurm_reason(reported)[0]:
-            raise UserError(
-                f"Slurm can't be asked whether it takes such a job (srun: exit status {test.status}).",
-                "`sinfo` has to work here.",
-                detail=reported or said,
-            )
-        raise slurm_end(test.status, reported, "")
+        message = f"Slurm can't be asked whether it takes such a job (srun: exit status {test.status})."
+        raise slurm_error(said) or UserError(message, "`sinfo` has to work here.", detail=said)
 
 
 def plan_slurm(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan the job: srun with the rest of the chain for a node.  Raises UserError where srun is gone."""
     srun = step.options["srun"]
     if not host.is_executable(srun):
-        raise UserError(
-            f"There is no {srun} any more.", "Set the kernel up again: envkernel update NAME.", 127
-        )
+        hint = "Set the kernel up again: envkernel update NAME."
+        raise UserError(f"There is no {srun} any more.", hint, 127)
     environ = cluster_environ(plan.environ)
     if "SLURM_JOB_ID" in environ and not any(token.startswith("--jobid") for token in step.engine):
         # Jupyter runs in a job itself: without this srun would start a step in that one
         inside = {name for name in environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_"))}
         environ = {name: environ[name] for name in environ if name not in inside - {"SLURM_CONF"}}
     argv = [srun, "--nodes=1", "--ntasks=1"]
-    if not any(token.startswith(("--job-name", "-J")) for token in step.engine):
+    if not any(token.startswith("--job-name") for token in step.engine):
         argv.append("--job-name=" + rest.options.get("name", "envkernel"))
-    python = step.options.get("node-python", "python3")
-    argv += [*step.engine, python, "-I", "-S", "-c", NODE_BOOT]
+    argv += [*step.engine, step.options.get("node-python", "python3"), "-I", "-S", "-c", NODE_BOOT]
     return plan.replace(
         argv=argv,
         environ=environ,
@@ -3314,27 +3207,14 @@ def plan_slurm(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
 
 
 class YarnJob(Job):
-    """An application of YARN, submitted with Skein by a helper process that ends once the agent is there.
+    """An application of YARN, submitted with Skein by a helper process that ends once the agent is there."""
 
-    spec: what the helper needs to know of the application.
-    """
-
+    what = "YARN application"
     detached = True
     patience = 30.0
     grace = 8.0
 
-    def __init__(
-        self,
-        argv: Sequence[str],
-        environ: Mapping[str, str],
-        launch: Launch,
-        options: Mapping[str, Any],
-        spec: Mapping[str, Any],
-    ) -> None:
-        super().__init__(argv, environ, launch, options)
-        self.spec = dict(spec)
-
-    def feed(self, orders: Mapping[str, Any], own: Callable[[], bytes]) -> bytes:
+    def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
         """Return what the helper gets on stdin: the application, and the orders for its agent."""
         return to_json({"spec": self.spec, "orders": dict(orders)}) + b"\n"
 
@@ -3342,63 +3222,41 @@ class YarnJob(Job):
         """Return the notebook's directory, unless files are sent into the container's own."""
         return [notebook] if list(self.spec["files"]) == ["envkernel.py"] else []
 
-    def read_state(self, said: str, known: str) -> tuple[str, bool]:
-        """Return the application's id and whether it waits, from what the helper said on stderr."""
-        for line in said.splitlines():
-            if line.startswith(YARN_SAYS) and "application_" in line:
-                known = line[line.index("application_") :].split()[0].rstrip(":.")
-        return known, False
+    def read_state(self, said: str, known: str) -> tuple[str, bool, str]:
+        """Return the application's id and what it waits for."""
+        import re
 
-    def progress(self, said: str) -> str:
-        """Return what the helper said last of what the application waits for."""
-        lines = [line for line in said.splitlines() if line.startswith(YARN_SAYS) and " waits: " in line]
-        return lines[-1].partition(": ")[2] if lines else ""
+        known = (re.findall(f"^{YARN_SAYS} application (application_\\w+)", said, re.M) or [known])[-1]
+        waits = re.findall(r"^envkernel: (YARN application \w+ waits: .*)", said, re.M)
+        return known, False, waits[-1] if waits else ""
 
     def cancel(self, session: int, known: str) -> list[str]:
         """Return the command that kills the application."""
         return [*self.argv[:-1], "kill", known] if known else []
 
-    async def explain(self, status: int, said: str, known: str, ask: Ask) -> UserError:
-        """Return why the application ended, where the helper could not say."""
-        return UserError(
-            f"The YARN application {known} has ended.".replace("  ", " "),
-            f"Its logs may tell why: yarn logs -applicationId {known or 'ID'}.",
-            detail=said.strip(),
-        )
-
-    async def lost(self, node: str, said: str, known: str, ask: Ask) -> UserError:
-        """Return what became of the application."""
+    async def explain(self, message: str, said: str, known: str, ask: Ask) -> UserError:
+        """Return what became of the application, by YARN's report."""
+        if not known:
+            return UserError(message, "What it said is below.", detail=said.strip())
         return client_error(await ask([*self.argv[:-1], "report", known]))
 
 
 YARN_SAYS = "envkernel: YARN"
 """How a line of the helper's begins that tells of the application."""
 
-PACKED_NEEDS = (
-    ("bin/activate", "no bin/activate", "Pack it with conda-pack or venv-pack"),
-    ("bin/python", "no bin/python", "Pack it with conda-pack or venv-pack"),
-    ("site-packages/skein/__init__.py", "no skein", "Install skein in it and pack it again"),
-)
-"""What a packed environment must hold: the end of a path, what is said where it is missing, what to do."""
 
-
-def check_packed(path: str, names: Sequence[str] | None, command: Sequence[str]) -> None:
-    """Raise UserError unless a packed environment holds what a kernel on YARN needs.
-
-    names: of the files in the archive, None where it is none.  command: the kernel's, as far as known.
-    """
+def check_packed(path: str, host: Host, ipykernel: bool) -> None:
+    """Raise UserError unless a packed environment holds what a kernel on YARN needs."""
+    names = host.archive_names(path)
     if names is None:
-        raise UserError(
-            f"There is no packed environment {path} (a .tar.gz).",
-            "Make it: conda pack -o environment.tar.gz, or venv-pack -o environment.tar.gz.",
-        )
-    needs = list(PACKED_NEEDS)
-    if not command or "ipykernel_launcher" in command:
-        need = "Install ipykernel in it and pack it again"
-        needs.append(("site-packages/ipykernel_launcher.py", "no ipykernel", need))
-    for end, lack, hint in needs:
-        if not any(name == end or name.endswith("/" + end) for name in names):
-            raise UserError(f"The packed environment {path} has {lack}.", hint + ".")
+        hint = "Make it: conda pack -o environment.tar.gz, or venv-pack -o environment.tar.gz."
+        raise UserError(f"There is no packed environment {path} (a .tar.gz).", hint)
+    needs = {"bin/activate": "", "bin/python": "", "skein": "/__init__.py", "ipykernel": "_launcher.py"}
+    for need in needs if ipykernel else list(needs)[:-1]:
+        end = f"/site-packages/{need}{needs[need]}" if needs[need] else f"/{need}"
+        if not any(f"/{name}".endswith(end) for name in names):
+            hint = "Pack an environment that has skein and ipykernel, with conda-pack or venv-pack."
+            raise UserError(f"The packed environment {path} has no {need}.", hint)
 
 
 def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -3406,33 +3264,29 @@ def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mappi
 
     Raises UserError for what is missing.
     """
-    options = dict(step.options)
-    check_node_options(options)
+    options = check_node_options(step.options, host, environ)
     for name in ("memory", "vcores"):
         if not options.get(name, "1").isdigit() or int(options.get(name, "1")) < 1:
             raise usage_error(f"--{name} takes a number, not {options[name]!r}.", f"For example: --{name}=2.")
     path = host.absolute(step.targets[0])
-    check_packed(path, host.archive_names(path), [common["kernel-cmd"]] if "kernel-cmd" in common else [])
-    files = [entry.partition("=") for entry in options.get("file", [])]
-    for name, _, source in files:
+    check_packed(path, host, "kernel-cmd" not in common)
+    files = []
+    for entry in options.get("file", []):
+        name, _, source = entry.partition("=")
         if not name or "/" in name or name in ("environment", "envkernel.py") or not source:
-            raise usage_error(f"--file {name}={source} names no file.", "Write it as --file NAME=PATH.")
+            raise usage_error(f"--file {entry} names no file.", "Write it as --file NAME=PATH.")
         if not host.exists(host.absolute(source)):
             raise UserError(f"There is no {source} to send along.", "Check the path that --file has.")
-    if files:
-        options["file"] = [f"{name}={host.absolute(source)}" for name, _, source in files]
-    for program, hint in (
-        ("java", "Install it, or load the module that brings it."),
-        ("yarn", "Set the kernel up on an edge node of the cluster, where Hadoop's commands are on PATH."),
-    ):
-        if not search_program(program, path_entries(environ), host) and not (
-            program == "java" and host.is_executable(environ.get("JAVA_HOME", "") + "/bin/java")
-        ):
+        files.append(f"{name}={host.absolute(source)}")
+    java = host.is_executable(environ.get("JAVA_HOME", "") + "/bin/java")
+    for program in ("yarn",) if java else ("java", "yarn"):
+        if not search_program(program, path_entries(environ), host):
+            hint = "Set the kernel up on an edge node of the cluster, or load the module that brings it."
             raise UserError(f"There is no {program} on this machine.", hint)
     said = host.output([*yarn_client(), "check", options.get("queue", "default")], environ)
     if said.status:
         raise client_error(said)
-    return step.replace(options=find_tunnel(options, host, environ), targets=[path])
+    return step.replace(options={**options, **({"file": files} if files else {})}, targets=[path])
 
 
 def yarn_client() -> list[str]:
@@ -3445,21 +3299,16 @@ def client_error(said: Output) -> UserError:
     for line in said.out.splitlines():
         if line.startswith(FAILED):
             return UserError(**from_json(line[len(FAILED) :]))
-    return UserError(
-        "Skein could not speak with YARN.",
-        "See below; `yarn application -list` has to work here.",
-        detail=os.fsdecode(said.err).strip()[-TAIL:],
-    )
+    hint = "See below; `yarn application -list` has to work here."
+    return UserError("Skein could not speak with YARN.", hint, detail=os.fsdecode(said.err).strip()[-TAIL:])
 
 
 def plan_yarn(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan the application.  Raises UserError where the packed environment is gone."""
     path = step.targets[0]
     if not host.exists(path):
-        raise UserError(
-            f"There is no {path} any more.",
-            "Pack the environment again, or set the kernel up with another one.",
-        )
+        hint = "Pack the environment again, or set the kernel up with another one."
+        raise UserError(f"There is no {path} any more.", hint)
     files = dict(entry.partition("=")[::2] for entry in step.options.get("file", []))
     spec = {
         "name": rest.options.get("name", "envkernel"),
@@ -3469,8 +3318,7 @@ def plan_yarn(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         "environment": path,
         "files": {**files, "envkernel.py": os.path.abspath(__file__)},
     }
-    environ = cluster_environ(plan.environ)
-    argv = [*yarn_client(), "submit"]
+    environ, argv = cluster_environ(plan.environ), [*yarn_client(), "submit"]
     return plan.replace(
         argv=argv,
         environ=environ,
@@ -8412,7 +8260,7 @@ class Submission:
         self.pid = spawn(self.job.argv, self.job.environ, stdin, out_end, err_end)
         for file in (stdin, out_end, err_end):
             os.close(file)
-        self.feed = self.job.feed(self.orders, lambda: own_code(self.host))
+        self.feed = self.job.feed(self.orders, self.host)
 
     def follow(self) -> None:
         """Begin to feed the program and to hear what it says."""
@@ -8469,12 +8317,11 @@ class Submission:
         import asyncio
 
         self.keeper.on_stderr(text)
-        number, waits = self.job.read_state(self.said(), self.id)
+        number, waits, state = self.job.read_state(self.said(), self.id)
         self.set_id(number)
         if waits and not self.waits:
             self.watching = asyncio.ensure_future(self.watch_queue())
         self.waits = waits
-        state = self.job.progress(self.said())
         if state != self.state and state and self.keeper.front and not self.agent.done():
             self.state = state
             self.keeper.front.wait(state)
@@ -8525,7 +8372,10 @@ class Submission:
             return self.failure
         if self.job.detached and self.agent.done():
             await asyncio.Event().wait()
-        return await self.job.explain(status, self.said(), self.id, self.ask)
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        program = os.path.basename(self.job.argv[0])
+        message = f"The {self.job.what} {self.id} has ended ({program}: {how}).".replace("  ", " ")
+        return await self.job.explain(message, self.said(), self.id, self.ask)
 
     async def end(self, link: AgentLink | None) -> None:
         """End the program: first by the end of stdin, then by a signal.
@@ -8721,11 +8571,15 @@ class JobProgram(Program):
     """Seconds in which the program that holds the job has to notice that its agent is gone."""
 
     def __init__(self, plan: Plan, job: Job, launch: Launch, host: Host) -> None:
+        import hashlib
+
         connection = read_connection(launch, host)[2]
         super().__init__(plan, Supervision(job_directory(launch, host), connection=connection), host)
         self.job = job
         secrets = [str(connection.get(name, "")) for name in SECRETS]
-        self.linger, self.digest = job.linger, job.digest(secrets)
+        same = repr((job.argv, vars(job.launch), secrets))
+        self.linger = job.linger
+        self.digest = hashlib.sha256(same.encode(errors="surrogatepass")).hexdigest()
         self.orders = agent_orders(job, launch, connection, os.environ)
         self.connection: Mapping[str, Any] = connection
         self.launches = 0
@@ -8860,7 +8714,8 @@ class JobProgram(Program):
             if program.done():
                 return program.result()
             node = submission.agent.result()["node"]
-            return await self.job.lost(node, submission.said(), submission.id, submission.ask)
+            message = f"The node {node} broke off the connection without a word."
+            return await self.job.explain(message, submission.said(), submission.id, submission.ask)
         except UserError as error:
             return error
         finally:

@@ -48,8 +48,8 @@ def test_slurm_plan() -> None:
 
 
 def test_slurm_plan_takes_the_name_and_python_that_were_given() -> None:
-    argv = plan({"node-python": "/opt/py/bin/python"}, ["-J", "mine"], {}).argv
-    assert argv[3:7] == ["-J", "mine", "/opt/py/bin/python", "-I"]
+    argv = plan({"node-python": "/opt/py/bin/python"}, ["--job-name=mine"], {}).argv
+    assert argv[3:6] == ["--job-name=mine", "/opt/py/bin/python", "-I"]
 
 
 def test_job_inside_a_job_is_a_new_one() -> None:
@@ -137,10 +137,10 @@ def test_setup_without_slurm() -> None:
 
 def test_setup_finds_ssh_for_the_tunnel() -> None:
     options = {"tunnel": "ssh"}
-    found = envkernel.find_tunnel(options, host(), {"PATH": "/usr/bin"})
+    found = envkernel.check_node_options(options, host(), {"PATH": "/usr/bin"})
     assert found == {"tunnel": "ssh", "tunnel-program": "/usr/bin/ssh"}
     with pytest.raises(envkernel.UserError, match="no ssh"):
-        envkernel.find_tunnel(options, host(), {"PATH": "/bin"})
+        envkernel.check_node_options(options, host(), {"PATH": "/bin"})
 
 
 @pytest.mark.parametrize("option", ["--pty", "--nodes=2", "--input=none", "--multi"])
@@ -154,16 +154,9 @@ def test_srun_state() -> None:
     job = plan({}, [], {}).job
     assert job is not None
     said = "hello\nsrun: job 12 queued and waiting for resources\n"
-    assert job.read_state("", "") == ("", False)
-    assert job.read_state(said, "") == ("12", True)
-    assert job.read_state(said + "srun: job 12 has been allocated resources\n", "") == ("12", False)
-
-
-def test_pending_in_words() -> None:
-    assert envkernel.pending_text("7", "Priority", "2026-11-21T10:00:00") == (
-        "Slurm job 7 waits: Priority (others are before it); expected start 2026-11-21 10:00:00."
-    )
-    assert envkernel.pending_text("7", "QOSGrpMem", "N/A") == "Slurm job 7 waits: QOSGrpMem."
+    assert job.read_state("", "") == ("", False, "")
+    assert job.read_state(said, "") == ("12", True, "")
+    assert job.read_state(said + "srun: job 12 has been allocated resources\n", "") == ("12", False, "")
 
 
 @pytest.mark.parametrize(
@@ -201,9 +194,12 @@ def test_pending_in_words() -> None:
     ],
 )
 def test_why_a_job_ended(said: str, message: str) -> None:
-    reported = envkernel.srun_lines(said + "\na line of the kernel")
-    assert "kernel" not in reported
-    assert envkernel.slurm_end(1, reported, "4").message == message
+    job = plan({}, [], {}).job
+    assert job is not None
+    message_here = "The Slurm job 4 has ended (srun: exit status 1)."
+    error = asyncio.run(job.explain(message_here, said + "\na line of the kernel", "4", answers({})))
+    assert error.message == message
+    assert "kernel" not in error.detail
 
 
 def answers(known: dict[tuple[str, ...], Output]) -> Any:
@@ -233,27 +229,22 @@ STATE = ("/opt/slurm/bin/squeue", "-h", "-t", "all", "-j", "4", "-o", "%T")
 def test_slurm_is_asked_where_srun_does_not_say_why(state: bytes, message: str) -> None:
     job = plan({}, [], {}).job
     assert job is not None
-    error = asyncio.run(job.explain(-9, ABORTED, "4", answers({STATE: Output(0, state)})))
+    ended = "The Slurm job 4 has ended (srun: signal 9)."
+    error = asyncio.run(job.explain(ended, ABORTED, "4", answers({STATE: Output(0, state)})))
     assert error.message == message
-
-
-def test_agent_that_is_gone_while_srun_lives() -> None:
-    job = plan({}, [], {}).job
-    assert job is not None
-    asked = (SRUN.replace("srun", "sinfo"), "-h", "-n", "far", "-o", "%T")
-    world = answers({STATE: Output(1), asked: Output(0, b"down*\ndown*\n")})
-    error = asyncio.run(job.lost("far", ABORTED, "4", world))
-    assert error.message == "The node far broke off the connection without a word (Slurm: down*)."
-    error = asyncio.run(job.lost("far", "", "4", answers({STATE: Output(0, b"NODE_FAIL\n")})))
-    assert error.message == "The node of Slurm job 4 has failed."
 
 
 def test_pending_job_is_explained_by_squeue() -> None:
     job = plan({}, [], {}).job
-    argv = (SRUN.replace("srun", "squeue"), "-h", "-j", "4", "-o", "%T|%r|%S")
-    said = asyncio.run(job.pending("4", answers({argv: Output(0, b"PENDING|Resources|N/A\n")})))
-    assert said == "Slurm job 4 waits: Resources (no node has enough room)."
-    assert asyncio.run(job.pending("4", answers({argv: Output(0, b"RUNNING|None|N/A\n")}))) == ""
+    argv = (SRUN.replace("srun", "squeue"), "-h", "-j", "4", "-t", "PENDING", "-o", "%r|%S")
+
+    def pending(said: bytes) -> str:
+        return asyncio.run(job.pending("4", answers({argv: Output(0, said)})))
+
+    assert pending(b"Resources|N/A\n") == "Slurm job 4 waits: Resources (no node has enough room)."
+    later = "Slurm job 4 waits: QOSGrpMem; expected start 2026-11-21 10:00:00."
+    assert pending(b"QOSGrpMem|2026-11-21T10:00:00\n") == later
+    assert pending(b"") == ""
     assert asyncio.run(job.pending("4", answers({}))) == ""
 
 
@@ -401,10 +392,11 @@ def test_yarn_plan() -> None:
 def test_yarn_state() -> None:
     job = envkernel.YarnJob([], {}, Launch([], []), {}, {})
     said = "x\nenvkernel: YARN application application_1_0002 waits: ACCEPTED\n"
-    assert job.read_state(said, "") == ("application_1_0002", False)
-    assert job.read_state("", "application_1_0002") == ("application_1_0002", False)
-    assert job.progress(said) == "YARN application application_1_0002 waits: ACCEPTED"
-    assert job.progress("envkernel: YARN application application_1_0002 was submitted.\n") == ""
+    waits = "YARN application application_1_0002 waits: ACCEPTED"
+    assert job.read_state(said, "") == ("application_1_0002", False, waits)
+    assert job.read_state("", "application_1_0002") == ("application_1_0002", False, "")
+    submitted = "envkernel: YARN application application_1_0002 was submitted.\n"
+    assert job.read_state(submitted, "") == ("application_1_0002", False, "")
 
 
 def test_no_text_of_the_user_is_in_the_containers_script() -> None:
@@ -584,12 +576,24 @@ def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
     envkernel.remove_stale(f"{base}/nothing", {})
 
 
-def test_a_slurm_that_cannot_be_asked_has_no_job():
-    said = b"srun: fatal: Could not establish a configuration source"
-    argv = ("/bin/srun", "--test-only", "--nodes=1", "--ntasks=1", "true")
-    host = FakeHost(programs=["/bin/srun"], answers={argv: Output(1, b"", said)})
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (b"srun: fatal: Could not establish a configuration source", "Slurm does not answer."),
+        (b"srun: error: x", "Slurm can't be asked whether it takes such a job (srun: exit status 1)."),
+    ],
+)
+def test_a_slurm_that_cannot_be_asked_has_no_job(said: bytes, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        envkernel.setup_slurm(Step("slurm"), host, {"PATH": "/bin"}, {})
-    assert "can't be asked whether it takes such a job (srun: exit status 1)" in caught.value.message
+        setup(1, said, [])
+    assert caught.value.message == message
     assert caught.value.detail == said.decode()
-    assert "below" not in caught.value.hint
+    assert "sinfo" in caught.value.hint
+
+
+def test_misspelt_option_where_srun_finds_no_cluster() -> None:
+    said = b"srun: fatal: Could not establish a configuration source"
+    world = host(answers={(SRUN, "--help"): Output(1, b"", said)})
+    with pytest.raises(UserError, match="Slurm does not answer") as caught:
+        envkernel.EngineOptions([[SRUN]], world, {})
+    assert "sinfo" in caught.value.hint
