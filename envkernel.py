@@ -6864,8 +6864,7 @@ class Service(Children):
         nested = bool(self.launch.options.get("nested"))
         self.front = None
         if self.program.has_front:
-            name = self.launch.options.get("name", "")
-            self.front = Front(self.connection, front_kernel(name, self.launch.command, self.environ))
+            self.front = Front(self.connection, kernel_profile(self.launch, self.environ))
             self.front.notice = self.launch.options.get("notice", "")
         ended = asyncio.ensure_future(self.program.wait())
         opening = asyncio.ensure_future(
@@ -6954,7 +6953,7 @@ class Service(Children):
         try:
             if not self.front or self.launch.options.get("nested") or not shows_failure(self.launch):
                 raise ImportError
-            self.front.fail(launch_failure(error, self.launch, self.connection))
+            self.front.fail(error)
         except ImportError:  # pyzmq, for a connection that is encrypted
             if self.front:
                 self.front.close()
@@ -6975,7 +6974,7 @@ class Service(Children):
         """Return whether the kernel ever answered, as far as that can be seen."""
         if not self.front:
             return isinstance(self.program, LocalProgram) and self.program.answered()
-        return self.front.answered or (status == 0 and self.front.received > 0)
+        return self.front.answered(status)
 
     def send_exit(self, status: int, reason: UserError | None = None) -> None:
         """Let the run process end with a status; the log gets the reason."""
@@ -7878,7 +7877,7 @@ async def join_kernel(kernel: NodeKernel | None, number: int, sock: socket.socke
     except OSError:
         end = None
     if end:
-        await (await Join.sockets(sock, end)).ended
+        await relay(sock, end)
     else:
         sock.close()
 
@@ -9049,8 +9048,7 @@ HELD_LIMIT = 1 << 16
 SUBSCRIBER_PATIENCE = 2.0
 """Seconds in which the first subscriber has to come: a client connects its channels in any order."""
 PROGRESS_INTERVAL = 5.0
-"""Seconds after which a waiting cell shows again for how long it has waited."""
-
+"""Seconds after which waiting cells show again for how long they have waited."""
 
 if TYPE_CHECKING:
     Answer = tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]
@@ -9075,15 +9073,13 @@ def zmtp_message(parts: Sequence[bytes]) -> bytes:
 
 def ready_command(socket_type: bytes) -> bytes:
     """Return the command that ends a peer's handshake."""
-    size = len(socket_type).to_bytes(4, "big")
-    return b"\x05READY\x0bSocket-Type" + size + socket_type
+    return b"\x05READY\x0bSocket-Type" + len(socket_type).to_bytes(4, "big") + socket_type
 
 
 class ZmtpReader:
-    """Cuts what a peer sends into its greeting, commands and messages.
+    """Cuts what a peer sends into commands and messages.
 
     buffer: what is not cut yet.  parts: the frames of a message whose last one has not come.
-    size: bytes of both.
     """
 
     def __init__(self) -> None:
@@ -9096,55 +9092,43 @@ class ZmtpReader:
     def size(self) -> int:
         return len(self.buffer) + self.parts_size
 
-    def next(self, room: int | None = None) -> tuple[str, list[bytes]] | None:
-        """Return the next event: ``greeting``, ``command`` or ``message`` with its parts; None for none yet.
+    def next(self, room: int | None = None) -> tuple[bool, list[bytes]] | None:
+        """Return whether the next event is a command, and its parts; None where it has not come yet.
 
         room: bytes that a frame may have, checked before any of it is awaited.  Raises PeerError.
         """
+        buffer = self.buffer
         if not self.is_greeted:
-            return self._greeting()
-        while True:
-            frame = self._frame(room)
-            if frame is None:
+            start = bytes(buffer[: len(GREETING)])
+            if (start[:1] or b"\xff") != b"\xff" or (start[9:10] or b"\x7f") != b"\x7f":
+                raise PeerError("no ZMTP")
+            if len(start) < len(GREETING):
                 return None
-            flags, body = frame
+            if start[10] < 3 or start[12:32] != GREETING[12:32]:
+                raise PeerError("another version or mechanism of ZMTP")
+            del buffer[: len(GREETING)]
+            self.is_greeted = True
+        while len(buffer) >= 2:
+            flags = buffer[0]
+            if flags > 7 or (flags & COMMAND and flags & MORE):
+                raise PeerError("no frame of ZMTP")
+            start_of_body = 9 if flags & LONG else 2
+            size = int.from_bytes(buffer[1:start_of_body], "big")
+            end = start_of_body + size
+            if len(buffer) >= start_of_body and room is not None and size > room:
+                raise PeerError(f"a frame of {size} bytes")
+            if len(buffer) < end:
+                return None
+            body = bytes(buffer[start_of_body:end])
+            del buffer[:end]
             if flags & COMMAND:
-                return "command", [body]
+                return True, [body]
             self.parts.append(body)
             self.parts_size += len(body) + 64
             if not flags & MORE:
                 parts, self.parts, self.parts_size = self.parts, [], 0
-                return "message", parts
-
-    def _greeting(self) -> tuple[str, list[bytes]] | None:
-        start = bytes(self.buffer[: len(GREETING)])
-        if (start[:1] or b"\xff") != b"\xff" or (start[9:10] or b"\x7f") != b"\x7f":
-            raise PeerError("no ZMTP")
-        if len(start) < len(GREETING):
-            return None
-        if start[10] < 3 or start[12:32] != GREETING[12:32]:
-            raise PeerError("another version or mechanism of ZMTP")
-        del self.buffer[: len(GREETING)]
-        self.is_greeted = True
-        return "greeting", [start]
-
-    def _frame(self, room: int | None) -> tuple[int, bytes] | None:
-        if len(self.buffer) < 2:
-            return None
-        flags = self.buffer[0]
-        if flags > 7 or (flags & COMMAND and flags & MORE):
-            raise PeerError("no frame of ZMTP")
-        start = 9 if flags & LONG else 2
-        if len(self.buffer) < start:
-            return None
-        size = int.from_bytes(self.buffer[1:start], "big")
-        if room is not None and size > room:
-            raise PeerError(f"a frame of {size} bytes")
-        if len(self.buffer) < start + size:
-            return None
-        body = bytes(self.buffer[start : start + size])
-        del self.buffer[: start + size]
-        return flags, body
+                return False, parts
+        return None
 
     def rest(self) -> bytes:
         """Return what has come and was not returned by `next`, as it was sent, and forget it."""
@@ -9154,21 +9138,17 @@ class ZmtpReader:
         return data
 
 
-class Message(Record):
-    """A message of Jupyter's.  parts: all frames as they came; idents: those before the delimiter."""
+class Message:
+    """A message of Jupyter's.  idents: frames before the delimiter.  is_visible: it runs code in a cell."""
 
-    def __init__(self, parts: Sequence[bytes], header: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-        self.parts = list(parts)
-        self.idents = self.parts[: self.parts.index(DELIMITER)]
+    def __init__(self, parts: list[bytes], header: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        self.parts = parts
+        self.idents = parts[: parts.index(DELIMITER)]
         self.header = header
         self.content = content
         self.kind = str(header["msg_type"])
         self.size = sum(map(len, parts)) + 1000
-
-    @property
-    def is_visible(self) -> bool:
-        """Whether it runs code in a cell."""
-        return self.kind == "execute_request" and not self.content.get("silent")
+        self.is_visible = self.kind == "execute_request" and not content.get("silent")
 
 
 class Session:
@@ -9183,9 +9163,7 @@ class Session:
         """Return the signature of header, parent, metadata and content."""
         import hmac
 
-        if not self.key:
-            return b""
-        return hmac.new(self.key, b"".join(parts), self.digest).hexdigest().encode()
+        return hmac.new(self.key, b"".join(parts), self.digest).hexdigest().encode() if self.key else b""
 
     def encode(
         self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], idents: Sequence[bytes] = ()
@@ -9194,18 +9172,12 @@ class Session:
         import json
         from datetime import datetime, timezone
 
-        header = {
-            "msg_id": os.urandom(16).hex(),
-            "session": self.name,
-            "username": "",
-            "date": datetime.now(timezone.utc).isoformat(),
-            "msg_type": kind,
-            "version": "5.3",
-        }
+        header = {"msg_id": os.urandom(16).hex(), "session": self.name, "username": "", "version": "5.3"}
+        header.update(msg_type=kind, date=datetime.now(timezone.utc).isoformat())
         parts = [json.dumps(part).encode() for part in (header, parent, {}, content)]
         return [*idents, DELIMITER, self.signature(parts), *parts]
 
-    def decode(self, parts: Sequence[bytes]) -> Message:
+    def decode(self, parts: list[bytes]) -> Message:
         """Return a message whose signature is right.  Raises PeerError."""
         import hmac
         import json
@@ -9226,35 +9198,40 @@ class Session:
 class End:
     """One end of a connection, as a protocol of asyncio.
 
-    receive: gets its bytes.  peer: the end that it is joined with: each is read only as fast as the other
-    can be written, and the end of what it sends is passed on.
+    on_data: gets its bytes; at first they are collected.  lost: a future, done when the connection is gone.
+    peer: the end that it is paired with: each is read only as fast as the other can be written, and the end
+    of what it sends is passed on.
     """
 
-    def __init__(self, receive: Callable[[bytes], object], lost: Callable[[], object] = _ignore) -> None:
+    def __init__(self) -> None:
+        import asyncio
+
         self.transport: Any = None
-        self.receive = receive
-        self.lost = lost
+        self.reader = ZmtpReader()
+        self.on_data: Callable[[bytes], object] = self.reader.buffer.extend
+        self.lost = asyncio.get_running_loop().create_future()
         self.peer: End | None = None
-        self.received = 0
-        self.at_end = False
-        self.is_full = False
+        self.at_end = self.is_full = self.is_joined = False
+
+    async def open(self, sock: Any) -> None:
+        """Make a connected socket the transport."""
+        import asyncio
+
+        protocol: Any = self
+        await asyncio.get_running_loop().create_connection(lambda: protocol, sock=sock)
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self.received += len(data)
-        self.receive(data)
+        self.on_data(data)
 
     def eof_received(self) -> bool:
         self.at_end = True
-        if self.peer is None:
-            return False
-        if self.peer.at_end:
-            self.peer.transport.close()
-            return False
-        self.peer.transport.write_eof()
-        return True
+        if self.peer and not self.peer.at_end:
+            self.peer.transport.write_eof()
+            return True
+        return False  # closes this end, and then its peer
 
     def pause_writing(self) -> None:
         self.is_full = True
@@ -9269,7 +9246,7 @@ class End:
     def connection_lost(self, error: Exception | None) -> None:
         if self.peer:
             self.peer.transport.close()
-        self.lost()
+        self.lost.set_result(None)
 
     def write(self, data: bytes) -> None:
         """Send bytes; nothing where the connection is gone."""
@@ -9280,77 +9257,72 @@ class End:
         """Let each end hold up the other, and pass on its end."""
         self.peer, peer.peer = peer, self
         for end, other in ((self, peer), (peer, self)):
-            if end.is_full:
-                other.transport.pause_reading()
+            end.transport.pause_reading() if other.is_full else end.transport.resume_reading()
+            if end.transport.is_closing():
+                other.transport.close()
+
+    def join(self, peer: End) -> None:
+        """Pass all bytes on from now on, both ways and unread."""
+        self.pair_with(peer)
+        for end, other in ((self, peer), (peer, self)):
+            other.write(end.reader.rest())
+            end.on_data = other.transport.write
+            end.is_joined = True
+
+    def parse(self, data: bytes = b"") -> None:
+        """Cut bytes into commands and messages, and hang up on a peer that sends anything else."""
+        self.reader.buffer += data
+        try:
+            while self.on_data == self.parse and not self.transport.is_closing():
+                event = self.reader.next(self.room())
+                if event is None:
+                    break
+                is_command, parts = event
+                self.on_command(parts[0]) if is_command else self.on_message(parts)
+        except PeerError:
+            self.transport.abort()
+
+    def room(self) -> int | None:
+        """Return how large a frame may be; None for any size."""
+        return None
+
+    def on_command(self, body: bytes) -> None:
+        """Take a command of ZMTP's.  Raises PeerError."""
+
+    def on_message(self, parts: list[bytes]) -> None:
+        """Take a message.  Raises PeerError."""
 
 
-async def attach(end: Any, sock: Any) -> Any:
-    """Make a connected socket the transport of an end; return the end."""
-    import asyncio
-
-    await asyncio.get_running_loop().create_connection(lambda: end, sock=sock)
-    return end
-
-
-class Join:
-    """Two connections that are joined byte by byte until both have ended.
-
-    ended: a future that is done then.  received: how many bytes came from the right.
-    """
-
-    def __init__(self, left: End, right: End) -> None:
-        import asyncio
-
-        self.left, self.right = left, right
-        self.ended = asyncio.get_running_loop().create_future()
-        for end, other in ((left, right), (right, left)):
-            end.receive, end.lost = other.transport.write, self._lost
-        left.pair_with(right)
-
-    @classmethod
-    async def sockets(cls, left: Any, right: Any) -> Join:
-        """Join two connected sockets."""
-        early: list[tuple[bytes, ...]] = []
-        first = await attach(End(lambda data: early.append((data,))), left)
-        second = await attach(End(lambda data: early.append((data, b""))), right)
-        join = cls(first, second)
-        for data, *from_right in early:
-            (first if from_right else second).write(data)
-        return join
-
-    def _lost(self) -> None:
-        closing = self.left.transport.is_closing() and self.right.transport.is_closing()
-        if closing and not self.ended.done():
-            self.ended.set_result(None)
-
-    @property
-    def received(self) -> int:
-        return self.right.received
-
-    def close(self) -> None:
-        """Close both at once."""
-        for end in (self.left, self.right):
-            end.transport.abort()
+async def relay(left: Any, right: Any) -> None:
+    """Join two connected sockets byte by byte until both have ended."""
+    ends = End(), End()
+    for end, sock in zip(ends, (left, right)):
+        await end.open(sock)
+    ends[0].join(ends[1])
+    for end in ends:
+        await end.lost
 
 
-class FrontKernel(Record):
+class KernelProfile(Record):
     """What the front knows of the kernel that it stands in for.
 
-    name: the kernelspec's.  debugger: whether the kernel has one.  cache: file with the last
-    kernel_info_reply, empty for none.
+    name: the kernelspec's.  debugger: whether the kernel has one.  cache: file with its last
+    kernel_info_reply.  log: of this launch.  Empty for none.  state: what the launch waits for.
     """
 
     name: str
     language: str = ""
     debugger: bool = False
     cache: str = ""
+    log: str = ""
+    state: str = ""
 
 
-def front_kernel(name: str, command: Sequence[str], environ: Mapping[str, str]) -> FrontKernel:
-    """Return what a kernel's kernel.json says of it; without one the command says the language."""
+def kernel_profile(launch: Launch, environ: Mapping[str, str]) -> KernelProfile:
+    """Return what a launch and its kernel.json say of the kernel."""
     import json
 
-    data = data_dir(environ)
+    name, data = launch.options.get("name", ""), data_dir(environ)
     prefix = os.path.dirname(os.path.dirname(sys.executable))  # without site, sys.prefix is not a venv's
     roots = [*environ.get("JUPYTER_PATH", "").split(os.pathsep), data, prefix + "/share/jupyter"]
     spec: Any = {}
@@ -9361,53 +9333,37 @@ def front_kernel(name: str, command: Sequence[str], environ: Mapping[str, str]) 
             break
         except (OSError, ValueError):
             continue
-    language = "python" if any("ipykernel" in token for token in command) else ""
-    metadata = spec.get("metadata") or {}
-    cache = "{}/envkernel/{}.info.json".format(data, log_place(name, environ)[1].rstrip("@"))
-    return FrontKernel(name, spec.get("language") or language, bool(metadata.get("debugger")), cache)
+    language = spec.get("language") or ("python" if "ipykernel" in " ".join(launch.command) else "")
+    debugger = bool((spec.get("metadata") or {}).get("debugger"))
+    directory, prefix = log_place(name, environ)
+    cache = f"{directory}/{prefix[:-1]}.info.json"
+    return KernelProfile(name, language, debugger, cache, launch.options.get("log", ""))
 
 
 FAILURE_NAME = "KernelDidNotStart"
 """Name of the error that each cell of a notebook gets whose kernel could not start."""
+RED, YELLOW = "#d32f2f", "#f9a825"
 
 _LANGUAGES = {
-    "python": ("text/x-python", ".py", "ipython3", {"name": "ipython", "version": 3}),
-    "r": ("text/x-r-source", ".r", "r", "r"),
-    "bash": ("text/x-sh", ".sh", "bash", "shell"),
-    "julia": ("text/x-julia", ".jl", "julia", "julia"),
+    "python": ("text/x-python", ".py"),
+    "r": ("text/x-r-source", ".r"),
+    "bash": ("text/x-sh", ".sh"),
+    "julia": ("text/x-julia", ".jl"),
 }
 
 
 class Failure(Record):
-    """Why a kernel did not start, as the notebook shows it.
+    """Why a kernel did not start: as the error of a reply, and as the content of a display."""
 
-    kernel: its name.  message, hint: as in `UserError`.  detail: the last lines that it wrote.
-    log: path of the launch log.  language: the kernelspec's.  Empty where there is none.
-    """
-
-    kernel: str
-    message: str
-    hint: str = ""
-    detail: str = ""
-    log: str = ""
-    language: str = ""
-
-    @property
-    def heading(self) -> str:
-        """The failure in one line."""
-        return f"The kernel {self.kernel} did not start." if self.kernel else "The kernel did not start."
+    error: dict[str, Any]
+    display: dict[str, Any]
 
 
-def failure_lines(failure: Failure) -> list[str]:
-    """Return a failure as lines of text, the message first."""
-    lines = [failure.message]
-    if failure.hint:
-        lines.append(failure.hint)
-    if failure.detail:
-        lines += ["", "It said:", *("  " + line for line in failure.detail.splitlines())]
-    if failure.log:
-        lines += ["", f"Log of this launch: {failure.log}"]
-    return lines
+def display(text: str, paragraphs: Sequence[str], colour: str) -> dict[str, Any]:
+    """Return the content of a display: a text, and paragraphs of HTML in a box with a coloured edge."""
+    body = "".join(f'<div style="margin: 0.3em 0">{paragraph}</div>' for paragraph in paragraphs)
+    html = f'<div style="border-left: 4px solid {colour}; padding: 0.2em 1em">{body}</div>'
+    return {"data": {"text/plain": text, "text/html": html}, "metadata": {}, "transient": {}}
 
 
 def html_with_code(text: str) -> str:
@@ -9418,89 +9374,61 @@ def html_with_code(text: str) -> str:
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def html_box(parts: Sequence[str], colour: str) -> str:
-    """Return paragraphs of HTML in a box with a coloured edge."""
-    body = "".join(f'<div style="margin: 0.3em 0">{part}</div>' for part in parts)
-    return f'<div style="border-left: 4px solid {colour}; padding: 0.2em 1em">{body}</div>'
-
-
-def failure_html(failure: Failure) -> str:
-    """Return a failure as HTML."""
+def failure_of(error: UserError, kernel: KernelProfile) -> Failure:
+    """Return an error as the notebook shows it."""
     from html import escape
 
-    parts = [f"<b>{escape(failure.heading)}</b>", html_with_code(failure.message)]
-    if failure.hint:
-        parts.append(html_with_code(failure.hint))
-    if failure.detail:
-        parts.append(f'<pre style="max-height: 20em; overflow: auto">{escape(failure.detail)}</pre>')
-    if failure.log:
-        parts.append(f"<small>Log of this launch: <code>{escape(failure.log)}</code></small>")
-    return html_box(parts, "#d32f2f")
+    heading = f"The kernel {kernel.name} did not start." if kernel.name else "The kernel did not start."
+    lines = [error.message, *filter(None, [error.hint])]
+    html = [f"<b>{escape(heading)}</b>", *map(html_with_code, lines)]
+    if error.detail:
+        lines += ["", "It said:", *("  " + line for line in error.detail.splitlines())]
+        html.append(f'<pre style="max-height: 20em; overflow: auto">{escape(error.detail)}</pre>')
+    if kernel.log:
+        lines += ["", f"Log of this launch: {kernel.log}"]
+        html.append(f"<small>Log of this launch: <code>{escape(kernel.log)}</code></small>")
+    traceback = [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m: {error.message}", *lines[1:]]
+    evalue = f"{error.message} {error.hint}".rstrip()
+    content = {"ename": FAILURE_NAME, "evalue": evalue, "traceback": traceback}
+    return Failure(content, display("\n".join([heading, *lines]), html, RED))
 
 
-def error_content(failure: Failure) -> dict[str, Any]:
-    """Return the name, value and traceback that stand for the failure in a reply."""
-    first, *others = failure_lines(failure)
-    return {
-        "ename": FAILURE_NAME,
-        "evalue": f"{failure.message} {failure.hint}".rstrip(),
-        "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m: {first}", *others],
-    }
-
-
-def kernel_info_content(failure: Failure) -> dict[str, Any]:
-    """Return the content of a kernel_info_reply.
+def kernel_info(kernel: KernelProfile, failure: Failure | None) -> dict[str, Any]:
+    """Return the content of a kernel_info_reply: the kernel's own of an earlier launch, or what is known.
 
     The language is the real kernel's: JupyterLab writes it into the notebook.
     """
-    known = _LANGUAGES.get(failure.language.lower())
-    mime, extension, lexer, editor = known or ("text/plain", ".txt", "text", "null")
-    language = {
-        "name": failure.language or "text",
-        "version": "",
-        "mimetype": mime,
-        "file_extension": extension,
-        "pygments_lexer": lexer,
-        "codemirror_mode": editor,
-    }
+    import json
+
+    if failure:
+        banner = failure.display["data"]["text/plain"]
+    else:
+        banner = f"The kernel {kernel.name} has not started yet. {kernel.state}"
+        try:
+            with open(kernel.cache, encoding="utf-8") as file:
+                return dict(json.load(file))
+        except (OSError, ValueError, TypeError):
+            pass
+    mime, extension = _LANGUAGES.get(kernel.language.lower(), ("text/plain", ".txt"))
+    name = kernel.language or "text"
+    debugger = kernel.debugger and not failure
     return {
         "status": "ok",
         "protocol_version": "5.3",
         "implementation": "envkernel",
         "implementation_version": __version__,
-        "language_info": language,
-        "banner": "\n".join([failure.heading, *failure_lines(failure), ""]),
-        "debugger": False,
-        "supported_features": [],
+        "language_info": {"name": name, "version": "", "mimetype": mime, "file_extension": extension},
+        "banner": banner + "\n",
+        "debugger": debugger,
+        "supported_features": ["debugger"] if debugger else [],
         "help_links": [],
     }
-
-
-def waiting_info(kernel: FrontKernel, text: str) -> dict[str, Any]:
-    """Return the content of a kernel_info_reply before the kernel is there: its own of an earlier launch.
-
-    text: the state of the launch, shown where there was none.
-    """
-    import json
-
-    try:
-        with open(kernel.cache, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError):
-        return {
-            **kernel_info_content(Failure(kernel.name, "", language=kernel.language)),
-            "banner": f"The kernel {kernel.name} has not started yet. {text}\n",
-            "debugger": kernel.debugger,
-            "supported_features": ["debugger"] if kernel.debugger else [],
-        }
 
 
 def save_info(path: str, content: Mapping[str, Any]) -> None:
     """Remember what a kernel says of itself; a full disk is no reason not to go on."""
     import json
 
-    if not path:
-        return
     try:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         temporary = f"{path}.{os.getpid()}"
@@ -9512,81 +9440,61 @@ def save_info(path: str, content: Mapping[str, Any]) -> None:
 
 
 def execute_answer(request: Mapping[str, Any], failure: Failure, count: int) -> Answer:
-    """Return the answer to an execution: the failure in text and HTML.
-
-    The error that is shown below it has only its name: a notebook shows both.
-    """
-    error = error_content(failure)
-    reply = {**error, "status": "error", "execution_count": count, "payload": [], "user_expressions": {}}
+    """Return the answer to an execution: the failure in text and HTML, and below it only the error's name."""
+    code = request.get("code", "")
+    reply = {"status": "error", "execution_count": count, "payload": [], "user_expressions": {}}
     if request.get("silent"):
-        return "execute_reply", reply, []
-    if str(request.get("code", "")).strip() in ("exit", "exit()", "quit", "quit()", "q()"):
-        # in jupyter console this is the way out
+        return "execute_reply", {**reply, **failure.error}, []
+    if str(code).strip() in ("exit", "exit()", "quit", "quit()", "q()"):  # the way out of jupyter console
         leave = {"source": "ask_exit", "keepkernel": False}
-        reply = {"status": "ok", "execution_count": count, "payload": [leave], "user_expressions": {}}
-        return "execute_reply", reply, []
-    shown = {
-        "text/plain": "\n".join([failure.heading, *failure_lines(failure)]),
-        "text/html": failure_html(failure),
-    }
-    return (
-        "execute_reply",
-        reply,
-        [
-            ("execute_input", {"code": request.get("code", ""), "execution_count": count}),
-            ("display_data", {"data": shown, "metadata": {}, "transient": {}}),
-            ("error", {**error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
-        ],
-    )
+        return "execute_reply", {**reply, "status": "ok", "payload": [leave]}, []
+    published = [
+        ("execute_input", {"code": code, "execution_count": count}),
+        ("display_data", failure.display),
+        ("error", {**failure.error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
+    ]
+    return "execute_reply", {**reply, **failure.error}, published
 
 
-def empty_reply(
-    kind: str, request: Mapping[str, Any], connection: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Return the content of a reply that says nothing; None where only a kernel can answer."""
+def answer(
+    kind: str,
+    request: Mapping[str, Any],
+    kernel: KernelProfile,
+    connection: Mapping[str, Any],
+    failure: Failure | None = None,
+    count: int = 0,
+) -> Answer | None:
+    """Return what the front says to one message; None for what only a kernel can answer, if one may come.
+
+    kind: type of the message; request: its content.  count: the execution's number.
+    """
     cursor = request.get("cursor_pos", 0)
     replies: dict[str, dict[str, Any]] = {
         "complete_request": {"matches": [], "cursor_start": cursor, "cursor_end": cursor, "metadata": {}},
         "inspect_request": {"found": False, "data": {}, "metadata": {}},
-        "is_complete_request": {"status": "unknown"},
+        "is_complete_request": {"status": "complete" if failure else "unknown"},
         "history_request": {"history": []},
         "comm_info_request": {"comms": {}},
         "connect_request": {name: port for name, port in connection.items() if name.endswith("_port")},
         "interrupt_request": {},
         "shutdown_request": {"restart": bool(request.get("restart"))},
     }
-    reply = replies.get(kind)
-    return None if reply is None else {"status": "ok", **reply}
-
-
-def answer(
-    kind: str, request: Mapping[str, Any], failure: Failure, count: int, connection: Mapping[str, Any]
-) -> Answer:
-    """Return what a kernel that has failed says to one message: no type where there is no reply.
-
-    kind: type of the message; request: its content; count: the execution's number.
-    """
+    reply = kind.replace("_request", "_reply")
+    if kind == "kernel_info_request":
+        return reply, kernel_info(kernel, failure), []
+    if kind in replies:
+        return reply, {"status": "ok", **replies[kind]}, []
+    if not failure:
+        return None
     if kind == "execute_request":
         return execute_answer(request, failure, count)
     if kind == "comm_open":  # the protocol's answer where nobody is at the other end
         return "", {}, [("comm_close", {"comm_id": request.get("comm_id", ""), "data": {}})]
-    if not kind.endswith("_request"):
-        return "", {}, []
-    content = empty_reply(kind, request, connection)
-    if kind == "kernel_info_request":
-        content = kernel_info_content(failure)
-    elif kind == "is_complete_request":
-        content = {"status": "complete"}
-    elif kind == "debug_request":
-        content = {
-            "type": "response",
-            "seq": 0,
-            "request_seq": request.get("seq", 0),
-            "success": False,
-            "command": request.get("command", ""),
-            "message": failure.message,
-        }
-    return kind[: -len("request")] + "reply", content or {"status": "error", **error_content(failure)}, []
+    if kind == "debug_request":
+        refused = {"type": "response", "seq": 0, "request_seq": request.get("seq", 0), "success": False}
+        message = failure.error["evalue"]
+        return reply, {**refused, "command": request.get("command", ""), "message": message}, []
+    return (reply, {"status": "error", **failure.error}, []) if reply != kind else ("", {}, [])
 
 
 def refusal(message: Message, name: str, value: str) -> Answer:
@@ -9596,141 +9504,87 @@ def refusal(message: Message, name: str, value: str) -> Answer:
     return message.kind.replace("_request", "_reply"), reply, [("error", error)] if message.is_visible else []
 
 
-def notice_content(notice: str) -> dict[str, Any]:
-    """Return the display that says why the kernel before this one ended."""
-    heading = "The previous kernel ended; its variables are gone."
-    html = html_box([f"<b>{heading}</b>", html_with_code(notice)], "#f9a825")
-    return {"data": {"text/plain": f"{heading}\n{notice}", "text/html": html}, "metadata": {}}
-
-
-class Progress:
-    """The state of the launch in each cell that waits: shown, updated in place, removed.
-
-    publish: called with type, content and parent header of a message to all clients.
-    """
-
-    def __init__(self, publish: Callable[..., None]) -> None:
-        import time
-
-        self.publish = publish
-        self.text = ""
-        self.cells: list[Mapping[str, Any]] = []
-        self.clock = time.monotonic
-        self.start = self.clock()
-        self.timer: Any = None
-
-    def content(self, header: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state as a display of one cell."""
-        seconds = int(self.clock() - self.start)
-        waited = f"{seconds // 60} min {seconds % 60:02} s" if seconds >= 60 else f"{seconds} s"
-        html = html_box([f"{html_with_code(self.text)} <small>(waited {waited})</small>"], "#f9a825")
-        data = {"text/plain": f"{self.text} (waited {waited})", "text/html": html}
-        return {"data": data, "metadata": {}, "transient": {"display_id": header["msg_id"]}}
-
-    def add(self, header: Mapping[str, Any]) -> None:
-        """Show the state in one more cell."""
-        self.cells.append(header)
-        self.publish("display_data", self.content(header), header)
-        self._schedule()
-
-    def change(self, text: str) -> None:
-        """Show another state: as a new display, for jupyter console ignores updates of one."""
-        text = text.rstrip(".")
-        if text == self.text:
-            return
-        self.text = text
-        for header in self.cells:
-            self.publish("clear_output", {"wait": True}, header)
-            self.publish("display_data", self.content(header), header)
-
-    def _schedule(self) -> None:
-        import asyncio
-
-        if self.cells and not self.timer:
-            self.timer = asyncio.get_running_loop().call_later(PROGRESS_INTERVAL, self._tick)
-
-    def _tick(self) -> None:
-        self.timer = None
-        for header in self.cells:
-            self.publish("update_display_data", self.content(header), header)
-        self._schedule()
-
-    def clear(self) -> None:
-        """Remove the state from all cells, also from those that will have no output of their own."""
-        if self.timer:
-            self.timer.cancel()
-        self.timer = None
-        for header in self.cells:
-            self.publish("clear_output", {"wait": False}, header)
-        self.cells = []
-
-
 class Client(End):
     """A connection of Jupyter's to one of the five ports.
 
     hello: the command that ended its handshake, empty before.  topics: what it has subscribed to.
-    upstream: its connection to the kernel, where there is one.  is_joined: its bytes go there unread.
+    upstream: its connection to the kernel, where there is one.
     """
 
     def __init__(self, front: Front, stream: int) -> None:
-        super().__init__(self.hold, lambda: front.forget(self))
-        self.is_held = True
-        self.is_connecting = False
+        super().__init__()
         self.front = front
         self.stream = stream
-        self.reader = ZmtpReader()
+        self.on_data = self.hold
         self.hello = b""
         self.topics: list[bytes] = []
         self.upstream: Upstream | None = None
-        self.is_joined = False
+        self.is_greeted = self.is_connecting = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.front.admitted(self)
+        self.front.clients.add(self)
+        self.lost.add_done_callback(lambda _: self.front.forget(self))
+        self.update()
 
     def hold(self, data: bytes) -> None:
-        """Keep what comes as it is."""
+        """Collect what comes as it is."""
         self.reader.buffer += data
         if self.reader.size > HELD_LIMIT:
             self.transport.pause_reading()
 
-    def shake_hands(self) -> None:
-        """Be the peer that Jupyter expects."""
-        self.is_held = False
-        self.receive = self.converse
-        self.transport.resume_reading()
-        self.write(GREETING)
-        self.converse(b"")
+    def update(self) -> None:
+        """Do what the front's state calls for: be Jupyter's peer, or join the client with the kernel."""
+        front, is_live = self.front, self.front.state == "live"
+        if front.state == "holding" or self.is_joined:
+            return
+        if not self.is_greeted and (not is_live or front.notice):
+            self.is_greeted = True
+            self.write(GREETING)
+            self.read()
+        elif is_live and not self.upstream:
+            if (self.hello or not self.is_greeted) and not self.is_connecting:
+                self.is_connecting = True
+                self.on_data = self.hold
+                front.spawn(self.reach_kernel())
+        elif self.upstream and is_live and front.notice and self.stream in (SHELL, IOPUB):
+            self.pair_with(self.upstream)
+            self.read()
+        elif self.upstream and is_live:
+            self.join(self.upstream)
 
-    def converse(self, data: bytes) -> None:
-        """Read messages; a client that sends anything else is disconnected."""
-        self.reader.buffer += data
+    def read(self) -> None:
+        """Read messages, from those on that have come already."""
+        self.on_data = self.parse
+        if not self.peer:
+            self.transport.resume_reading()
+        self.parse()
+
+    async def reach_kernel(self) -> None:
+        """Connect a client that is there when the kernel is there already."""
+        assert self.front.handover
         try:
-            while not self.is_joined and not self.transport.is_closing():
-                event = self.reader.next(self.front.mailbox.room() + len(self.reader.buffer))
-                if event is None:
-                    break
-                kind, parts = event
-                if kind == "command":
-                    self.on_command(parts[0])
-                elif kind == "message":
-                    self.on_message(parts)
-        except PeerError:
-            self.transport.abort()
+            await self.front.handover.connect_client(self)
+        except OSError:
+            self.transport.abort()  # ZeroMQ tries again
+        self.update()
+
+    def room(self) -> int:
+        return self.front.mailbox.room() + len(self.reader.buffer)
 
     def on_command(self, body: bytes) -> None:
-        """Answer a command: the end of the handshake, or a ping."""
+        """Answer the end of the handshake, or a ping."""
         if body.startswith(b"\x05READY") and not self.hello:
             self.hello = body
             self.write(zmtp_frame(ready_command(SOCKET_TYPES[self.stream]), COMMAND))
-            self.front.settle([self])
+            self.update()
         elif body.startswith(b"\x04PING"):
             self.write(zmtp_frame(b"\x04PONG" + body[7:], COMMAND))
         elif not self.hello:
             raise PeerError("no handshake")
 
     def on_message(self, parts: list[bytes]) -> None:
-        """Take a message: a beat of the heart is returned, a subscription noted, a request handed on."""
+        """Return a beat of the heart, note a subscription, hand a request on."""
         if not self.hello:
             raise PeerError("a message before the handshake")
         if self.stream == HEARTBEAT:
@@ -9739,23 +9593,13 @@ class Client(End):
             topic = parts[0][1:]
             if parts[0][:1] == b"\1":
                 self.topics.append(topic)
-                self.front.mailbox.subscribed(self, topic)
+                self.front.mailbox.on_subscriber(self, topic)
             elif topic in self.topics:
                 self.topics.remove(topic)
             if self.upstream:
                 self.upstream.write(zmtp_message(parts))
         else:
             self.front.on_message(self, self.front.session.decode(parts))
-
-    def respond(self, message: Message, answer: Answer) -> None:
-        """Answer a message as a kernel does."""
-        reply, content, published = answer
-        self.front.mailbox.publish("status", {"execution_state": "busy"}, message.header)
-        for kind, data in published:
-            self.front.mailbox.publish(kind, data, message.header)
-        if reply:
-            self.send(reply, content, message.header, message.idents)
-        self.front.mailbox.publish("status", {"execution_state": "idle"}, message.header)
 
     def send(
         self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], idents: Sequence[bytes]
@@ -9769,21 +9613,10 @@ class Client(End):
         if upstream:
             upstream.peer = None
             upstream.transport.abort()
-            self.front.most_received = max(self.front.most_received, upstream.received)
         if self.is_joined:
             self.transport.abort()
-
-    def join(self) -> None:
-        """Hand all further bytes to the kernel, and the kernel's to Jupyter, unread."""
-        assert self.upstream
-        if self.upstream.transport.is_closing():
-            self.transport.close()
-        self.is_joined = True
-        self.pair_with(self.upstream)
-        for end, other in ((self, self.upstream), (self.upstream, self)):
-            other.write(end.reader.rest())
-            end.receive = other.transport.write
-        self.transport.resume_reading()
+        elif self.is_greeted:
+            self.read()
 
 
 class Upstream(End):
@@ -9792,56 +9625,48 @@ class Upstream(End):
     take: gets each message that comes before the connection is joined with a client's.
     """
 
-    def __init__(self, take: Callable[[list[bytes]], object]) -> None:
+    def __init__(self, front: Front, take: Callable[[list[bytes]], object]) -> None:
         import asyncio
 
-        super().__init__(self.parse, self.is_ready)
-        self.take = take
-        self.reader = ZmtpReader()
-        self.ready = asyncio.get_running_loop().create_future()
+        super().__init__()
+        self.front = front
+        self.on_message = take  # type: ignore[assignment, method-assign]
+        self.received = 0
+        self.ready = asyncio.Event()
+        self.lost.add_done_callback(lambda _: self.ready.set())
 
-    def is_ready(self) -> None:
-        if not self.ready.done():
-            self.ready.set_result(None)
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        self.front.received = max(self.front.received, self.received)
+        self.on_data(data)
 
-    async def open(self, sock: Any, hello: bytes) -> None:
-        """Shake hands with the kernel.  ZeroMQ hangs up on a client that sends more before it has answered
-        that."""
-        await attach(self, sock)
+    def on_command(self, body: bytes) -> None:
+        self.ready.set()
+
+    async def shake_hands(self, hello: bytes) -> None:
+        """Be a client of the kernel; ZeroMQ hangs up on one that sends more before it has answered."""
+        self.on_data = self.parse
         self.write(GREETING + zmtp_frame(hello, COMMAND))
-        await self.ready
+        self.parse()
+        await self.ready.wait()
         if self.transport.is_closing():
             raise ConnectionError("The kernel has closed a connection.")
-
-    def parse(self, data: bytes) -> None:
-        """Read what the kernel sends."""
-        self.reader.buffer += data
-        try:
-            while True:
-                event = self.reader.next()
-                if event is None:
-                    break
-                if event[0] == "message":
-                    self.take(event[1])
-                elif event[0] == "command":
-                    self.is_ready()
-        except PeerError:
-            self.transport.abort()
 
 
 class Mailbox:
     """What Jupyter sends to a kernel that is not there: answered, kept for it, or answered with the failure.
 
-    failure: why there will be no kernel, once that is known.  size: bytes that are kept.
+    kept: the messages, size: their bytes.  cells: the headers of executions that show what the launch waits
+    for.  failure: why there will be no kernel, once that is known.
     has_subscriber: nothing is answered before, for at most `SUBSCRIBER_PATIENCE`.
     """
 
-    def __init__(self, front: Front, kernel: FrontKernel) -> None:
+    def __init__(self, front: Front) -> None:
         self.front = front
-        self.kernel = kernel
+        self.start = front.loop.time()
         self.kept: list[tuple[Client, Message]] = []
         self.size = 0
-        self.progress = Progress(self.publish)
+        self.cells: list[Mapping[str, Any]] = []
         self.failure: Failure | None = None
         self.count = 0
         self.has_subscriber = False
@@ -9849,55 +9674,57 @@ class Mailbox:
 
     def take(self, client: Client, message: Message) -> None:
         """Answer a message or keep it."""
+        kind, content = message.kind, message.content
         if not self.has_subscriber:
-            self.timer = self.timer or self.front.loop.call_later(SUBSCRIBER_PATIENCE, self.open)
+            if not self.kept:
+                self.timer = self.front.loop.call_later(SUBSCRIBER_PATIENCE, self.open)
             self.keep(client, message)
             return
-        reply = self.answer(message)
-        if reply:
-            client.respond(message, reply)
-        elif self.keep(client, message) and message.is_visible:
-            self.publish("status", {"execution_state": "busy"}, message.header)
-            self.progress.add(message.header)
-        if message.kind == "shutdown_request":
-            self.empty()
-            self.front.restart = bool(message.content.get("restart"))
-            self.front.shutdown.set()
-
-    def answer(self, message: Message) -> Answer | None:
-        """Return reply, its content and what is published; None for what only a kernel can answer."""
-        content, kind = message.content, message.kind
-        if self.failure:
-            if message.is_visible and content.get("store_history", True):
-                self.count += 1
-            return answer(kind, content, self.failure, self.count, self.front.connection)
         if kind == "interrupt_request":
             self.cancel()
-        if kind == "kernel_info_request":
-            return "kernel_info_reply", waiting_info(self.kernel, self.progress.text), []
-        reply = empty_reply(kind, content, self.front.connection)
-        return None if reply is None else (kind.replace("_request", "_reply"), reply, [])
+        if self.failure and message.is_visible and content.get("store_history", True):
+            self.count += 1
+        reply = answer(kind, content, self.front.kernel, self.front.connection, self.failure, self.count)
+        if reply:
+            self.respond(client, message, reply)
+        elif self.keep(client, message) and message.is_visible:
+            self.publish("status", {"execution_state": "busy"}, message.header)
+            self.cells.append(message.header)
+            self.show_state("display_data", message.header)
+        if kind == "shutdown_request":
+            self.empty()
+            self.front.restart = bool(content.get("restart"))
+            self.front.shutdown.set()
+
+    def respond(self, client: Client, message: Message, answer: Answer) -> None:
+        """Answer a message as a kernel does."""
+        reply, content, published = answer
+        self.publish("status", {"execution_state": "busy"}, message.header)
+        for kind, data in published:
+            self.publish(kind, data, message.header)
+        if reply:
+            client.send(reply, content, message.header, message.idents)
+        self.publish("status", {"execution_state": "idle"}, message.header)
 
     def keep(self, client: Client, message: Message) -> bool:
         """Keep a message for the kernel; return whether there is room."""
         if self.size + message.size > KEPT_LIMIT // 2:
-            client.respond(message, refusal(message, "MemoryError", "Too much waits for the kernel."))
+            reply = refusal(message, "MemoryError", "Too many messages wait for the kernel.")
+            self.respond(client, message, reply)
             return False
         self.kept.append((client, message))
         self.size += message.size
         return True
 
-    def take_out(self, client: Client) -> list[Message]:
-        """Return what is kept of one client, and forget it."""
-        own = [message for sender, message in self.kept if sender is client]
-        self.kept = [item for item in self.kept if item[0] is not client]
-        self.size -= sum(message.size for message in own)
-        return own
+    def room(self) -> int:
+        """Return how many bytes may still be kept."""
+        return KEPT_LIMIT - self.size - sum(client.reader.size for client in self.front.clients)
 
     def empty(self) -> list[tuple[Client, Message]]:
-        """Return all that is kept, in order, and forget it; the cells that waited are as they were before."""
-        self.progress.clear()
-        kept, self.kept, self.size = self.kept, [], 0
+        """Return all that is kept, in order, and forget it; clear the state, also of cells without output."""
+        for header in self.cells:
+            self.publish("clear_output", {"wait": False}, header)
+        kept, self.kept, self.cells, self.size = self.kept, [], [], 0
         return kept
 
     def open(self) -> None:
@@ -9918,29 +9745,17 @@ class Mailbox:
         """End the executions that wait as an interrupted kernel would."""
         for client, message in self.empty():
             if message.kind == "execute_request":
-                client.respond(message, refusal(message, "KeyboardInterrupt", "It had not started."))
+                self.respond(client, message, refusal(message, "KeyboardInterrupt", "It had not started."))
             else:
                 self.keep(client, message)
 
-    def close(self) -> None:
-        """Forget everything."""
-        self.empty()
-        if self.timer:
-            self.timer.cancel()
-
-    def room(self) -> int:
-        """Return how many bytes may still be kept."""
-        return KEPT_LIMIT - self.size - sum(client.reader.size for client in self.front.clients)
-
-    def forward(self, client: Client, message: Message) -> None:
-        """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
-        if self.front.notice and message.is_visible:
-            self.publish("display_data", notice_content(printable(self.front.notice)), message.header)
-            self.front.notice = ""
-        handover = self.front.handover
-        target = client.upstream or (handover and client.stream == SHELL and handover.own)
-        if target:
-            target.write(zmtp_message(message.parts))
+    def on_subscriber(self, client: Client, topic: bytes) -> None:
+        """Welcome a subscriber (JEP 65); cells that wait show it their state."""
+        client.send("iopub_welcome", {"subscription": topic.decode("utf-8", "replace")}, {}, [topic])
+        for header in self.cells:
+            self.show_state("display_data", header, [client])
+        if not self.has_subscriber:
+            self.open()
 
     def publish(
         self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], clients: Any = None
@@ -9952,21 +9767,39 @@ class Mailbox:
             if any(topic.startswith(wanted) for wanted in client.topics):
                 client.write(data)
 
-    def subscribed(self, client: Client, topic: bytes) -> None:
-        """Welcome a subscriber (JEP 65); cells that wait show it their state."""
-        client.send("iopub_welcome", {"subscription": topic.decode("utf-8", "replace")}, {}, [topic])
-        for header in self.progress.cells:
-            self.publish("display_data", self.progress.content(header), header, [client])
-        if not self.has_subscriber:
-            self.open()
+    def show_state(self, kind: str, header: Mapping[str, Any], clients: Any = None) -> None:
+        """Show in a cell what the launch waits for."""
+        minutes, seconds = divmod(int(self.front.loop.time() - self.start), 60)
+        waited = f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+        text = f"{self.front.kernel.state} (waited {waited})"
+        content = display(text, [html_with_code(text)], YELLOW)
+        self.publish(kind, {**content, "transient": {"display_id": header["msg_id"]}}, header, clients)
+
+    def change_state(self, text: str) -> None:
+        """Show another state: as a new display, for jupyter console ignores updates of one."""
+        if text != self.front.kernel.state:
+            self.front.kernel.state = text
+            for header in self.cells:
+                self.publish("clear_output", {"wait": True}, header)
+                self.show_state("display_data", header)
+
+    async def count_time(self) -> None:
+        """Show again and again for how long the cells have waited."""
+        import asyncio
+
+        while self.front.state == "waiting":
+            await asyncio.sleep(PROGRESS_INTERVAL)
+            for header in self.cells:
+                self.show_state("update_display_data", header)
 
 
 class Handover:
-    """Passes the clients that have waited on to the kernel.
+    """Passes Jupyter's clients on to the kernel.
 
-    The kernel gets each client's handshake and subscriptions and a kernel_info_request of the front's own.
-    A subscription is never acknowledged, so this probe is repeated until the end of the last one has arrived
-    on each client's iopub; then what was kept is delivered, and nothing that the kernel says of it is lost.
+    Of clients that have waited the kernel gets handshake and subscriptions, then a kernel_info_request of
+    the front's own.  A subscription is never acknowledged, so this probe is repeated until the end of the
+    last one has arrived on each client's iopub (behind: where it has not).  Then what was kept is delivered,
+    and nothing that the kernel says of it is lost.
     """
 
     def __init__(self, front: Front, connect: Callable[[int], Any]) -> None:
@@ -9977,50 +9810,52 @@ class Handover:
         self.probes: list[str] = []
         self.behind: set[Client] = set()
         self.replied = asyncio.Event()
-        self.own = Upstream(self.on_reply)
-        self.own.lost = self.on_loss
+        self.own = Upstream(front, self.on_reply)
+        self.own.lost.add_done_callback(lambda _: self.replied.set())
 
     async def run(self) -> None:
         """Pass all on.  Raises OSError where the kernel goes away before; the clients wait as before then."""
         import asyncio
 
         try:
-            await self.own.open(await self.connect(SHELL), ready_command(b"DEALER"))
+            await self.own.open(await self.connect(SHELL))
+            await self.own.shake_hands(ready_command(b"DEALER"))
             for attempt in range(100):
                 late = [client for client in self.front.clients if client.hello and not client.upstream]
-                await asyncio.gather(*map(self.bridge, late))
+                await asyncio.gather(*map(self.connect_client, late))
                 if attempt and not late and (attempt > 20 or not self.behind):
                     break
                 await self.probe()
         except BaseException:
-            self.undo()
+            for client in self.front.clients:
+                client.drop_upstream()
+            self.close()
             raise
 
-    def undo(self) -> None:
-        """Close what was opened to the kernel."""
-        for client in self.front.clients:
-            client.drop_upstream()
+    def close(self) -> None:
+        """Close the front's own connection."""
         if self.own.transport:
             self.own.transport.abort()
 
-    async def bridge(self, client: Client) -> None:
-        """Open a connection to the kernel for a client, and repeat its handshake and subscriptions there."""
+    async def connect_client(self, client: Client) -> None:
+        """Open a client's connection to the kernel; repeat there what the front has answered in its place."""
         import asyncio
 
-        upstream = Upstream(lambda parts: self.from_kernel(client, parts))
+        upstream = Upstream(self.front, lambda parts: self.on_message(client, parts))
         try:
-            await upstream.open(await self.connect(client.stream), client.hello)
+            await upstream.open(await self.connect(client.stream))
+            if client.hello:
+                await upstream.shake_hands(client.hello)
+                upstream.write(b"".join(zmtp_frame(b"\1" + topic) for topic in client.topics))
         except OSError:
             await asyncio.sleep(0.05)
-            if self.own.transport.is_closing():
-                raise
+            if self.own.transport and self.own.transport.is_closing():
+                raise  # the kernel is gone
             client.transport.abort()  # ZeroMQ tries again
-        if client.transport.is_closing():
-            if upstream.transport:
-                upstream.transport.abort()
-            return
-        client.upstream = upstream
-        upstream.write(b"".join(zmtp_frame(b"\1" + topic) for topic in client.topics))
+        if not client.transport.is_closing():
+            client.upstream = upstream
+        elif upstream.transport:
+            upstream.transport.abort()
 
     async def probe(self) -> None:
         """Send the kernel a request; return when its reply has come, and a moment for iopub has passed."""
@@ -10035,10 +9870,9 @@ class Handover:
             await self.replied.wait()
         if self.own.transport.is_closing():
             raise ConnectionError("The kernel has closed a connection.")
-        if self.behind:
-            deadline = self.front.loop.time() + 0.2
-            while self.behind and self.front.loop.time() < deadline:
-                await asyncio.sleep(0.002)
+        deadline = self.front.loop.time() + 0.2
+        while self.behind and self.front.loop.time() < deadline:
+            await asyncio.sleep(0.002)
 
     def on_reply(self, parts: list[bytes]) -> None:
         """Take a reply to a probe; other messages are for clients that have left."""
@@ -10048,85 +9882,23 @@ class Handover:
                 save_info(self.front.kernel.cache, message.content)
             self.replied.set()
 
-    def on_loss(self) -> None:
-        self.own.is_ready()
-        self.replied.set()
-
-    def from_kernel(self, client: Client, parts: list[bytes]) -> None:
+    def on_message(self, client: Client, parts: list[bytes]) -> None:
         """Hand a message on to Jupyter unless a probe has caused it, or the front has sent it before."""
-        if client.stream != IOPUB or not self.is_own(client, parts):
-            client.write(zmtp_message(parts))
-
-    def is_own(self, client: Client, parts: list[bytes]) -> bool:
-        """Return whether a message of the kernel's iopub is not for Jupyter."""
         import json
 
-        try:
-            at = parts.index(DELIMITER)
-            header, parent = json.loads(parts[at + 2]), json.loads(parts[at + 3])
-            request, kind = parent.get("msg_id"), header["msg_type"]
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError):
-            return False
+        request = kind = ""
+        if client.stream == IOPUB:
+            try:
+                at = parts.index(DELIMITER)
+                header, parent = json.loads(parts[at + 2]), json.loads(parts[at + 3])
+                request, kind = parent.get("msg_id", ""), header["msg_type"]
+            except (ValueError, IndexError, KeyError, TypeError, AttributeError):
+                pass  # Jupyter may know better
         if request in self.probes:
-            if request == self.probes[-1] and kind == "status" and b'"idle"' in parts[at + 5]:
+            if request == self.probes[-1] and kind == "status" and b'"idle"' in parts[-1]:
                 self.behind.discard(client)
-            return True
-        return bool(kind == "iopub_welcome")
-
-
-class Ports:
-    """Listens at the five addresses where Jupyter expects the kernel."""
-
-    def __init__(self, front: Front) -> None:
-        self.front = front
-        self.servers: list[Any] = []
-        self.paths: list[str] = []
-
-    async def open(self, connection: Mapping[str, Any]) -> None:
-        """Open all five.  Raises UserError where another program keeps one."""
-        import asyncio
-        from functools import partial
-
-        loop = asyncio.get_running_loop()
-        for stream, name in enumerate(STREAMS):
-            for attempt in range(51):  # a kernel that has just ended may still hold them
-                try:
-                    sock = self._listener(connection, connection[name + "_port"])
-                    break
-                except OSError as error:
-                    if attempt == 50:
-                        self.close()
-                        raise UserError(
-                            f"The ports that Jupyter gave the kernel can't be opened: {error.strerror}.",
-                            "Start the kernel again; if it stays, look who listens on them: ss -ltnp.",
-                        ) from None
-                    await asyncio.sleep(0.1)
-            client: Any = partial(Client, self.front, stream)
-            self.servers.append(await loop.create_server(client, sock=sock))
-
-    def _listener(self, connection: Mapping[str, Any], port: Any) -> Any:
-        import socket
-
-        ip = str(connection["ip"])
-        if connection.get("transport") != "ipc":
-            sock = tcp_socket(ip)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((ip, int(port)))
-            return sock
-        path = f"{ip}-{port}"
-        remove_tree(path)
-        sock = socket.socket(socket.AF_UNIX)
-        sock.bind(path)
-        self.paths.append(path)
-        return sock
-
-    def close(self) -> None:
-        """Listen no longer, so that others can have the addresses."""
-        for server in self.servers:
-            server.close()
-        for path in self.paths:
-            remove_tree(path)
-        self.servers, self.paths = [], []
+        elif kind != "iopub_welcome":
+            client.write(zmtp_message(parts))
 
 
 def encrypted_relay(connection: Mapping[str, Any]) -> dict[str, Any]:
@@ -10142,15 +9914,13 @@ def encrypted_relay(connection: Mapping[str, Any]) -> dict[str, Any]:
 
     directory = tempfile.mkdtemp(prefix="envkernel-")
     context: Any = zmq.Context()
+    colon = "-" if connection.get("transport") == "ipc" else ":"
     for stream, name in enumerate(STREAMS):
         outer = context.socket(zmq.XPUB if stream == IOPUB else zmq.ROUTER)
         outer.curve_secretkey = connection["curve_secretkey"].encode()
         outer.curve_publickey = connection["curve_publickey"].encode()
         outer.curve_server = True
-        colon = "-" if connection.get("transport") == "ipc" else ":"
-        outer.bind(
-            "{}://{}{}{}".format(connection["transport"], connection["ip"], colon, connection[name + "_port"])
-        )
+        outer.bind("{transport}://{ip}".format(**connection) + f"{colon}{connection[name + '_port']}")
         inner = context.socket(zmq.XSUB if stream == IOPUB else zmq.DEALER)
         inner.connect(f"ipc://{directory}/s-{stream}")
         threading.Thread(target=zmq.proxy, args=(outer, inner), daemon=True).start()
@@ -10166,10 +9936,11 @@ class Front:
     joined byte by byte), *failed* (every execution shows why there is no kernel).
     notice: why the kernel before this one ended, for the first cell; to be set before `listen`.
     shutdown: set when the front itself has answered a shutdown_request; restart: whether a start follows.
+    received: how many bytes came from the kernel on the connection that brought most.
     To be created and used in a running loop.
     """
 
-    def __init__(self, connection: Mapping[str, Any], kernel: FrontKernel) -> None:
+    def __init__(self, connection: Mapping[str, Any], kernel: KernelProfile) -> None:
         import asyncio
 
         self.connection = connection
@@ -10182,54 +9953,105 @@ class Front:
         self.loop = asyncio.get_running_loop()
         self.session = Session(connection)
         self.clients: set[Client] = set()
-        self.mailbox = Mailbox(self, kernel)
+        self.mailbox = Mailbox(self)
         self.handover: Handover | None = None
-        self.connect: Callable[[int], Any] | None = None
-        self.most_received = 0
-        self.ports = Ports(self)
+        self.received = 0
+        self.servers: list[Any] = []
         self.tasks: set[Any] = set()
+        self.lacks_files = False
 
     async def listen(self) -> None:
         """Open Jupyter's addresses.  Raises UserError where another program keeps them."""
-        await self.ports.open(self.connection)
-        if self.notice:
+        self.loop.set_exception_handler(self.on_exception)
+        await self.open_ports(self.connection)
+        if self.is_encrypted:
+            self.notice = ""
+        elif self.notice:
             self.wait("")
+
+    async def open_ports(self, connection: Mapping[str, Any]) -> None:
+        import asyncio
+        from functools import partial
+
+        ip = connection["ip"]
+        for stream, name in enumerate(STREAMS):
+            client: Any = partial(Client, self, stream)
+            port = connection[name + "_port"]
+            for attempt in range(51):  # a kernel that has just ended may still hold them
+                try:
+                    if connection.get("transport") == "ipc":
+                        server: Any = await self.loop.create_unix_server(client, f"{ip}-{port}")
+                    else:
+                        server = await self.loop.create_server(client, ip, int(port), reuse_address=True)
+                    break
+                except OSError as error:
+                    if attempt == 50:
+                        self.close_ports()
+                        raise UserError(
+                            f"The ports that Jupyter gave the kernel can't be opened: {error.strerror}.",
+                            "Start the kernel again; if it stays, look who listens on them: ss -ltnp.",
+                        ) from None
+                    await asyncio.sleep(0.1)
+            self.servers.append(server)
+
+    def close_ports(self) -> None:
+        """Listen no longer, so that others can have the addresses."""
+        for server in self.servers:
+            paths = [sock.getsockname() for sock in server.sockets or () if sock.family.name == "AF_UNIX"]
+            server.close()
+            for path in paths:
+                remove_tree(path)
+        self.servers = []
+
+    def on_exception(self, loop: Any, context: Any) -> None:
+        """Say once that there are too many open files; asyncio prints a traceback each time that it tries."""
+        import errno
+        import threading
+
+        if getattr(context.get("exception"), "errno", 0) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif not self.lacks_files:
+            self.lacks_files = True
+            text = b"envkernel: Too many open files: Jupyter's new connections to the kernel have to wait.\n"
+            threading.Thread(target=write_patiently, args=(2, text), daemon=True).start()
 
     def wait(self, text: str) -> None:
         """Answer clients from now on, and show the text in the cells that wait."""
-        self.mailbox.progress.change(printable(text) or "The kernel is starting.")
+        self.mailbox.change_state(printable(text).rstrip(".") or "The kernel is starting")
         if self.state == "holding" and not self.is_encrypted:
             self.state = "waiting"
-            self.settle()
+            self.spawn(self.mailbox.count_time())
+            self.update()
 
     async def go_live(self, connect: Callable[[int], Any]) -> None:
         """Join the clients with the kernel.  Raises OSError where it goes away before it has answered once.
 
         connect: called with a stream's number, returns (async) a connected socket.
         """
+        handover = Handover(self, connect)
         if self.state == "waiting":
-            handover = Handover(self, connect)
             await handover.run()
-            self.handover = handover
-        self.state, self.connect = "live", connect
+        self.handover, self.state = handover, "live"
         for client, message in self.mailbox.empty():
-            self.mailbox.forward(client, message)
-        self.settle()
+            self.forward(client, message)
+        self.update()
 
-    def fail(self, failure: Failure) -> None:
-        """Be a kernel whose every answer is the failure.  Raises ImportError where encryption needs pyzmq."""
+    def fail(self, error: UserError) -> None:
+        """Be a kernel whose every answer is the error.  Raises ImportError where encryption needs pyzmq."""
         for task in self.tasks:
             task.cancel()
         if self.is_encrypted:
-            self.ports.close()
+            self.close_ports()
             plain = encrypted_relay(self.connection)
             self.is_encrypted = False
-            self.spawn(self.ports.open(plain))
+            self.spawn(self.open_ports(plain))
         self.state = "failed"
         for client in list(self.clients):
             client.drop_upstream()
-        self.settle()
-        self.mailbox.fail(failure)
+        self.update()
+        texts = (error.message, error.hint, error.detail)
+        message, hint, detail = (printable(text, self.connection.get("key", "")) for text in texts)
+        self.mailbox.fail(failure_of(UserError(message, hint, detail=detail), self.kernel))
 
     def interrupt(self) -> bool:
         """Do what an interrupt asks for; False where that is the kernel's business."""
@@ -10237,23 +10059,54 @@ class Front:
             self.mailbox.cancel()
         return self.state in ("waiting", "failed")
 
-    @property
-    def received(self) -> int:
-        """How many bytes came from the kernel on the connection that brought most."""
-        return max(
-            [self.most_received, *(client.upstream.received for client in self.clients if client.upstream)]
-        )
+    def answered(self, status: int) -> bool:
+        """Return whether a kernel that has ended with a status had ever answered."""
+        probed = self.handover and self.handover.probes
+        return bool(probed) or self.received >= (ANSWER if status else 1)
 
-    @property
-    def answered(self) -> bool:
-        """Whether the kernel has ever answered."""
-        return self.handover is not None or self.received >= ANSWER
+    def on_message(self, client: Client, message: Message) -> None:
+        """Take a message of a client whose bytes are still read."""
+        if self.state != "live":
+            self.mailbox.take(client, message)
+            return
+        self.forward(client, message)
+        if not self.notice:
+            self.update()
+
+    def forward(self, client: Client, message: Message) -> None:
+        """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
+        if self.notice and message.is_visible:
+            heading, notice = "The previous kernel ended; its variables are gone.", printable(self.notice)
+            html = [f"<b>{heading}</b>", html_with_code(notice)]
+            content = display(f"{heading}\n{notice}", html, YELLOW)
+            self.mailbox.publish("display_data", content, message.header)
+            self.notice = ""
+        target = client.upstream or (self.handover and client.stream == SHELL and self.handover.own)
+        if target:
+            target.write(zmtp_message(message.parts))
+
+    def update(self) -> None:
+        """Do with all clients what the state calls for."""
+        for client in list(self.clients):
+            client.update()
+
+    def forget(self, client: Client) -> None:
+        """Forget a client that has gone."""
+        self.clients.discard(client)
+        if client.upstream:
+            client.upstream.transport.close()
+
+    def spawn(self, work: Any) -> None:
+        """Run a coroutine alongside."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def drain(self, seconds: float) -> None:
         """Listen no longer, let clients have what was said to them for at most some seconds, and close."""
         import asyncio
 
-        self.ports.close()
+        self.close_ports()
         for client in self.clients:
             if not client.is_joined:
                 client.transport.close()
@@ -10264,95 +10117,14 @@ class Front:
 
     def close(self) -> None:
         """Close everything at once."""
-        self.ports.close()
-        self.mailbox.close()
+        self.close_ports()
+        self.mailbox.empty()
         for task in self.tasks:
             task.cancel()
-        for end in [*self.clients, *([self.handover.own] if self.handover else [])]:
-            end.transport.abort()
-
-    def admitted(self, client: Client) -> None:
-        """Take in a new client."""
-        self.clients.add(client)
-        self.settle([client])
-
-    def forget(self, client: Client) -> None:
-        """Forget a client that has gone."""
-        self.most_received = self.received
-        self.clients.discard(client)
-        if client.upstream and not client.is_joined:
-            client.upstream.transport.abort()
-
-    def on_message(self, client: Client, message: Message) -> None:
-        """Take a message of a client whose bytes are still read."""
-        if self.state != "live":
-            self.mailbox.take(client, message)
-        elif client.upstream:
-            self.mailbox.forward(client, message)
-            if not self.notice:
-                self.settle()
-        else:
-            self.mailbox.keep(client, message)
-
-    def settle(self, clients: Sequence[Client] | None = None) -> None:
-        """Do with all clients, or with some, what the state calls for."""
-        for client in list(self.clients) if clients is None else clients:
-            if client.is_held and (
-                self.state in ("waiting", "failed") or (self.state == "live" and self.notice)
-            ):
-                client.shake_hands()
-            elif self.state != "live" or client.is_joined:
-                continue
-            elif client.upstream and not (self.notice and client.stream in (SHELL, IOPUB)):
-                client.join()
-            elif client.upstream:  # still read, but each end holds up the other
-                client.pair_with(client.upstream)
-            elif (client.is_held or client.hello) and not client.is_connecting:
-                client.is_connecting = True
-                self.spawn(self.connect_late(client))
-
-    def spawn(self, work: Any) -> None:
-        """Run a coroutine alongside."""
-        task = self.loop.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def connect_late(self, client: Client) -> None:
-        """Join a client that is there when the kernel is there already."""
-        assert self.connect
-        try:
-            if client.is_held:
-                upstream = Upstream(_ignore)
-                upstream.receive = upstream.reader.buffer.extend
-                await attach(upstream, await self.connect(client.stream))
-                if client.transport.is_closing():
-                    upstream.transport.abort()
-                else:
-                    client.upstream = upstream
-            elif self.handover:
-                await self.handover.bridge(client)
-        except OSError:
-            client.transport.abort()  # ZeroMQ tries again
-        if client.upstream:
-            for message in self.mailbox.take_out(client):
-                self.mailbox.forward(client, message)
-            self.settle()
-
-
-async def serve_failure(connection: Mapping[str, Any], failure: Failure) -> None:
-    """Answer Jupyter with a failure until it shuts this kernel down or is gone."""
-    import asyncio
-
-    parent = os.getppid()
-    front = Front(connection, FrontKernel(failure.kernel))
-    await front.listen()
-    front.fail(failure)
-    while os.getppid() == parent and not front.shutdown.is_set():
-        try:
-            await asyncio.wait_for(front.shutdown.wait(), 1)
-        except asyncio.TimeoutError:
-            continue
-    await front.drain(1)
+        for client in self.clients:
+            client.transport.abort()
+        if self.handover:
+            self.handover.close()
 
 
 def import_from_here() -> None:
@@ -10367,13 +10139,11 @@ def import_from_here() -> None:
 
 def recover_launch(tokens: Sequence[str]) -> Launch:
     """Return what can be reported of a launch whose kernelspec is broken: connection file and name."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"no-error-kernel": True} if "--no-error-kernel" in tokens else {}
     for token, following in zip(tokens, [*tokens[1:], ""]):
         name, equals, value = token.partition("=")
         if name in ("--connection-file", "--name"):
             options[name[2:]] = value if equals else following
-        elif token == "--no-error-kernel":
-            options["no-error-kernel"] = True
     return Launch([], [], options)
 
 
@@ -10386,18 +10156,7 @@ def shows_failure(launch: Launch) -> bool:
 
 def log_failure(error: UserError, launch: Launch) -> None:
     """Write into the log of a launch why the kernel did not start."""
-    text = "\n".join(["not started: " + error.message, error.hint, error.detail])
-    append_log(launch.options.get("log", ""), text)
-
-
-def launch_failure(error: UserError, launch: Launch, connection: Mapping[str, Any]) -> Failure:
-    """Return why the kernel did not start, as the notebook shows it: without the connection's key."""
-    name = launch.options.get("name", "")
-    message, hint, detail = (
-        printable(text, connection.get("key", "")) for text in (error.message, error.hint, error.detail)
-    )
-    language = front_kernel(name, launch.command, os.environ).language
-    return Failure(name, message, hint, detail, launch.options.get("log", ""), language)
+    append_log(launch.options.get("log", ""), f"not started: {error.message}\n{error.hint}\n{error.detail}")
 
 
 def become_error_kernel(error: UserError, launch: Launch) -> int:
@@ -10417,12 +10176,21 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     import json
     import signal
 
+    async def serve(connection: Mapping[str, Any]) -> None:
+        parent = os.getppid()
+        front = Front(connection, kernel_profile(launch, os.environ))
+        await front.listen()
+        front.fail(error)
+        shutdown = asyncio.ensure_future(front.shutdown.wait())
+        while os.getppid() == parent and not shutdown.done():
+            await asyncio.wait([shutdown], timeout=1)
+        await front.drain(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with open(path, encoding="utf-8") as file:
-            connection = json.load(file)
-        asyncio.run(serve_failure(connection, launch_failure(error, launch, connection)))
+            asyncio.run(serve(json.load(file)))
     except (ImportError, OSError, ValueError, KeyError, UserError) as problem:
         sys.stderr.write(f"envkernel: The notebook can't show this: {problem!r}.\n")
     return status

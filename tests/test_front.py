@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-import random
+import os
+import resource
 import socket
 import threading
 import time
@@ -14,19 +15,18 @@ from jupyter_kernel_test.msgspec_v5 import validate_message
 
 import envkernel
 
-FAILURE = envkernel.Failure(
-    "science",
+ERROR = envkernel.UserError(
     "There is no conda environment at /opt/<x>.",
     "Create it: `conda create -p /opt/<x> ipykernel`.",
-    "line one\nline <two>",
-    "/home/me/launch.log",
-    "python",
+    detail="line one\nline <two>",
 )
+KERNEL = envkernel.KernelProfile("science", "python", log="/home/me/launch.log")
+FAILURE = envkernel.failure_of(ERROR, KERNEL)
 PORTS = {"shell_port": 1, "iopub_port": 2}
 
 
 def ask(kind, **content):
-    return envkernel.answer(kind, content, FAILURE, 3, PORTS)
+    return envkernel.answer(kind, content, KERNEL, PORTS, FAILURE, 3)
 
 
 REQUESTS = {
@@ -85,7 +85,7 @@ def test_an_execution_shows_the_failure_in_text_and_html():
     text = published[1][1]["data"]["text/plain"]
     assert text.splitlines() == [
         "The kernel science did not start.",
-        FAILURE.message,
+        ERROR.message,
         *error["traceback"][1:],
     ]
     html = published[1][1]["data"]["text/html"]
@@ -103,8 +103,8 @@ def test_there_is_a_way_out_of_jupyter_console(code):
 
 
 def test_backticks_become_code_in_the_message_too():
-    html = envkernel.failure_html(FAILURE.replace(message="`module load <x>` failed."))
-    assert "<code>module load &lt;x&gt;</code> failed." in html
+    failure = envkernel.failure_of(envkernel.UserError("`module load <x>` failed."), KERNEL)
+    assert "<code>module load &lt;x&gt;</code> failed." in failure.display["data"]["text/html"]
 
 
 def test_a_silent_execution_publishes_nothing():
@@ -130,7 +130,7 @@ def test_the_debugger_is_refused_in_its_own_protocol():
         "request_seq": 7,
         "success": False,
         "command": "attach",
-        "message": FAILURE.message,
+        "message": f"{ERROR.message} {ERROR.hint}",
     }
 
 
@@ -155,21 +155,21 @@ def test_connect_interrupt_and_shutdown():
     ],
 )
 def test_the_notebook_keeps_its_language(language, name, mime, extension):
-    info = envkernel.kernel_info_content(FAILURE.replace(language=language))["language_info"]
+    info = envkernel.kernel_info(KERNEL.replace(language=language), FAILURE)["language_info"]
     assert (info["name"], info["mimetype"], info["file_extension"]) == (name, mime, extension)
 
 
 def test_the_banner_says_it_all():
-    banner = envkernel.kernel_info_content(FAILURE)["banner"]
-    assert banner.splitlines()[:2] == ["The kernel science did not start.", FAILURE.message]
+    banner = envkernel.kernel_info(KERNEL, FAILURE)["banner"]
+    assert banner.splitlines()[:2] == ["The kernel science did not start.", ERROR.message]
     assert "line <two>" in banner
 
 
 def test_without_hint_detail_or_log_there_is_only_the_message():
-    failure = envkernel.Failure("", "Broken.")
-    assert envkernel.failure_lines(failure) == ["Broken."]
-    assert failure.heading == "The kernel did not start."
-    assert "<pre" not in envkernel.failure_html(failure)
+    failure = envkernel.failure_of(envkernel.UserError("Broken."), envkernel.KernelProfile(""))
+    assert failure.display["data"]["text/plain"] == "The kernel did not start.\nBroken."
+    assert failure.error["evalue"] == "Broken."
+    assert "<pre" not in failure.display["data"]["text/html"]
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,7 @@ def test_messages_are_read_in_pieces_and_the_rest_is_returned_unchanged(messages
     data += b"".join(map(envkernel.zmtp_message, messages))
     reader = envkernel.ZmtpReader()
     events = read_all(reader, data, step)
-    assert events[:2] == [("greeting", [envkernel.GREETING]), ("command", [b"\x05READY"])]
-    assert events[2:] == [("message", parts) for parts in messages]
+    assert events == [(True, [b"\x05READY"]), *((False, parts) for parts in messages)]
     assert (reader.size, reader.rest()) == (0, b"")
     whole = envkernel.zmtp_message([b"first", b"second" * 60])
     reader.buffer += whole[:cut]
@@ -334,12 +333,12 @@ def front_on_sockets(tmp_path, state="waiting"):
     made = []
 
     async def serve():
-        made.append(envkernel.Front(connection, envkernel.FrontKernel("late", "python")))
+        made.append(envkernel.Front(connection, envkernel.KernelProfile("late", "python")))
         await made[0].listen()
         if state == "waiting":
             made[0].wait("It waits.")
         if state == "failed":
-            made[0].fail(FAILURE)
+            made[0].fail(ERROR)
         started.set()
 
     def run():
@@ -427,63 +426,27 @@ def test_what_is_kept_is_limited(tmp_path, monkeypatch):
                 shell.sendall(data[start : start + 5_000])
                 time.sleep(0.01)
         received = b""
-        while received.count(b"Too much waits") < 4:  # in the error's value and in its traceback
+        while received.count(b"Too many messages wait") < 4:  # in the error's value and in its traceback
             received += shell.recv(10_000)
         assert len(front.mailbox.kept) == 1
         iopub.close()
         shell.close()
 
 
-async def joined_sockets():
-    near, left = socket.socketpair()
-    right, far = socket.socketpair()
-    left.setblocking(False)
-    right.setblocking(False)
-    return near, await envkernel.Join.sockets(left, right), far
-
-
-def receive(sock, count):
-    data = b""
-    while len(data) < count:
-        part = sock.recv(1 << 16)
-        if not part:
-            break
-        data += part
-    return data
-
-
-def test_a_join_passes_bytes_and_ends_both_ways():
-    async def check():
-        near, join, far = await joined_sockets()
-        loop = asyncio.get_running_loop()
-        data = random.Random(1).randbytes(3_000_000)
-        for source, target in ((near, far), (far, near)):
-            sending = loop.run_in_executor(None, source.sendall, data)
-            assert await loop.run_in_executor(None, receive, target, len(data)) == data
-            await sending
-        assert join.received == len(data)
-        near.sendall(b"question")
-        near.shutdown(socket.SHUT_WR)
-        assert await loop.run_in_executor(None, receive, far, 9) == b"question"
-        far.sendall(b"answer")
-        far.close()
-        assert await loop.run_in_executor(None, receive, near, 7) == b"answer"
-        await asyncio.wait_for(join.ended, 5)
-        near.close()
-
-    asyncio.run(check())
-
-
-def test_a_slow_reader_holds_the_sender_up():
-    async def check():
-        near, join, far = await joined_sockets()
-        near.settimeout(0.3)
-        with pytest.raises(TimeoutError):
-            await asyncio.get_running_loop().run_in_executor(None, near.sendall, bytes(50_000_000))
-        assert join.right.transport.get_write_buffer_size() < 1_000_000
-        join.close()
-        await asyncio.wait_for(join.ended, 5)
-        near.close()
-        far.close()
-
-    asyncio.run(check())
+def test_too_many_open_files_are_reported_once_and_without_a_traceback(tmp_path, capfd):
+    socks = [socket.socket(socket.AF_UNIX) for _ in range(8)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with front_on_sockets(tmp_path) as (_, _):
+        lowest = os.open(os.devnull, os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            for number, sock in enumerate(socks):
+                sock.connect(f"{tmp_path / 's'}-{number % 5}")
+            time.sleep(0.3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for sock in socks:
+        sock.close()
+    said = "envkernel: Too many open files: Jupyter's new connections to the kernel have to wait.\n"
+    assert capfd.readouterr().err == said

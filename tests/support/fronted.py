@@ -31,7 +31,7 @@ class Late:
         self.directory = directory
         self.text = os.environ.get("TEXT", "Slurm job 12 waits: Priority")
         cache = os.environ.get("CACHE", "")
-        self.front = envkernel.Front(connection, envkernel.FrontKernel("late", "python", True, cache))
+        self.front = envkernel.Front(connection, envkernel.KernelProfile("late", "python", True, cache))
         self.front.notice = os.environ.get("NOTICE", "")
         self.process: Any = None
 
@@ -80,13 +80,13 @@ class Late:
             self.front.wait(self.text)
         await asyncio.sleep(max(0, delay - hold))
         if os.environ.get("FAIL"):
-            self.front.fail(envkernel.Failure("late", os.environ["FAIL"], language="python"))
+            self.front.fail(envkernel.UserError(os.environ["FAIL"]))
             return
         await self.start()
         try:
             await self.front.go_live(self.connect)
         except OSError:
-            self.front.fail(envkernel.Failure("late", os.environ["FAIL_LATER"]))
+            self.front.fail(envkernel.UserError(os.environ["FAIL_LATER"]))
             return
         await self.process.wait()
         self.front.shutdown.set()
