@@ -3806,7 +3806,7 @@ def write_kernel(request: Request, destination: str, host: Host, environ: Mappin
     replace = "replace" in common or "update" in common
     install_kernelspec(destination, spec, files, "user" not in common, kernel.directory, replace)
     write_bytecode(python, script, host)
-    say_installed(common["name"], destination, offer="check" not in common)
+    say_installed("Updated" if "update" in common else "Installed", common, destination)
 
 
 def setup_steps(
@@ -4102,24 +4102,25 @@ def make_readable(directory: str, made: str) -> None:
         parent = os.path.dirname(parent)
 
 
-def say_installed(name: str, directory: str, offer: bool) -> None:
-    """Report where the kernelspec is, what to do where Jupyter does not look, and (offer) how to test it."""
+def say_installed(done: str, common: Mapping[str, Any], directory: str) -> None:
+    """Report where the kernelspec is, what to do where Jupyter does not look, and how to test it."""
     from jupyter_core.paths import jupyter_path
 
-    lines = [f"Installed the kernel {name.lower()} in {directory}"]
+    name = common["name"].lower()
+    lines = [f"{done} the kernel {name} in {directory}"]
     base = quoted(os.path.dirname(os.path.dirname(directory)))
     if directory.startswith(sys.prefix + "/share/") and sys.prefix != sys.base_prefix and not has_jupyter():
         lines.append(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
     elif os.path.dirname(directory) not in jupyter_path("kernels"):
         lines.append(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
-    if offer:
-        lines.append(f"Test it: {called_as()} check {name.lower()}")
+    if "check" not in common:
+        lines.append(f"Test it: {called_as()} check {name}")
     try:
         print(*lines, sep="\n", flush=True)
     except OSError as error:
         failure = lost_output(error)
         if isinstance(failure, UserError):
-            failure.hint = f"The kernel {name.lower()} is installed all the same, in {directory}."
+            failure.hint = f"The kernel {name} is installed all the same, in {directory}."
         raise failure from None
 
 
@@ -4306,10 +4307,7 @@ def engine_candidates(mode: Mode, host: Host) -> dict[str, str]:
 
 
 class Installed(Record):
-    """An installed kernelspec of ours.
-
-    tokens: what its run phase reads.  command: what made it, empty where that is not known (1.x).
-    """
+    """An installed kernelspec of ours.  tokens: what its run phase reads."""
 
     name: str
     directory: str
@@ -4318,13 +4316,21 @@ class Installed(Record):
 
     @property
     def command(self) -> list[str]:
-        """The command line that made it, empty where that is not recorded."""
+        """The command line that made it, empty where that is not recorded (1.x)."""
         words = own_metadata(self.spec).get("command")
         return [decode_token(word) for word in words] if isinstance(words, list) else []
 
+    @property
+    def launch(self) -> Launch:
+        """The launch that it stands for, one without modes where it is broken."""
+        try:
+            return launch_from_argv(self.tokens)
+        except UserError:
+            return Launch([], [])
+
 
 def own_metadata(spec: Any) -> dict[str, Any]:
-    """Return ``metadata.envkernel`` of a kernel.json, whatever stands there."""
+    """Return ``metadata.envkernel`` of a kernel.json, empty where there is none."""
     for key in ("metadata", "envkernel"):
         spec = spec.get(key) if isinstance(spec, dict) else None
     return spec if isinstance(spec, dict) else {}
@@ -4341,222 +4347,179 @@ def our_kernels(host: Host) -> list[Installed]:
             tokens = run_tokens(spec["argv"])
             if tokens or own_metadata(spec):
                 found.append(Installed(name, directory, spec, tokens))
-        except (ValueError, KeyError, TypeError, RecursionError, UserError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # not ours, or so broken that nothing can be said of it
     return found
 
 
 def our_kernel(name: str, host: Host) -> Installed:
     """Return an installed kernel of ours.  Raises UserError where there is none of that name."""
-    kernels = our_kernels(host)
-    for kernel in kernels:
-        if kernel.name == name.lower():
-            return kernel
+    kernels = {kernel.name: kernel for kernel in our_kernels(host)}
+    if name.lower() in kernels:
+        return kernels[name.lower()]
     if name.lower() in [*installed_kernels(), "python3"]:
-        raise UserError(
-            f"The kernel {name} was not made by envkernel.", f"Use jupyter kernelspec for it: {name}."
-        )
-    hint = (
-        suggestion(name, [kernel.name for kernel in kernels]) if kernels else "envkernel has made none yet."
-    )
+        hint = f"Use jupyter kernelspec for it: {name}."
+        raise UserError(f"The kernel {name} was not made by envkernel.", hint)
+    hint = suggestion(name, list(kernels)) if kernels else "envkernel has made none yet."
     raise UserError(f"There is no kernel named {name}.", hint)
 
 
-def known_launch(kernel: Installed) -> Launch:
-    """Return the launch that a kernelspec stands for, one without modes where it is broken."""
-    try:
-        return launch_from_argv(kernel.tokens)
-    except UserError:
-        return Launch([], [])
-
-
-def plan_of(kernel: Installed, host: Host, near: bool = False) -> Plan:
+def plans_of(kernel: Installed, host: Host) -> list[Plan]:
     """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken.
 
-    near: that of what a cluster's node will do, as far as it can be seen on this host.
+    For a cluster a second one says what the node will do, as far as that can be seen on this host.
     """
-    for name, kind in _FIELDS.items():
-        if not isinstance(kernel.spec.get(name, kind()), kind):
-            raise UserError(
-                f"The kernel.json in {kernel.directory} is broken: {name} is of a wrong type.",
-                f"Write the kernel again: envkernel update {kernel.name}.",
-            )
     argv = kernel.spec["argv"]
     for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
-        if not host.exists(path) and os.path.isabs(path):
+        if os.path.isabs(path) and not host.exists(path):
             raise UserError(f"{path} is gone.", f"Write the kernel again: envkernel update {kernel.name}.")
     try:
         launch = launch_from_argv(kernel.tokens)
-        launch = launch.replace(steps=seen_here(launch.steps)) if near else launch
         environ = {**launch_environ(host), **known_fields(kernel.spec)["env"]}
-        return finish_plan(plan_launch(launch, host, environ), launch, host)
+        near = launch.replace(steps=seen_here(launch.steps))
+        launches = [launch] if near == launch else [launch, near]
+        return [finish_plan(plan_launch(one, host, environ), one, host) for one in launches]
     except UserError as error:
         error.name_kernel(kernel.name)
         raise
 
 
-def plans_of(kernel: Installed, host: Host) -> list[Plan]:
-    """Return the plan of an installed kernel, and for a cluster also the one that its node will make."""
-    plans = [plan_of(kernel, host)]
-    steps = launch_from_argv(kernel.tokens).steps
-    return plans + ([plan_of(kernel, host, near=True)] if seen_here(steps) != steps else [])
+def examine(kernel: Installed, host: Host) -> tuple[list[Plan], UserError | None]:
+    """Return the plans of a kernel, and what is broken as far as that can be seen without a start.
 
-
-def check_outside(kernel: Installed, plan: Plan, host: Host) -> None:
-    """Ask Slurm for the partition and the engine for the image, without a start.  Raises UserError.
-
-    plan: the kernel's, on this host.  An image that only a node needs is not looked for.
+    Slurm is asked for the partition, and an engine on this host for the image.
     """
-    for step in launch_from_argv(kernel.tokens).steps:
-        if MODES[step.mode].remote:
-            if step.mode == "slurm":
-                ask_slurm(step, plan.argv[0], host, plan.environ)
-            return
-        if step.mode in ("docker", "podman"):
-            said = host.output([plan.argv[0], "image", "inspect", step.targets[0]], plan.environ)
-            text = os.fsdecode(said.err)
-            if said.status:
-                hint = f"Fetch it: {os.path.basename(plan.argv[0])} pull {step.targets[0]}"
-                missing = UserError(f"There is no image {step.targets[0]} here.", hint)
-                raise engine_error(plan.argv[0], step.targets[0], 125, text) or missing
-
-
-def state_of(kernel: Installed, host: Host) -> str:
-    """Return ``ok``, or what is broken about a kernel as far as that can be seen without a start."""
+    plans: list[Plan] = []
     try:
-        check_outside(kernel, plans_of(kernel, host)[0], host)
+        plans = plans_of(kernel, host)
+        program, environ = plans[0].argv[0], plans[0].environ
+        for step in kernel.launch.steps:
+            if step.mode == "slurm":
+                ask_slurm(step, program, host, environ)
+            if MODES[step.mode].remote:
+                break
+            if step.mode in ("docker", "podman"):
+                said = host.output([program, "image", "inspect", step.targets[0]], environ)
+                if said.status:
+                    return plans, engine_error(program, step.targets[0], 125, os.fsdecode(said.err))
     except UserError as error:
-        return error.message
-    return "ok"
+        return plans, error
+    return plans, None
 
 
-def started_processes(argv: Sequence[str], host: Host) -> list[int]:
-    """Return the processes that Jupyter started with the argv of a kernelspec, and that run something.
+def read_log(text: str, host: Host) -> dict[str, str]:
+    """Return what a launch log says, by the name at the beginning of the line.
 
-    A keeper is a copy of the process that Jupyter started: where that one lives, it is not listed.
+    ``running`` is added where it says of no end: its process may be the kernel now.
     """
-    found: dict[int, int] = {}
-    for pid in sorted(map(int, filter(str.isdigit, host.listdir("/proc")))):
-        words = (host.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")[:-1]
-        if len(words) == len(argv) and all(
-            os.fsencode(wanted) == word or CONNECTION_FILE in wanted for wanted, word in zip(argv, words)
-        ):
-            state = (host.read(f"/proc/{pid}/stat") or b") ? 0").rpartition(b")")[2].split()
-            if host.read(f"/proc/{pid}/task/{pid}/children"):
-                found[pid] = int(state[1])
-    return [pid for pid, parent in found.items() if parent not in found]
+    lines = dict(line.partition(": ")[::2] for line in text.splitlines())
+    if not {"ended", "not started"} & lines.keys():
+        words = os.fsdecode(host.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
+        runs = any(word.endswith(".json") and word in text for word in words)
+        lost = "no (what it said and its exit status are in the log of Jupyter)"
+        lines["running"] = "yes" if runs else lost
+    return lines
 
 
-def logged_processes(name: str, host: Host) -> dict[int, str]:
-    """Return the processes of a kernel that live by its launch logs, each with its job, empty for none."""
-    found: dict[int, str] = {}
-    for _, text in launch_logs(name, os.environ, host):
-        if process_state(text, host).startswith("running: yes"):
-            lines = log_lines(text)
-            found.setdefault(int(lines["process"]), lines.get("job", ""))
-    return found
+def launch_logs(name: str, environ: Mapping[str, str], host: Host) -> list[tuple[str, str]]:
+    """Return path and text of the launch logs of a kernel, the newest first."""
+    directory, prefix = log_place(name, environ)
+    paths = [f"{directory}/{file}" for file in sorted(host.listdir(directory)) if file.startswith(prefix)]
+    texts = [(path, host.read(path)) for path in reversed(paths)]
+    return [(path, os.fsdecode(text)) for path, text in texts if text is not None]
 
 
 class Running(Record):
-    """Something that runs for a kernel, as `list` calls it, and the command that ends it.
+    """Something that runs for a kernel.
 
-    kernel: its name, empty for an instance of Apptainer, whose name does not contain it.
+    what: as `list` calls it, empty for a process next to a container.  stop: command that ends it.
     """
 
     what: str
     stop: list[str] = []
-    kernel: str = ""
+    pid: int = 0
+    job: str = ""
 
 
-def engine_containers(program: str, host: Host) -> list[Running]:
-    """Return containers of this user's kernels, none where docker or podman does not answer."""
-    mine = f"--filter=label=envkernel.uid={host.ids()[0]}"
-    found = []
-    for name in ask_lines([program, "ps", "--all", mine, "--format={{.Names}}"], host):
-        kernel, _, end = name[len("envkernel-") :].rpartition("-")
-        kernel = kernel[: -len("-shared")] if len(end) == 16 else kernel
-        found.append(Running(name, [program, "rm", "-f", "-v", name], kernel))
-    return found
+def listed(found: Sequence[Running]) -> list[str]:
+    """Return what `list` calls the things that run."""
+    return [one.what for one in found if one.what]
 
 
-def apptainer_instances(program: str, host: Host) -> list[Running]:
-    """Return this user's instances that kernels share, none where there is no engine."""
-    names = [line.split()[0] for line in ask_lines([program, "instance", "list"], host)]
-    ours = [name for name in names if name.startswith("envkernel-shared-")]
-    return [Running("instance " + name, [program, "instance", "stop", name]) for name in ours]
-
-
-def ask_lines(argv: Sequence[str], host: Host) -> list[str]:
-    """Return the lines that an engine answers, none where it is not there or does not answer."""
+def engine_names(argv: Sequence[str], host: Host) -> list[str]:
+    """Return the names of our containers or instances that an engine lists, none where it doesn't answer."""
     try:
         said = host.output(argv, launch_environ(host)) if host.is_executable(argv[0]) else Output(1)
     except UserError:
         return []
-    return [line for line in os.fsdecode(said.out).splitlines() if line.strip() and not said.status]
+    lines = [] if said.status else os.fsdecode(said.out).splitlines()
+    return [line.split()[0] for line in lines if line.startswith("envkernel-")]
 
 
-def running_for(kernel: Installed, host: Host) -> list[Running]:
-    """Return what runs for a kernel: containers, instances, jobs, else processes.
+def run_processes(host: Host) -> dict[str, list[int]]:
+    """Return this user's run processes that have started something, by the name of the kernel.
 
-    Containers are not known where their engine does not answer.
+    A keeper is a copy of the process that Jupyter started: where that one lives, it is not listed.
     """
-    launch = known_launch(kernel)
-    found: list[Running] = []
-    for step in launch.steps:
-        program = step.options.get("program", "")
-        if MODES[step.mode].remote:
-            break
-        if step.mode in ("docker", "podman"):
-            return [one for one in engine_containers(program, host) if one.kernel == kernel.name]
-        if step.options.get("shared"):
-            shared = "instance envkernel-" + shared_name(step, launch, host)
-            found += [one for one in apptainer_instances(program, host) if one.what == shared]
-    pids = dict.fromkeys(started_processes(kernel.spec["argv"], host), "")
-    pids.update(logged_processes(kernel.name, host))
-    return found + [Running(f"job {job}" if job else f"process {pid}") for pid, job in pids.items()]
+    found: dict[str, dict[int, int]] = {}
+    for pid in sorted(map(int, filter(str.isdigit, host.listdir("/proc")))):
+        words = os.fsdecode(host.read(f"/proc/{pid}/cmdline") or b"").split("\0")[:-1]
+        names = [token[7:].lower() for token in run_tokens(words) if token.startswith("--name=")]
+        if names and host.read(f"/proc/{pid}/environ") is not None:  # that of others can't be read
+            parents = found.setdefault(names[0], {})
+            if host.read(f"/proc/{pid}/task/{pid}/children"):
+                stat = (host.read(f"/proc/{pid}/stat") or b") ? 0").rpartition(b")")[2]
+                parents[pid] = int(stat.split()[1])
+    return {name: [pid for pid in pids if pids[pid] not in pids] for name, pids in found.items()}
 
 
-def leftovers(kernels: Sequence[Installed], host: Host) -> dict[str, list[Running]]:
-    """Return containers and instances that belong to no kernelspec, by the name that `stop` takes.
+def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Running]]:
+    """Return what runs on this host by the name of the kernel: containers, instances, jobs, processes.
 
-    Those of a kernelspec that only another Jupyter finds are none while something on this host runs them.
+    What belongs to none of these kernels is there too, unless a process says that another Jupyter runs it.
     """
-    names, shared = {kernel.name for kernel in kernels}, {""}
-    for launch in map(known_launch, kernels):
-        steps = [step for step in launch.steps if step.options.get("shared")]
-        shared.update("instance envkernel-" + shared_name(step, launch, host) for step in steps)
-    for pid in filter(str.isdigit, host.listdir("/proc")):
-        tokens = run_tokens(os.fsdecode(host.read(f"/proc/{pid}/cmdline") or b"").split("\0")[:-1])
-        names.update(token[len("--name=") :].lower() for token in tokens if token.startswith("--name="))
-    environ = launch_environ(host)
-    left: dict[str, list[Running]] = {}
-    for engine in ("docker", "podman", "apptainer", "singularity"):
-        program = search_program(engine, path_entries(environ), host)
-        ask = apptainer_instances if engine in APPTAINER_PROGRAMS else engine_containers
-        for one in ask(program, host) if program else ():
-            if one.kernel.lower() not in names and one.what not in shared:
-                found = left.setdefault(one.kernel or one.what.split()[-1], [])
-                found += [one] if one.what not in [other.what for other in found] else []
-    return left
-
-
-def kernel_row(kernel: Installed, host: Host) -> dict[str, str]:
-    """Return what `list` shows of a kernel."""
-    steps = known_launch(kernel).steps
-    built = typed_value(kernel.command, "--build")
-    targets = [[built] if built and MODES[step.mode].container else step.targets for step in steps]
-    runs = ", ".join(one.what for one in running_for(kernel, host))
-    return {
-        "name": kernel.name,
-        "mode": "+".join(step.mode for step in steps) or "?",
-        "target": " -- ".join(" ".join(words) for words in targets if words),
-        "directory": kernel.directory,
-        "state": state_of(kernel, host) + (f", running: {runs}" if runs else ""),
-    }
+    engines: dict[str, str] = {}
+    instances: dict[str, str] = {}
+    for kernel in kernels:
+        launch = kernel.launch
+        for step in launch.steps:
+            if MODES[step.mode].remote:
+                break
+            if "program" in step.options:
+                engines[step.options["program"]] = step.mode
+            if step.options.get("shared"):
+                instances["envkernel-" + shared_name(step, launch, host)] = kernel.name
+    for mode in ("docker", "podman", "apptainer", "singularity"):
+        program = search_program(mode, path_entries(os.environ), host)
+        if program:
+            engines.setdefault(program, mode)
+    processes = run_processes(host)
+    found: dict[str, dict[str, Running]] = {}
+    mine = f"--filter=label=envkernel.uid={host.ids()[0]}"
+    for program, mode in engines.items():
+        apptainer = mode in APPTAINER_PROGRAMS
+        words = ["instance", "list"] if apptainer else ["ps", "--all", mine, "--format={{.Names}}"]
+        for name in engine_names([program, *words], host):
+            owner, _, end = name[len("envkernel-") :].lower().rpartition("-")
+            owner = owner[: -len("-shared")] if len(end) == 16 else owner
+            owner = instances.get(name, name) if apptainer else owner
+            words = ["instance", "stop"] if apptainer else ["rm", "-f", "-v"]
+            what = "instance " * apptainer + name
+            found.setdefault(owner, {})[what] = Running(what, [program, *words, name])
+    runs = {name: list(ones.values()) for name, ones in found.items()}
+    for kernel in kernels:
+        logs = [read_log(text, host) for _, text in launch_logs(kernel.name, os.environ, host)]
+        jobs = dict.fromkeys(processes.pop(kernel.name, ()), "")
+        jobs.update({int(log["process"]): log.get("job", "") for log in logs if log.get("running") == "yes"})
+        contained = any(what.startswith("envkernel-") for what in found.get(kernel.name, ()))
+        for pid, job in jobs.items():
+            what = f"job {job}" if job else f"process {pid}" * (not contained)
+            runs.setdefault(kernel.name, []).append(Running(what, [], pid, job))
+    return {name: ones for name, ones in runs.items() if name not in processes}
 
 
 def one_line(text: str) -> str:
-    r"""Return a text as it may stand in a line on a terminal: a newline as ``\n``, ESC as ``\x1b``."""
+    r"""Return a text as it may be in a line on a terminal: a newline as ``\n``, ESC as ``\x1b``."""
     return "".join(
         c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
         for c in text
@@ -4573,7 +4536,7 @@ def print_json(value: Any) -> None:
 def lost_output(error: OSError) -> Exception:
     """Return what to raise for an error while printing; any other is returned as it is.
 
-    A line more shows whether it is the output that fails; then what still waits to be written is given up.
+    One more line shows whether it is the output that fails; then what still waits is given up.
     """
     try:
         print(flush=True)
@@ -4581,9 +4544,8 @@ def lost_output(error: OSError) -> Exception:
         return error
     except OSError as again:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return UserError(
-            f"The output can't be written: {os.strerror(again.errno or 0)}.", "Send it somewhere else."
-        )
+        reason = os.strerror(again.errno or 0)
+        return UserError(f"The output can't be written: {reason}.", "Send it somewhere else.")
     return error
 
 
@@ -4595,35 +4557,34 @@ def list_command(options: Mapping[str, Any], host: Host) -> int:
     if options.get("names"):
         print(*(kernel.name for kernel in kernels), sep="\n")
         return 0
-    host = Snapshot()
-    with ThreadPoolExecutor(8) as pool:
-        left = pool.submit(leftovers, kernels, host)
-        rows = list(pool.map(lambda kernel: kernel_row(kernel, host), kernels))
-    for name, found in left.result().items():
+    host = TimedHost()
+    with ThreadPoolExecutor(32) as pool:
+        future = pool.submit(find_running, kernels, host)
+        errors = [error for _, error in pool.map(lambda kernel: examine(kernel, host), kernels)]
+        running = future.result()
+    rows = []
+    for kernel, error in zip(kernels, errors):
+        steps = kernel.launch.steps
+        built = typed_value(kernel.command, "--build")
+        targets = [[built] if built and MODES[step.mode].container else step.targets for step in steps]
+        target = " -- ".join(" ".join(words) for words in targets if words)
+        runs = ", ".join(listed(running.pop(kernel.name, ())))
+        state = (error.message if error else "ok") + (f", running: {runs}" if runs else "")
+        mode = "+".join(step.mode for step in steps) or "?"
+        rows.append([kernel.name, mode, target, kernel.directory, state])
+    for name, found in running.items():
         state = f"belongs to no kernel that Jupyter finds here; end it: envkernel stop {name}"
-        runs = ", ".join(one.what for one in found)
-        rows.append({"name": name, "mode": "leftover", "target": runs, "directory": "", "state": state})
+        rows.append([name, "leftover", ", ".join(listed(found)), "", state])
     if options.get("json"):
-        print_json(rows)
-        return 0
-    if not rows:
+        print_json([dict(zip(("name", "mode", "target", "directory", "state"), row)) for row in rows])
+    elif rows:
+        table = [["NAME", "MODE", "TARGET", "WHERE", "STATE"], *(list(map(one_line, row)) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for line in table:
+            print("  ".join(map(str.ljust, line, widths)).rstrip())
+    else:
         print("envkernel has made no kernel that Jupyter finds here.")
-        return 0
-    table = [["NAME", "MODE", "TARGET", "WHERE", "STATE"]]
-    table += [
-        [one_line(row[key]) for key in ("name", "mode", "target", "directory", "state")] for row in rows
-    ]
-    widths = [max(len(line[column]) for line in table) for column in range(5)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     return 0
-
-
-def changed_variables(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, str | None]:
-    """Return the variables that a launch sets or removes (None)."""
-    changes: dict[str, str | None] = {name: after[name] for name in after if before.get(name) != after[name]}
-    changes.update({name: None for name in before if name not in after})
-    return dict(sorted(changes.items()))
 
 
 def show_command(options: Mapping[str, Any], host: Host) -> int:
@@ -4631,27 +4592,22 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
     import shlex
 
     kernel = our_kernel(options["NAME"], host)
-    plans: list[Plan] = []
-    state = "ok"
-    try:
-        plans = plans_of(kernel, host)
-        check_outside(kernel, plans[0], host)
-    except UserError as error:
-        state = f"{error.message} {error.hint}"
-    runs = [one.what for one in running_for(kernel, host)]
+    plans, error = examine(kernel, host)
     before: Mapping[str, str] = launch_environ(host)
     stages: list[dict[str, Any]] = []
     for plan in plans:
+        after = plan.environ
+        names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
         argv = ["..." if word in (LOADER, NODE_BOOT) else word for word in plan.argv]
-        stages.append({"argv": argv, "environment": changed_variables(before, plan.environ)})
-        before = plan.environ
+        stages.append({"argv": argv, "environment": {name: after.get(name) for name in names}})
+        before = after
     shown: dict[str, Any] = {
         "name": kernel.name,
         "display_name": kernel.spec.get("display_name", ""),
         "directory": kernel.directory,
         "command": ["envkernel", *kernel.command] if kernel.command else [],
-        "state": state,
-        "running": runs,
+        "state": f"{error.message} {error.hint}" if error else "ok",
+        "running": listed(find_running([kernel], host).get(kernel.name, ())),
         **(stages[0] if stages else {"argv": [], "environment": {}}),
         **({"node": stages[1]} if stages[1:] else {}),
     }
@@ -4660,10 +4616,10 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
         return 0
     lines = [
         f"kernel       {shown['name']} ({shown['display_name']})",
-        f"directory       {shown['directory']}",
+        f"directory    {shown['directory']}",
         f"made by      {shlex.join(shown['command']) or 'envkernel 1.x'}",
-        f"state        {state}",
-        *([f"running      {', '.join(runs)}"] if runs else []),
+        f"state        {shown['state']}",
+        *([f"running      {', '.join(shown['running'])}"] if shown["running"] else []),
     ]
     for stage, where in zip(stages, ("executes    ", "on the node ")):
         lines.append(f"{where} {shlex.join(stage['argv'])}")
@@ -4671,17 +4627,6 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
             lines.append(f"environment  {'- ' + name if value is None else '+ ' + name + '=' + value}")
     print(*map(one_line, lines), sep="\n")
     return 0
-
-
-def place_of(directory: str) -> dict[str, Any]:
-    """Return the common option (``user``, ``prefix``) that says where a kernelspec's directory is."""
-    from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
-
-    base = os.path.dirname(os.path.dirname(directory))
-    if base == jupyter_data_dir():
-        return {"user": True}
-    end = "/share/jupyter"
-    return {"prefix": base[: -len(end)]} if base.endswith(end) and base != SYSTEM_JUPYTER_PATH[0] else {}
 
 
 def update_command(options: Mapping[str, Any], host: Host) -> int:
@@ -4707,104 +4652,133 @@ def update_kernel(kernel: Installed, host: Host) -> int:
     """Write a kernel again from the command that made it.  Raises UserError; then it is as it was."""
     command = kernel.command or command_of_1x(kernel)
     own = command.index("--") if "--" in command else len(command)
-    name = f"--name={kernel.name}"  # the directory may have been copied to another name
-    head = [name if word.startswith("--name=") else word for word in command[:own]]
-    for index, word in enumerate(head):
-        if word.startswith("--kernel-template=") and word.partition("=")[2] not in installed_kernels():
-            head[index] = f"--kernel-template={kernel.name}"  # the template is gone: this is its clone
-        if word.startswith("--logo=") and not host.exists(word.partition("=")[2]):
+    head = []
+    for word in command[:own]:
+        flag, _, value = word.partition("=")
+        if flag == "--name" or (flag == "--kernel-template" and value not in installed_kernels()):
+            word = f"{flag}={kernel.name}"  # was copied; or the template is gone: this is its clone
+        elif flag == "--logo" and not host.exists(value):
             copies = [f"{kernel.directory}/{file}" for file in (LOGO_PNGS[0], LOGO_SVG)]
-            head[index] = "--logo=" + next(filter(host.exists, copies), word.partition("=")[2])
-    entries: list[str] = []
-    for step in known_launch(kernel).steps:
-        entries += step.options.get("recorded", [])
+            word = "--logo=" + next(filter(host.exists, copies), value)
+        head.append(word)
+    entries = [entry for step in kernel.launch.steps for entry in step.options.get("recorded", [])]
     recorded = dict(entry.partition("=")[::2] for entry in entries)
     return setup(head + command[own:], host, kernel.directory, recorded)
 
 
 def command_of_1x(kernel: Installed) -> list[str]:
     """Return the command line that stands for a kernelspec of envkernel 1.x, which has not recorded it."""
-    launch = launch_from_argv(kernel.tokens)
-    known = known_fields(kernel.spec)
-    own = {"name": kernel.name, "display-name": known["display_name"] or kernel.name}
-    common = {
-        **launch.options,
-        **own,
-        **place_of(kernel.directory),
-        "language": known["language"] or "python",
-    }
+    from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
+
+    launch, known = launch_from_argv(kernel.tokens), known_fields(kernel.spec)
+    common = {**launch.options, "name": kernel.name, "display-name": known["display_name"] or kernel.name}
+    common["language"] = known["language"] or "python"
     common.pop("connection-file", None)
+    base, end = os.path.dirname(os.path.dirname(kernel.directory)), "/share/jupyter"
+    if base == jupyter_data_dir():
+        common["user"] = True
+    elif base.endswith(end) and base != SYSTEM_JUPYTER_PATH[0]:
+        common["prefix"] = base[: -len(end)]
     return setup_command(Request(common, launch.steps, launch.command), launch.steps)
-
-
-def launch_logs(name: str, environ: Mapping[str, str], host: Host) -> list[tuple[str, str]]:
-    """Return path and text of the launch logs of a kernel, the newest first."""
-    directory, prefix = log_place(name, environ)
-    paths = [f"{directory}/{file}" for file in sorted(host.listdir(directory)) if file.startswith(prefix)]
-    texts = [(path, host.read(path)) for path in reversed(paths)]
-    return [(path, os.fsdecode(text)) for path, text in texts if text is not None]
-
-
-def ended_abnormally(text: str) -> bool:
-    """Return whether a launch log says that the kernel did not start, or ended without being asked to."""
-    return "\nnot started: " in text or "\nreason: " in text
-
-
-def log_lines(text: str) -> dict[str, str]:
-    """Return what a launch log says, by the name at the beginning of the line."""
-    return dict(line.partition(": ")[::2] for line in text.splitlines())
-
-
-def process_state(text: str, host: Host) -> str:
-    """Return a line on what became of a launch whose log has no end: the process may be the kernel now."""
-    lines = log_lines(text)
-    if "ended" in lines or "not started" in lines:
-        return ""
-    words = os.fsdecode(host.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
-    if any(word.endswith(".json") and word in text for word in words):
-        return "running: yes\n"
-    return "running: no (what it said and its exit status are in the log of Jupyter)\n"
 
 
 def log_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel log NAME``: print the last abnormal end of a kernel, then its newest launch."""
     name = options["NAME"]
-    logs = launch_logs(name, os.environ, host)
+    logs = [(path, text, read_log(text, host)) for path, text in launch_logs(name, os.environ, host)]
     if not logs:
         our_kernel(name, host)
         raise UserError(
             f"The kernel {name} has no launch log in {log_place(name, os.environ)[0]}.",
             "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
         )
-    chosen = [log for log in logs if ended_abnormally(log[1])][:1]
-    chosen += [log for log in logs[:1] if log not in chosen]
+    failed = next((log for log in logs if {"not started", "reason"} & log[2].keys()), logs[0])
     texts = []
-    for path, text in logs if options.get("all") else chosen:
-        title = "The last abnormal end: " if len(chosen) == 2 and path == chosen[0][0] else ""
-        texts.append(f"{title}{path}\n{text}{process_state(text, host)}")
+    for log in logs if options.get("all") else [failed, logs[0]][failed is logs[0] :]:
+        path, text, lines = log
+        title = "The last abnormal end: " if log is failed and log is not logs[0] else ""
+        state = f"running: {lines['running']}\n" if "running" in lines else ""
+        texts.append(f"{title}{path}\n{text}{state}")
     sys.stdout.write("\n".join(texts))
     return 0
 
 
-def shared_container(kernel: Installed, host: Host) -> Membership | None:
-    """Return a share in the container of all kernels of a kernelspec, None where there is no such
-    directory."""
+def stop_command(options: Mapping[str, Any], host: Host) -> int:
+    """``envkernel stop NAME``: end everything that runs for a kernel, or is left of one.
+
+    First the processes that Jupyter started, which clean up; then what belongs to none of them.
+    """
+    import time
+
+    name, kernels = options["NAME"].lower(), our_kernels(host)
+    found = find_running(kernels, host).get(name, [])
+    if not found:
+        our_kernel(name, host)
+    end_processes([one.pid for one in found if one.pid])
+    for number in [one.job for one in found if one.job]:
+        plan = plans_of(our_kernel(name, host), host)[0]
+        argv = plan.job.cancel(0, number) if plan.job else []
+        if argv:
+            host.output(argv, plan.environ)
+    end_containers(find_running(kernels, host).get(name, ()), host)
+    deadline = time.monotonic() + 10
+    while (left := listed(find_running(kernels, host).get(name, ()))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if left:
+        raise UserError(f"Still running: {', '.join(left)}.", "Try it once more, or end it by hand.")
+    print(f"Ended: {', '.join(listed(found))}" if found else f"Nothing runs for the kernel {name}.")
+    return 0
+
+
+def end_processes(pids: Sequence[int]) -> None:
+    """Terminate processes; kill those that have not ended after five seconds."""
+    import contextlib
+    import signal
+    import time
+
+    for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 0)):
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while pids and time.monotonic() < deadline:
+            time.sleep(0.1)
+            pids = [pid for pid in pids if process_start_time(pid)]
+
+
+def end_containers(found: Sequence[Running], host: Host) -> None:
+    """End containers and instances, and remove the locks of those that kernels shared."""
+    for one in found:
+        _, shared, key = one.what.rpartition("-shared-")
+        if one.stop and not host.output(one.stop, launch_environ(host)).status and shared:
+            for base in private_bases(os.environ, host):
+                remove_tree(f"{base}/shared-{key}")
+                remove_empty(base)
+
+
+def remove_command(options: Mapping[str, Any], host: Host) -> int:
+    """``envkernel remove NAME``: remove a kernelspec that envkernel made, and what is kept for it alone."""
+    kernel = our_kernel(options["NAME"], host)
     try:
-        supervision = plan_of(kernel, host).supervision if kernel.tokens else None
-        directory = os.path.dirname(supervision.directory) if supervision and supervision.shared else ""
-        return (
-            Membership(supervision.shared, directory)
-            if supervision and supervision.shared and host.isdir(directory)
-            else None
-        )
-    except UserError:
-        return None
-
-
-def remove_logs(name: str, host: Host) -> None:
-    """Remove the launch logs of a kernel, so that the next one of that name begins without any."""
-    for path, _ in launch_logs(name, os.environ, host):
-        remove_tree(path)
+        remove_kernelspec(kernel.directory)
+    except OSError as error:
+        message = f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}."
+        raise UserError(message, "Ask the user who installed it.") from None
+    print(f"Removed the kernel {kernel.name} from {kernel.directory}")
+    found = find_running([kernel], host).get(kernel.name, [])
+    if not any(one.pid for one in found):
+        end_containers([one for one in found if "-shared-" in one.what], host)
+        found = find_running([kernel], host).get(kernel.name, [])
+    if found:
+        print("Still running, until their notebooks are shut down: " + ", ".join(listed(found)))
+    elif kernel.name not in installed_kernels():
+        for path, _ in launch_logs(kernel.name, os.environ, host):
+            remove_tree(path)
+        for step in kernel.launch.steps:
+            remove_built_image(step, kernel.name, host)
+    for base in private_bases(os.environ, host):
+        remove_stale(base, os.environ)
+    return 0
 
 
 def remove_kernelspec(directory: str) -> None:
@@ -4822,99 +4796,6 @@ def remove_kernelspec(directory: str) -> None:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def stop_command(options: Mapping[str, Any], host: Host) -> int:
-    """``envkernel stop NAME``: end everything that runs for a kernel, or is left of one."""
-    name = options["NAME"]
-    left = leftovers(our_kernels(host), host).get(name, [])
-    ended, remaining = stop_leftovers(left, host) if left else stop_kernel(our_kernel(name, host), host)
-    if remaining:
-        raise UserError(f"Still running: {', '.join(remaining)}.", "Try it once more, or end it by hand.")
-    print(f"Ended: {', '.join(ended)}" if ended else f"Nothing runs for the kernel {name}.")
-    return 0
-
-
-def stop_leftovers(found: Sequence[Running], host: Host) -> tuple[list[str], list[str]]:
-    """End containers and instances; return which have ended and which have not."""
-    failed = [one.what for one in found if host.output(one.stop, launch_environ(host)).status]
-    ended = [one.what for one in found if one.what not in failed]
-    for base in private_bases(os.environ, host):
-        for what in ended:
-            key = what.rpartition("-shared-")[2]
-            if key != what:  # the locks of a container that is kept
-                remove_tree(f"{base}/shared-{key}")
-                remove_empty(base)
-    return ended, failed
-
-
-def stop_kernel(kernel: Installed, host: Host) -> tuple[list[str], list[str]]:
-    """End everything that runs for a kernel; return what has ended and what has not.
-
-    First the processes that Jupyter started, which clean up; then what belongs to none of them.
-    """
-    import time
-
-    before = [one.what for one in running_for(kernel, host)]
-    logged = logged_processes(kernel.name, host)
-    end_processes([*{*started_processes(kernel.spec["argv"], host), *logged}], host)
-    plan = plan_of(kernel, host) if any(logged.values()) else Plan([], {})
-    for known in filter(None, logged.values()):
-        argv = plan.job.cancel(0, known) if plan.job else []
-        if argv:
-            host.output(argv, plan.environ)
-    stop_leftovers([one for one in running_for(kernel, host) if one.stop], host)
-    deadline = time.monotonic() + 10
-    while (left := [one.what for one in running_for(kernel, host)]) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return [what for what in before if what not in left], left
-
-
-def end_processes(pids: Sequence[int], host: Host) -> None:
-    """Terminate processes; kill those that have not ended after five seconds."""
-    import contextlib
-    import signal
-    import time
-
-    deadline = time.monotonic() + 5
-    number = signal.SIGTERM
-    while pids:
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                os.kill(pid, number)
-        if number == signal.SIGKILL:
-            return
-        while pids and time.monotonic() < deadline:
-            time.sleep(0.1)
-            states = {pid: (host.read(f"/proc/{pid}/stat") or b") Z").rpartition(b")")[2] for pid in pids}
-            pids = [pid for pid, state in states.items() if state.split()[:1] != [b"Z"]]
-        number = signal.SIGKILL
-
-
-def remove_command(options: Mapping[str, Any], host: Host) -> int:
-    """``envkernel remove NAME``: remove a kernelspec that envkernel made, and what is kept for it alone."""
-    kernel = our_kernel(options["NAME"], host)
-    shared = shared_container(kernel, host)
-    try:
-        remove_kernelspec(kernel.directory)
-    except OSError as error:
-        raise UserError(
-            f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}.",
-            "Ask the user who installed it.",
-        ) from None
-    print(f"Removed the kernel {kernel.name} from {kernel.directory}")
-    if shared:
-        shared.forget(os.environ, host)
-    runs = [one.what for one in running_for(kernel, host)]
-    if runs:
-        print("Still running, until their notebooks are shut down: " + ", ".join(runs))
-    elif kernel.name not in installed_kernels():
-        remove_logs(kernel.name, host)
-        for step in known_launch(kernel).steps:
-            remove_built_image(step, kernel.name, host)
-    for base in private_bases(os.environ, host):
-        remove_stale(base, os.environ)
-    return 0
-
-
 PROBES = {
     "python": ("import os; print(6 * 7); print(os.getcwd())", "import time; time.sleep(60)"),
     "R": ("cat(6 * 7, getwd(), sep = '\\n')", "Sys.sleep(60)"),
@@ -4922,9 +4803,6 @@ PROBES = {
     "julia": ("println(6 * 7); print(pwd())", "sleep(60)"),
 }
 """By language: code that prints 42 and the working directory, and code that only an interrupt ends."""
-
-CHECK_MARK = "ENVKERNEL_CHECK"
-"""Variable by which `check` finds again what it has started."""
 
 
 class Check:
@@ -4941,32 +4819,28 @@ class Check:
         self.mark = os.urandom(8).hex()
         self.probe, self.sleep = PROBES.get(kernel.spec.get("language", "python"), ("", ""))
 
-    def step(self, name: str, action: Callable[[], str]) -> bool:
-        """Do one step, write down how long it took and what went wrong; return whether it worked."""
+    def step(self, name: str, action: Callable[[], Any]) -> bool:
+        """Do one step, record how long it took and what went wrong; return whether it worked."""
         import time
 
         start = time.perf_counter()
         try:
-            error = action()
+            error = action() or ""
         except Exception as failure:  # whatever a client library raises is the step's result
             error = str(failure) or type(failure).__name__
-        seconds = round(time.perf_counter() - start, 3)
-        self.steps.append({"step": name, "seconds": seconds, "error": error})
+        self.steps.append({"step": name, "seconds": round(time.perf_counter() - start, 3), "error": error})
         return not error
 
     def run(self, log: Any) -> None:
         """Start the kernel, use it, shut it down and look for what is left."""
         from jupyter_client.manager import KernelManager
 
-        self.manager = KernelManager(kernel_name=self.kernel.name)
-        environ = {**os.environ, CHECK_MARK: self.mark}
-        self.before = self.traces()
-        starts = self.step(
-            "start", lambda: self.manager.start_kernel(env=environ, stdout=log, stderr=log) or ""
-        )
+        self.manager = manager = KernelManager(kernel_name=self.kernel.name)
+        environ = {**os.environ, "ENVKERNEL_CHECK": self.mark}
+        before = self.traces()
         try:
-            if starts:
-                self.client = self.manager.blocking_client()
+            if self.step("start", lambda: manager.start_kernel(env=environ, stdout=log, stderr=log)):
+                self.client = manager.blocking_client()
                 self.client.start_channels()
                 if self.step("ready", self.wait) and self.step("execute", self.execute):
                     self.step("listening", self.listening)
@@ -4975,8 +4849,8 @@ class Check:
                     self.step("restart", self.restart)
                 self.client.stop_channels()
         finally:
-            self.step("shutdown", self.shutdown)
-        self.step("leftovers", self.leftovers)
+            self.step("shutdown", manager.shutdown_kernel)
+        self.step("leftovers", lambda: self.leftovers(before))
 
     def wait(self) -> str:
         """Wait for the first answer, then until the kernel is received on its iopub channel as well.
@@ -4997,34 +4871,37 @@ class Check:
         return "nothing is received on the kernel's iopub channel"
 
     def execute(self) -> str:
-        """Let the kernel compute something."""
+        """Let the kernel compute something and say where it works."""
         said: list[str] = []
 
         def on_message(message: Any) -> None:
             said.append(str(message["content"].get("text", "")))
 
-        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=on_message)
-        if reply["content"]["status"] != "ok":
-            return str(reply["content"].get("evalue", "the kernel answered with an error"))
-        first, _, directory = "".join(said).strip().partition("\n")
+        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=on_message)["content"]
+        if reply["status"] != "ok":
+            return str(reply.get("evalue", "the kernel answered with an error"))
+        first, _, found = "".join(said).strip().partition("\n")
         if self.probe and first != "42":
             return "the kernel did not print 42"
-        return self.wrong_directory(directory)
-
-    def wrong_directory(self, found: str) -> str:
-        """Return what is wrong with the directory that the kernel works in."""
-        flags = ("--workdir=", "--pwd=", "--chdir=")
-        chosen = [word.partition("=")[2] for word in self.inner.argv if word.startswith(flags)]
-        expected = [os.getcwd(), *chosen]
-        if self.inner.inside:
-            expected = chosen[-1:]  # none: it is the image's own
-        elif isinstance(self.plan.job, SlurmJob):
-            expected.append(os.path.expanduser("~"))  # where the node lacks the first one
-        elif self.plan.job:
-            return ""  # a container of YARN has one of its own
+        expected = self.directories()
         if not found or not expected or os.path.realpath(found) in map(os.path.realpath, expected):
             return ""
         return f"it works in {found} instead of {expected[0]}"
+
+    def directories(self) -> list[str]:
+        """Return the directories that the kernel may work in, none where that can't be known."""
+        flags = ("--workdir=", "--pwd=", "--chdir=")
+        chosen = [word.partition("=")[2] for word in self.inner.argv if word.startswith(flags)]
+        job, step = self.plan.job, self.kernel.launch.steps[-1]
+        if not self.inner.inside:
+            here = [os.getcwd(), *chosen]
+            home = os.path.expanduser("~")  # where the node lacks the notebook's directory
+            return here if not job else [*here, home] if isinstance(job, SlurmJob) else []
+        if chosen or job or step.mode in APPTAINER_PROGRAMS:  # which decides by its site's configuration
+            return chosen[-1:]
+        question = "--format={{if not .Config.Entrypoint}}{{.Config.WorkingDir}}/{{end}}"  # that may leave it
+        argv = [self.plan.argv[0], "image", "inspect", question, *step.targets]
+        return os.fsdecode(self.host.output(argv, self.plan.environ).out).split()[:1]
 
     def interrupt(self) -> str:
         """Interrupt something that would run for a minute."""
@@ -5045,58 +4922,62 @@ class Check:
         self.manager.restart_kernel(now=True)
         return self.wait() or self.execute()
 
-    def shutdown(self) -> str:
-        """Shut the kernel down."""
-        self.manager.shutdown_kernel()
-        self.manager.cleanup_resources()
-        return ""
-
     def listening(self) -> str:
         """Look for addresses that others could reach, on Jupyter's ports and of the kernel's processes."""
+        import contextlib
+
         connection: Mapping[str, Any] = self.manager.get_connection_info()
         ports = {connection[name + "_port"] for name in STREAMS}
-        pids = {} if self.plan.job else marked_processes(self.mark)  # srun's own ports are Slurm's affair
-        sockets = {socket for pid in pids for socket in sockets_of(pid)}
+        sockets: set[str] = set()
+        for pid in () if self.plan.job else self.processes():  # srun's own ports are Slurm's affair
+            for name in self.host.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    sockets.add(os.readlink(f"/proc/{pid}/fd/{name}"))
         exposed = {
             f"{address}, port {port}"
-            for address, port, socket in listening_sockets(self.host)
-            if (port in ports or socket in sockets) and not address.startswith(("127.", "::1"))
+            for address, port, inode in listening_sockets(self.host)
+            if (port in ports or f"socket:[{inode}]" in sockets) and not address.startswith(("127.", "::1"))
         }
         return "others can reach it at " + "; ".join(sorted(exposed)) if exposed else ""
 
+    def processes(self) -> dict[str, str]:
+        """Return the processes that this check has started, with their command lines."""
+        found: dict[str, str] = {}
+        for pid in filter(str.isdigit, self.host.listdir("/proc")):
+            environ = (self.host.read(f"/proc/{pid}/environ") or b"").split(b"\0")
+            if b"ENVKERNEL_CHECK=" + self.mark.encode() in environ:
+                words = (self.host.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
+                found[pid] = os.fsdecode(b" ".join(words[:4]).strip())
+        return {pid: command for pid, command in found.items() if command}
+
     def traces(self) -> set[str]:
-        """Return what there is now: this kernel's private directories, its kernelspec's containers and
-        jobs."""
+        """Return what there is now: the kernel's private directories, its kernelspec's containers, jobs."""
         found: set[str] = set()
         supervision, job = self.plan.supervision, self.plan.job
-        if self.manager.connection_file:
-            key = kernel_key(self.manager.connection_file)
-            for base in private_bases(self.plan.environ, self.host):
-                names = [
-                    name for name in self.host.listdir(base) if key in name and not name.endswith(".lock")
-                ]
-                found.update(f"directory {base}/{name}" for name in names)
+        key = kernel_key(self.manager.connection_file) if self.manager.connection_file else "none yet"
+        for base in private_bases(self.plan.environ, self.host):
+            names = [name for name in self.host.listdir(base) if key in name and not name.endswith(".lock")]
+            found.update(f"directory {base}/{name}" for name in names)
         label = f"--filter=label=envkernel={self.kernel.name}"
-        question = [self.plan.argv[0], "ps", "--all", label, "--format={{.Names}}"]
+        argv = [self.plan.argv[0], "ps", "--all", label, "--format={{.Names}}"]
+        kept = supervision and supervision.shared and supervision.shared.keep
         if isinstance(job, SlurmJob):
-            mine = f"--user={os.getuid()}"
-            question = [job.tool("squeue"), "--noheader", mine, f"--name={self.kernel.name}", "--format=%i"]
-        elif not (supervision and isinstance(supervision.explain, ContainerEnd)) or (
-            supervision.shared and supervision.shared.keep
-        ):
+            argv = [job.tool("squeue"), "--noheader", f"--user={os.getuid()}", "--format=%i"]
+            argv.append(f"--name={self.kernel.name}")
+        elif kept or not (supervision and isinstance(supervision.explain, ContainerEnd)):
             return found
-        said = self.host.output(question, self.plan.environ)
+        said = self.host.output(argv, self.plan.environ)
         kind = "job" if job else "container"
         return found.union(f"{kind} {name}" for name in os.fsdecode(said.out).split())
 
-    def leftovers(self) -> str:
+    def leftovers(self, before: set[str]) -> str:
         """Look for what outlives the kernel, for ten seconds at most."""
         import time
 
         deadline = time.monotonic() + 10
         while True:
-            processes = [f"process {pid} ({command})" for pid, command in marked_processes(self.mark).items()]
-            left = processes + sorted(self.traces() - self.before)
+            left = [f"process {pid} ({command})" for pid, command in self.processes().items()]
+            left += sorted(self.traces() - before)
             if not left or time.monotonic() > deadline:
                 return "still there: " + ", ".join(left) if left else ""
             time.sleep(0.2)
@@ -5108,19 +4989,6 @@ def private_bases(environ: Mapping[str, str], host: Host) -> set[str]:
     return bases | {private_base({**environ, "XDG_RUNTIME_DIR": ""}, "", host)}
 
 
-def sockets_of(pid: int) -> set[str]:
-    """Return the inodes of the sockets that a process has open."""
-    found: set[str] = set()
-    for name in os.listdir(f"/proc/{pid}/fd") if os.access(f"/proc/{pid}/fd", os.R_OK) else ():
-        try:
-            target = os.readlink(f"/proc/{pid}/fd/{name}")
-        except OSError:
-            continue
-        if target.startswith("socket:["):
-            found.add(target[8:-1])
-    return found
-
-
 def listening_sockets(host: Host) -> list[tuple[str, int, str]]:
     """Return address, port and inode of each TCP socket that listens (proc(5), /proc/net/tcp)."""
     import socket
@@ -5130,28 +4998,10 @@ def listening_sockets(host: Host) -> list[tuple[str, int, str]]:
         for line in (host.read(path) or b"").decode().splitlines()[1:]:
             fields = line.split()
             address, _, port = fields[1].partition(":")
-            words = [bytes.fromhex(address[at : at + 8]) for at in range(0, len(address), 8)]
-            raw = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+            words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
+            raw = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
             if fields[3] == "0A":
                 found.append((socket.inet_ntop(family, raw), int(port, 16), fields[9]))
-    return found
-
-
-def marked_processes(mark: str) -> dict[int, str]:
-    """Return the processes other than this one that `check` has started, with their command lines."""
-    found: dict[int, str] = {}
-    for pid in os.listdir("/proc"):
-        if not pid.isdigit() or int(pid) == os.getpid():
-            continue
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                entries = file.read().split(b"\0")
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                words = file.read().split(b"\0")
-        except OSError:
-            continue
-        if f"{CHECK_MARK}={mark}".encode() in entries and words != [b""]:
-            found[int(pid)] = os.fsdecode(b" ".join(words[:4]).strip())
     return found
 
 
@@ -5165,11 +5015,10 @@ def check_command(options: Mapping[str, Any], host: Host) -> int:
     with tempfile.TemporaryFile() as log:
         try:
             check = Check(kernel, plans_of(kernel, host), host)
-            argv = kernel.spec["argv"]
+            steps, argv = check.steps, kernel.spec["argv"]
             slow = write_bytecode(argv[0], argv[5], host) if is_booted(argv) else ""
             if slow:
                 host.warn(f"envkernel: {slow}.\n".encode(errors="surrogateescape"))
-            steps = check.steps
             check.run(log)
         except UserError as broken:
             error = broken
@@ -5204,30 +5053,20 @@ class Command(Record):
 
 
 _JSON = Option("--json", "Print JSON.")
+_NAMES = Option("--names", "Print the names only.")
+_LOGS = Option("--all", "Print all logs that are kept, the newest first.")
+_EVERY = Option("--all", "Update all kernels instead of one.")
+_LIST = "List the kernels that envkernel made, and what is broken."
+_CHECK = "Start a kernel, use it in every way, and say what fails."
+_LOG = "Print why a kernel last ended abnormally, and the log of its newest launch."
 
 COMMANDS: dict[str, Command] = {
-    "list": Command(
-        list_command,
-        "",
-        "List the kernels that envkernel made, and what is broken.",
-        [_JSON, Option("--names", "Print the names only.")],
-    ),
+    "list": Command(list_command, "", _LIST, [_JSON, _NAMES]),
     "show": Command(show_command, "NAME", "Show how a kernel was made and what it would do now.", [_JSON]),
-    "check": Command(
-        check_command, "NAME", "Start a kernel, use it in every way, and say what fails.", [_JSON]
-    ),
-    "log": Command(
-        log_command,
-        "NAME",
-        "Print why a kernel ended abnormally the last time, and the log of its newest launch.",
-        [Option("--all", "Print all logs that are kept, the newest first.")],
-    ),
+    "check": Command(check_command, "NAME", _CHECK, [_JSON]),
+    "log": Command(log_command, "NAME", _LOG, [_LOGS]),
     "update": Command(
-        update_command,
-        "NAME",
-        "Write a kernel again from the command that made it.",
-        [Option("--all", "Update all kernels instead of one.")],
-        optional=True,
+        update_command, "NAME", "Write a kernel again from the command that made it.", [_EVERY], True
     ),
     "stop": Command(stop_command, "NAME", "End all that runs for a kernel: containers, jobs, processes."),
     "remove": Command(remove_command, "NAME", "Remove a kernel."),
@@ -5603,50 +5442,21 @@ class Inside(Host):
         return self._host.output([*self.inside, *argv], self.environ)
 
 
-class Snapshot(Host):
-    """Host for `list`: of however many threads, the first one asks, and no answer is waited for long."""
+class TimedHost(Host):
+    """Host for `list`: no activation script runs, and no program is waited for long."""
 
     PATIENCE = 5.0
     """Seconds that a program has for its answer."""
 
     quiet = True
 
-    def __init__(self) -> None:
-        import threading
-
-        self.lock = threading.Lock()
-        self.answers: dict[Any, Any] = {}
-
-    def once(self, key: Any, ask: Callable[[], Any]) -> Any:
-        """Return the answer to a question, which is asked once."""
-        from concurrent.futures import Future
-
-        with self.lock:
-            is_new = key not in self.answers
-            answer = self.answers.setdefault(key, Future())
-        if is_new:
-            try:
-                answer.set_result(ask())
-            except BaseException as error:
-                answer.set_exception(error)
-        return answer.result()
-
-    def read(self, path: str) -> bytes | None:
-        """Return what a file contains, None where it can't be read."""
-        return self.once(path, lambda: Host.read(self, path))  # type: ignore[no-any-return]
-
     def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
         """Run a program and return what it said.  Raises UserError where it does not start or answer."""
-        return self.once((*argv, None, *sorted(environ.items())), lambda: self.ask(argv, environ))  # type: ignore[no-any-return]
-
-    def ask(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
-        """Run a program for at most PATIENCE seconds."""
         import subprocess
 
+        null = subprocess.DEVNULL
         try:
-            done = subprocess.run(
-                argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=self.PATIENCE
-            )
+            done = subprocess.run(argv, env=environ, stdin=null, capture_output=True, timeout=self.PATIENCE)
         except subprocess.TimeoutExpired:
             raise UserError(f"{argv[0]} does not answer.", f"Try it: {' '.join(map(quoted, argv))}") from None
         except OSError as error:

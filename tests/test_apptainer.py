@@ -394,6 +394,7 @@ def test_what_runs_is_reported_by_process_and_instance(host: FakeHost, monkeypat
     started = "\0".join([*argv, ""]).replace("{connection_file}", FILE).encode()
     host.files.update({f"/proc/{pid}/cmdline": started for pid in (9, 10, 700, 701)})
     host.files["/proc/8/cmdline"] = started.replace(b"--name=x", b"--name=y")
+    host.files.update({f"/proc/{pid}/environ": b"" for pid in (8, 9, 10, 700, 701)})
     host.files.update({f"/proc/{pid}/task/{pid}/children": b"11 " for pid in (8, 10, 700, 701)})
     host.files["/proc/9/task/9/children"] = b""  # it only waits to clean up
     host.files["/proc/701/stat"] = b"701 (py (3)) S 700 701"  # the keeper of 700
@@ -403,9 +404,10 @@ def test_what_runs_is_reported_by_process_and_instance(host: FakeHost, monkeypat
     ask = (ENGINE, "instance", "list")
     host.answers[ask] = Output(0, b"INSTANCE NAME    PID    IP    IMAGE\nenvkernel-shared-12    7\n")
     processes = ["process 10", "process 700"]
-    assert [one.what for one in envkernel.running_for(kernel, host)] == processes
+    assert envkernel.listed(envkernel.find_running([kernel], host)["x"]) == processes
     host.answers[ask] = Output(0, f"INSTANCE NAME    PID\n{name}    12\n".encode())
-    assert [one.what for one in envkernel.running_for(kernel, host)] == ["instance " + name, *processes]
+    runs = envkernel.find_running([kernel], host)["x"]
+    assert envkernel.listed(runs) == ["instance " + name, *processes]
 
 
 def test_a_killed_kernel_is_told_from_one_that_memory_ran_out_for(host: FakeHost) -> None:

@@ -147,11 +147,11 @@ def test_the_last_abnormal_end_comes_first(tmp_path, monkeypatch, capsys):
 def test_the_state_of_the_process():
     running = Files({"/proc/77/cmdline": b"/x/python\0-f\0/run/k.json\0"})
     other = Files({"/proc/77/cmdline": b"/x/python\0-f\0/run/other.json\0"})
-    assert envkernel.process_state(HEAD, running) == "running: yes\n"
-    assert envkernel.process_state(HEAD, other).startswith("running: no")
-    assert envkernel.process_state(HEAD, Files({})).startswith("running: no")
-    assert envkernel.process_state(HEAD + "ended: exit status 1\n", running) == ""
-    assert envkernel.process_state(HEAD + "not started: no image\n", running) == ""
+    assert envkernel.read_log(HEAD, running)["running"] == "yes"
+    assert envkernel.read_log(HEAD, other)["running"].startswith("no")
+    assert envkernel.read_log(HEAD, Files({}))["running"].startswith("no")
+    assert "running" not in envkernel.read_log(HEAD + "ended: exit status 1\n", running)
+    assert "running" not in envkernel.read_log(HEAD + "not started: no image\n", running)
 
 
 @pytest.mark.parametrize(
