@@ -71,19 +71,15 @@ ANSWER = 1024
 
 
 class UserError(Exception):
-    """Something that the user can fix.
+    """Something that the user can fix; `main` alone catches it.
 
-    message: one sentence that names the thing.  hint: one sentence that says what to do.
-    status: exit status (1 fix it, 2 usage, 127 program not found).  detail: further lines, such as
-    what a program said.  `main` alone catches it.
+    message: one sentence that names the thing.  hint: what to do.  detail: further lines, such as what a
+    program said.  status: exit status (1 fix it, 2 usage, 127 program not found).
     """
 
     def __init__(self, message: str, hint: str = "", status: int = 1, detail: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.status = status
-        self.detail = detail
+        self.message, self.hint, self.status, self.detail = message, hint, status, detail
 
     def name_kernel(self, name: str) -> None:
         """Put the kernel's name into a hint that was given where it is not known."""
@@ -129,21 +125,13 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
             "The image {image} has no such program.",
             "Add it in %post of the image's definition file, for example: pip install ipykernel",
         ),
-        (
-            ("mount source",),
-            "A directory to bind does not exist.",
-            "Create it, or set the kernel up without it.",
-        ),
+        (("mount source",), "A directory to bind does not exist.", "Create it, or leave it out."),
         (
             ("failed to set working directory",),
             "The directory to work in is not in the container.",
             "Bind it (--bind, --pwd), or name another one with --workdir.",
         ),
-        (
-            ("image format not recognized",),
-            "{image} is no image.",
-            "Build or fetch it again: envkernel update NAME.",
-        ),
+        (("image format not recognized",), "{image} is no image.", "Make it again: envkernel update NAME."),
         (
             ("equesting capability set",),
             "The engine may not take the rights that it starts containers with here.",
@@ -202,52 +190,34 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
 
 
 def explain(program: str, said: str, **names: str) -> UserError | None:
-    """Return the error for what a program of `KNOWN_ERRORS` said, None where that is not known.
-
-    names: what message and hint mention, as in ``str.format``.
-    """
+    """Return the error for what a program of `KNOWN_ERRORS` said.  names: what message and hint mention."""
     for patterns, message, hint in KNOWN_ERRORS.get(program, ()):
         if any(pattern in said for pattern in patterns):
             return UserError(message.format(**names), hint.format(**names), 1, said.strip())
     return None
 
 
-def environment_at(path: str, host: Host) -> str:
-    """Return the mode for the environment at a path: ``conda``, ``virtualenv``, empty where there is none."""
-    if host.isdir(path + "/conda-meta"):
-        return "conda"
-    return "virtualenv" if host.exists(path + "/bin/activate") else ""
+def no_environment(what: str, path: str, host: Host, hint: str) -> UserError:
+    """Return the error for a path that is no environment of the wanted kind, with where there is one.
 
-
-def not_this(what: str, path: str, host: Host) -> UserError | None:
-    """Return the error for a path that is something else than an environment of the wanted kind.
-
-    what: as in `missing_place`.  None: nothing that is known is at or around the path.
+    what: "conda environment" or "virtualenv".  hint: what to do where nothing is there.
     """
-    name = os.path.basename(path)
-    parent = os.path.dirname(os.path.dirname(path))
-    places = [path, parent if os.path.basename(os.path.dirname(path)) == "bin" else ""]
-    for place in filter(None, [*places, *(f"{path}/{inner}" for inner in (".venv", "venv", "env"))]):
-        mode = environment_at(place, host)
-        if mode:
-            is_other = "a virtualenv" if mode == "virtualenv" else "a conda environment"
-            message = f"{path} is {is_other}, not a {what}." if place == path else f"{path} is not a {what}."
-            return UserError(message, f"Use the {is_other[2:]} {place}: envkernel {mode} {quoted(place)}.")
-    if name.endswith((".yml", ".yaml")):
+    closed = host.closed(path + ("/bin/activate" if what == "virtualenv" else "/conda-meta"))
+    if closed:
+        message = f"You may not read {closed}, so the {what} {path} can't be used."
+        return UserError(message, f"Ask its owner for the right to (ls -ld {closed}), or take another one.")
+    inner = [f"{path}/{name}" for name in (".venv", "venv", "env")]
+    for place in (path, path.rpartition("/bin/")[0], *inner):
+        is_conda = host.isdir(place + "/conda-meta")
+        if place and (is_conda or host.exists(place + "/bin/activate")):
+            mode, found = ("conda", "conda environment") if is_conda else ("virtualenv", "virtualenv")
+            message = f"{path} is a {found}, not a {what}." if place == path else f"{path} is not a {what}."
+            return UserError(message, f"Use the {found} {place}: envkernel {mode} {quoted(place)}.")
+    if path.endswith((".yml", ".yaml")):
         hint = f"Create it first (conda env create --prefix DIR --file {quoted(path)}), then give DIR."
         return UserError(f"{path} describes an environment, it is none.", hint)
     if host.exists(path) and not host.isdir(path):
         return UserError(f"{path} is a file, not a {what}.", "Give the directory of the environment.")
-    return None
-
-
-def missing_place(what: str, path: str, hint: str, closed: str) -> UserError:
-    """Return the error for an environment that is not there, or (closed) behind what may not be read."""
-    if closed:
-        return UserError(
-            f"You may not read {closed}, so the {what} {path} can't be used.",
-            f"Ask its owner for the right to (ls -ld {closed}), or set the kernel up with another one.",
-        )
     return UserError(f"There is no {what} at {path}.", hint)
 
 
@@ -263,8 +233,7 @@ def usage_error(message: str, hint: str = "") -> UserError:
 class Record:
     """Plain data, compared by value: the annotated names of a class are its fields, in that order.
 
-    A field without a default has to be given.  Lists and dicts are copied.  (``dataclasses`` takes 10 ms to
-    import.)
+    A field without a default has to be given; lists and dicts are copied.  (``dataclasses`` takes 10 ms.)
     """
 
     def __init__(self, *values: Any, **named: Any) -> None:
@@ -281,8 +250,6 @@ class Record:
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         fields = ", ".join("{}={!r}".format(*item) for item in vars(self).items())
         return f"{type(self).__name__}({fields})"
@@ -290,8 +257,7 @@ class Record:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy.__dict__.update(changes)
+        copy.__dict__.update(self.__dict__, **changes)
         return copy
 
 
@@ -300,7 +266,7 @@ class Option(Record):
 
     spelling: ``"--bind -B"``, the long flag first.  metavar: empty for a flag that takes no value.
     many: may be given more than once.  run: is written into the kernelspec, for the run phase.
-    setup: may be typed by a user.  group: under which title the help shows it; empty: the mode's own.
+    setup: may be typed by a user.  group: its title in the help; empty: the mode's own.
     """
 
     spelling: str
@@ -337,12 +303,10 @@ class Step(Record):
 
 
 class Launch(Record):
-    """What a kernelspec says: the chain of modes, then the kernel command.
+    """What a kernelspec says: the chain of modes, then the kernel command with Jupyter's placeholders in it.
 
-    command: tokens with `CONNECTION_FILE` and `RESOURCE_DIR` still in them.
-    options: the run-phase options that belong to the kernel and not to a mode, by name:
-    ``name``, ``connection-file``, ``resource-dir``, ``env`` (names of variables), ``verbose``, ...
-    legacy: read from a kernelspec that envkernel 1.x wrote.
+    options: those of the run phase that belong to the kernel and not to a mode, by name: ``name``,
+    ``connection-file``, ``env`` (names of variables), ...  legacy: envkernel 1.x wrote the kernelspec.
     """
 
     steps: list[Step]
@@ -354,15 +318,12 @@ class Launch(Record):
 class Plan(Record):
     """What a launch will do: nothing has been done yet.
 
-    argv, environ: the program that takes this process's place (or, where `supervised`, stands
-    below it), with `CONNECTION_FILE` in argv until the end.
-    search: the directories in which a bare program name has to be found; None where the program is
-    not looked up on this host.  where: what those directories belong to, in words.
-    install: how to install something there, in words, ``%s`` standing for the package.
-    supervision: what the keeper needs to know; None where it takes this process's place.
-    given: variables of the user's for the kernel (``--env``), for modes that start with a clean one.
+    argv, environ: the program that takes this process's place, or runs below it where there is `supervision`
+    (what the keeper needs to know) or a `job` (what runs it on a cluster).
+    search: the directories in which a bare program name has to be found; None where it is not looked up on
+    this host.  where: what these belong to, explained.  install: how to install something there (``%s``).
+    given: variables of the user's for the kernel (``--env``), for modes that start with a clean environment.
     inside: how a command is run once inside of a container, without its private directory; empty for none.
-    job: what runs it on a cluster; None on this host.
     """
 
     argv: list[str]
@@ -387,12 +348,10 @@ class Output(Record):
 class Mode(Record):
     """A row of the registry.
 
-    target: metavar of what stands after the options; empty for none.  targets: how many there may
-    be, ``(least, most)``.  minus: a target may begin with a minus (``-gcc`` unloads a module).
-    setup: ``(step, host, environ, common) -> Step``: checks and normalises; the kernelspec holds the
-    result.  common: the common options by name.
-    plan: ``(step, plan, host, rest) -> Plan``: one fold of the launch; `rest` is the `Launch` of
-    what comes after this step.  remote: it takes the rest of the chain along, so the fold ends here.
+    setup: ``(step, host, environ, common) -> Step``: checks and normalises; common: the common options.
+    plan: ``(step, plan, host, rest) -> Plan``: one fold of the launch; rest: the `Launch` after this step.
+    target: metavar of what follows the options; empty for none.  targets: ``(least, most)`` of them.
+    minus: a target may begin with a minus.  remote: it takes the rest of the chain along: the fold ends here.
     engine: ``(name, tokens, environ, host) -> [[program, subcommand], ...]``: the commands of the engine
     whose options may be given; None where there is no engine.
     """
@@ -424,6 +383,7 @@ def register(*modes: Mode) -> None:
 
 # ---- kernelspec tokens --------------------------------------------------------------------------
 
+
 _ESCAPE = "%:"
 _PLACEHOLDERS = ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
 """Jupyter's placeholders, each with the option that gives what Jupyter has put in its place."""
@@ -439,10 +399,8 @@ def encode_token(text: str, force: bool = False, unsafe: str = "{") -> str:
     plain = not force and not text.startswith(_ESCAPE) and not any(c in text for c in unsafe)
     if plain and all(31 < byte < 127 for byte in raw):
         return text
-    special = b"%{}$"
-    return _ESCAPE + "".join(
-        chr(byte) if 31 < byte < 127 and byte not in special else f"%{byte:02X}" for byte in raw
-    )
+    is_kept = [31 < byte < 127 and byte not in b"%{}$" for byte in raw]
+    return _ESCAPE + "".join(chr(byte) if kept else f"%{byte:02X}" for byte, kept in zip(raw, is_kept))
 
 
 def decode_token(token: str) -> str:
@@ -450,57 +408,33 @@ def decode_token(token: str) -> str:
     if not token.startswith(_ESCAPE):
         return token
     first, *parts = token[len(_ESCAPE) :].split("%")
-    raw = [os.fsencode(first)]
     try:
-        for part in parts:
-            raw.append(bytes((int(part[:2], 16),)) + os.fsencode(part[2:]))
+        raw = b"".join([os.fsencode(first), *(bytes.fromhex(p[:2]) + os.fsencode(p[2:]) for p in parts)])
     except ValueError:
         raise broken_kernelspec(f"it has {token!r}") from None
-    if b"\0" in b"".join(raw):
+    if b"\0" in raw:
         raise broken_kernelspec("it has a NUL in an argument")
-    return os.fsdecode(b"".join(raw))
+    return os.fsdecode(raw)
 
 
 def broken_kernelspec(reason: str) -> UserError:
-    """Return the error for a kernelspec that envkernel did not write like that."""
-    return UserError(
-        f"The kernelspec is broken: {reason}.",
-        "Somebody has edited it; make it again: envkernel update NAME.",
-    )
-
-
-def escaped(placeholder: str) -> str:
-    """Return how a placeholder inside of a longer token is written: Jupyter does not read it."""
-    return "%({})".format(placeholder.strip("{}"))
-
-
-def encode_command_token(text: str, force: bool = False) -> str:
-    """Return a token of the kernel command: like `encode_token`, with Jupyter's placeholders kept.
-
-    A placeholder that is a whole token stays one, for the clients that look for it; inside of a
-    longer token it is written so that the path that Jupyter puts in can hold any character.
-    """
-    if text in (CONNECTION_FILE, RESOURCE_DIR):
-        return text
-    for placeholder, _ in _PLACEHOLDERS:
-        if placeholder in text:
-            parts = [encode_command_token(part, True) for part in text.split(placeholder)]
-            return _ESCAPE + escaped(placeholder).join(part[len(_ESCAPE) :] for part in parts)
-    return encode_token(text, force)
+    """Return the error for a kernelspec that this envkernel did not write like that."""
+    return UserError(f"The kernelspec is broken: {reason}.", "Make it again: envkernel update NAME.")
 
 
 def decode_command_token(token: str, known: Sequence[tuple[str, str]]) -> str:
-    """Return the text of a token of the kernel command.
+    """Return the text of a token of the kernel command, with Jupyter's placeholders in it again.
 
-    known: pairs (placeholder, what Jupyter put in its place), to find whole-token placeholders.
+    A placeholder that is a whole token is written as it is, for the clients that look for it; inside of a
+    longer token it is encoded, so that the path can hold any character (2.1.0 wrote ``%(connection_file)``).
+    known: pairs (placeholder, what Jupyter put in its place).
     """
     for placeholder, value in known:
         if token == value:
             return placeholder
-    for placeholder, _ in _PLACEHOLDERS:
-        if token.startswith(_ESCAPE) and escaped(placeholder) in token:
-            parts = token[len(_ESCAPE) :].split(escaped(placeholder))
-            return placeholder.join(decode_command_token(_ESCAPE + part, ()) for part in parts)
+    if token.startswith(_ESCAPE):
+        for placeholder, _ in _PLACEHOLDERS:
+            token = token.replace(f"%({placeholder[1:-1]})", f"%7B{placeholder[1:-1]}%7D")
     return decode_token(token)
 
 
@@ -509,8 +443,7 @@ def launch_to_argv(launch: Launch) -> list[str]:
     tokens: list[str] = []
     for index, step in enumerate(launch.steps):
         mode = MODES[step.mode]
-        tokens += ["--"] if index else []
-        tokens += [mode.name]
+        tokens += ["--", mode.name] if index else [mode.name]
         if index == 0:
             tokens += ["run", "--format=" + FORMAT, "--connection-file", CONNECTION_FILE]
             if any(RESOURCE_DIR in token for token in launch.command):
@@ -518,13 +451,13 @@ def launch_to_argv(launch: Launch) -> list[str]:
             names = ("format", "connection-file", "resource-dir")
             shared = [option for option in COMMON_OPTIONS if option.run and option.name not in names]
             tokens += option_tokens(shared, launch.options, encode_token)
-        own = [option for option in mode.options if option.run]
-        tokens += option_tokens(own, step.options, encode_token)
+        tokens += option_tokens([option for option in mode.options if option.run], step.options, encode_token)
         tokens += ["--pass=" + encode_token(token) for token in step.engine]
         tokens += [encode_token(target, target.startswith("-")) for target in step.targets]
     tokens += ["--"]
     for index, text in enumerate(launch.command):
-        tokens += [encode_command_token(text, force=index == 0 and text in MODES)]
+        whole = text in (CONNECTION_FILE, RESOURCE_DIR)
+        tokens += [text if whole else encode_token(text, force=index == 0 and text in MODES)]
     return tokens
 
 
@@ -552,17 +485,14 @@ def split_chain(tokens: Sequence[str]) -> tuple[list[str], list[str] | None]:
 def launch_from_argv(tokens: Sequence[str]) -> Launch:
     """Return the launch that a kernelspec describes (the inverse of `launch_to_argv`).
 
-    Raises UserError for tokens that envkernel did not write, or a newer one did.
+    Raises UserError for tokens that envkernel did not write, or another version did.
     """
     if not tokens:
         raise broken_kernelspec("its argv is not envkernel's")
     if not any(token.startswith("--format=") for token in tokens[2:3]):
         return legacy_launch(tokens)
     if tokens[2] != "--format=" + FORMAT:
-        raise UserError(
-            f"This kernelspec was written by another version of envkernel ({tokens[2]}).",
-            "Make it again with this one: envkernel update NAME.",
-        )
+        raise broken_kernelspec(f"another version of envkernel wrote it ({tokens[2]})")
     common: dict[str, Any] = {}
     steps: list[Step] = []
     rest: list[str] | None = [find_mode(tokens[0]).name, *tokens[2:]]
@@ -572,40 +502,31 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
         steps.append(_read_step(mode, own, common))
         check_targets(mode, steps[-1])
     known = [(placeholder, common[name]) for placeholder, name in _PLACEHOLDERS if name in common]
-    if not rest and not MODES[steps[-1].mode].container:  # an image may have a command of its own
+    if not rest and not mode.container:  # an image may have a command of its own
         raise broken_kernelspec("the kernel command is missing")
     return Launch(steps, [decode_command_token(token, known) for token in rest or ()], common)
 
 
-def _read_step(mode: Mode, tokens: Sequence[str], common: dict[str, Any]) -> Step:
+def _read_step(mode: Mode, tokens: list[str], common: dict[str, Any]) -> Step:
     """Read one canonical step; what belongs to the kernel goes into `common`."""
     step = Step(mode.name)
     own = {option.name: option for option in mode.options}
-    shared = {option.name: option for option in COMMON_OPTIONS}
-    queue = list(tokens)
-    while queue:
-        token = queue.pop(0)
-        if not token.startswith("--"):
-            step.targets.append(decode_token(token))
-            continue
+    known = {**{option.name: option for option in COMMON_OPTIONS}, **own}
+    while tokens:
+        token = tokens.pop(0)
         name, equals, text = token[2:].partition("=")
         value: Any = decode_token(text) if equals else True
-        if name == "pass":
+        if not token.startswith("--"):
+            step.targets.append(decode_token(token))
+        elif name == "pass":
             step.engine.append(value)
-            continue
-        option = own.get(name) or shared.get(name)
-        if option is None:
-            raise UserError(
-                f"The kernelspec has an option that this envkernel does not know: --{name}.",
-                "Make it again with this version: envkernel update NAME.",
-            )
-        if option.metavar and not equals:
-            value = queue.pop(0) if queue else ""
-        values = step.options if name in own else common
-        if option.many:
-            values.setdefault(name, []).append(value)
+        elif name not in known:
+            raise broken_kernelspec(f"it has an option that this envkernel does not know, --{name}")
         else:
-            values[name] = value
+            if known[name].metavar and not equals:
+                value = tokens.pop(0) if tokens else ""
+            values = step.options if name in own else common
+            values[name] = [*values.get(name, ()), value] if known[name].many else value
     return step
 
 
@@ -1135,6 +1056,7 @@ def carry_out(argv: Sequence[str], host: Host) -> int:
 
 # ---- environment modes --------------------------------------------------------------------------
 
+
 IGNORED_BY_PYTHON = (13, 25)
 """SIGPIPE and SIGXFSZ, which Python ignores for itself; a kernel must not inherit that."""
 
@@ -1148,18 +1070,16 @@ def path_entries(environ: Mapping[str, str]) -> list[str]:
 
 
 def conda_root(prefix: str, host: Host, environ: Mapping[str, str]) -> str:
-    """Return the root prefix that belongs to a conda environment, empty where it can't be reported.
+    """Return the root prefix that belongs to a conda environment, empty where it can't be found.
 
     By CONDA_EXE, the parent of ``envs/`` or the commands in ``conda-meta/history``.
     """
     candidates = [environ.get("CONDA_EXE", ""), prefix + "/bin/conda"]
     parent, directory = os.path.split(os.path.dirname(prefix))
-    if directory == "envs":
-        candidates.append(parent + "/bin/conda")
+    candidates += [parent + "/bin/conda"] if directory == "envs" else []
     for line in (host.read(prefix + "/conda-meta/history") or b"").splitlines():
-        words = line.split()
-        if line.startswith(b"# cmd:") and len(words) > 2:
-            candidates.append(os.fsdecode(words[2]))
+        words = os.fsdecode(line).split()
+        candidates += words[2:3] if words[:2] == ["#", "cmd:"] else []
     for candidate in candidates:
         root = os.path.dirname(os.path.dirname(candidate))
         if os.path.isabs(candidate) and host.isdir(root + "/conda-meta") and host.exists(candidate):
@@ -1170,34 +1090,26 @@ def conda_root(prefix: str, host: Host, environ: Mapping[str, str]) -> str:
 def conda_state(prefix: str, host: Host) -> dict[str, str]:
     """Return the variables that a conda environment sets: ``env_vars.d``, then ``conda-meta/state``.
 
-    PATH and what is marked as unset are left out.
-    Raises UserError for a file that is not JSON.
+    PATH and what is marked as unset are left out.  Raises UserError for a file that is not JSON.
     """
-    directory = prefix + "/etc/conda/env_vars.d/"
-    files = [directory + name for name in sorted(host.listdir(directory))]
-    state = prefix + "/conda-meta/state"
-    texts = [(path, host.read(path)) for path in [*files, state]]
-    variables: dict[str, str] = {}
-    for path, text in texts:
+    directory, state = prefix + "/etc/conda/env_vars.d/", prefix + "/conda-meta/state"
+    variables: dict[str, Any] = {}
+    for path in [*(directory + name for name in sorted(host.listdir(directory))), state]:
+        text = host.read(path)
         if text is None:
             continue
-        import json
-
         try:
-            values = json.loads(text)
-            if path == state:
-                values = values.get("env_vars", {})
-            for name, value in values.items():
-                variables[name] = "" if value is None else str(value)
-                if b"\0" in os.fsencode(variables[name]):
-                    raise ValueError("a variable can't hold a NUL")
-        except (ValueError, AttributeError, RecursionError):
+            values = from_json(text)
+            variables.update(values.get("env_vars", {}) if path == state else values.items())
+            if b"\0" in os.fsencode("".join(map(str, variables.values()))):
+                raise ValueError("a variable can't hold a NUL")
+        except (ValueError, AttributeError, TypeError, RecursionError):
             raise UserError(
                 f"The file {path} of the conda environment is broken.",
                 "Repair it with `conda env config vars`, or remove it.",
             ) from None
     return {
-        name: value
+        name: "" if value is None else str(value)
         for name, value in variables.items()
         if value != "***unset***" and name.upper() != "PATH" and name.isascii() and name.isidentifier()
     }
@@ -1210,28 +1122,21 @@ def conda_variables(
 
     root: the root prefix, empty where unknown.  state: what `conda_state` found.
     """
-    level = conda_level(environ)
-    old = environ.get("CONDA_PREFIX", "") if level else ""
+    level, old = conda_level(environ)
     entries = path_entries(environ)
-    new = prefix + "/bin"
-    if not old and root and not level and not any(entry.endswith("condabin") for entry in entries):
+    if root and not level and not any(entry.endswith("condabin") for entry in entries):
         entries.insert(0, root + "/condabin")
     if old and old + "/bin" in entries:
-        entries[entries.index(old + "/bin")] = new
+        entries[entries.index(old + "/bin")] = prefix + "/bin"
     else:
-        entries.insert(0, new)
-    parent = os.path.basename(os.path.dirname(prefix))
-    name = "base" if prefix == root else os.path.basename(prefix) if parent == "envs" else prefix
+        entries.insert(0, prefix + "/bin")
+    is_named = os.path.basename(os.path.dirname(prefix)) == "envs"
+    name = "base" if prefix == root else os.path.basename(prefix) if is_named else prefix
     if old == prefix:
         name = environ.get("CONDA_DEFAULT_ENV", name)
         return {"PATH": ":".join(entries), "CONDA_SHLVL": str(level), "CONDA_PROMPT_MODIFIER": f"({name}) "}
-    variables = {
-        "PATH": ":".join(entries),
-        "CONDA_PREFIX": prefix,
-        "CONDA_SHLVL": str(level + 1),
-        "CONDA_DEFAULT_ENV": name,
-        "CONDA_PROMPT_MODIFIER": f"({name}) ",
-    }
+    variables = {"PATH": ":".join(entries), "CONDA_PREFIX": prefix, "CONDA_SHLVL": str(level + 1)}
+    variables.update({"CONDA_DEFAULT_ENV": name, "CONDA_PROMPT_MODIFIER": f"({name}) "})
     if old:
         variables[f"CONDA_PREFIX_{level}"] = old
     if root:
@@ -1245,31 +1150,27 @@ def conda_variables(
     return variables
 
 
-def conda_level(environ: Mapping[str, str]) -> int:
-    """Return how many conda environments are active on top of each other."""
+def conda_level(environ: Mapping[str, str]) -> tuple[int, str]:
+    """Return how many conda environments are active on top of each other, and the topmost one's prefix."""
     try:
-        return int(environ.get("CONDA_SHLVL", "").strip() or 0)
+        level = int(environ.get("CONDA_SHLVL", "").strip() or 0)
     except ValueError:
-        return 0
+        level = 0
+    return level, environ.get("CONDA_PREFIX", "") if level else ""
 
 
 def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan what ``conda activate PREFIX`` does.  Raises UserError where there is no environment."""
     prefix = os.path.normpath(step.targets[0])  # envkernel 1.x wrote it as it was typed
     if not host.isdir(prefix + "/conda-meta"):
-        raise not_this("conda environment", prefix, host) or missing_place(
-            "conda environment",
-            prefix,
-            f"Create it (conda create --prefix {quoted(prefix)} ipykernel), or set the kernel up elsewhere.",
-            host.closed(prefix + "/conda-meta"),
-        )
+        hint = f"Create it (conda create --prefix {quoted(prefix)} ipykernel), or give another one."
+        raise no_environment("conda environment", prefix, host, hint)
     environ = plan.environ
-    root = step.options.get("root", "") or conda_root(prefix, host, environ)
-    old = environ.get("CONDA_PREFIX", "") if conda_level(environ) else ""
+    _, old = conda_level(environ)
     leave = shell_scripts(old + "/etc/conda/deactivate.d", host) if old else []
     enter = shell_scripts(prefix + "/etc/conda/activate.d", host)
-    state = {} if old == prefix else conda_state(prefix, host)
-    variables = conda_variables(prefix, root, state, environ)
+    root = step.options.get("root", "") or conda_root(prefix, host, environ)
+    variables = conda_variables(prefix, root, {} if old == prefix else conda_state(prefix, host), environ)
     if leave or enter:
         actions = [("source", script, "") for script in reversed(leave)]
         actions += [("export", name, value) for name, value in variables.items()]
@@ -1277,12 +1178,18 @@ def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         environ = host.source(actions, environ)
     else:
         environ = {**environ, **variables}
-    return plan.replace(
-        environ=environ,
-        search=[prefix + "/bin"],
-        where=f"the conda environment {prefix}",
-        install="conda install --prefix {} %s".format(quoted(prefix).replace("%", "%%")),
-    )
+    where, install = f"the conda environment {prefix}", f"conda install --prefix {as_format(prefix)} %s"
+    return plan.replace(environ=environ, search=[prefix + "/bin"], where=where, install=install)
+
+
+def as_format(path: str) -> str:
+    """Return a path as it stands in a shell command with a ``%s`` in it (`Plan.install`)."""
+    return quoted(path).replace("%", "%%")
+
+
+def shell_scripts(directory: str, host: Host) -> list[str]:
+    """Return the ``*.sh`` files of a directory in their order, hidden ones too."""
+    return [directory + "/" + name for name in sorted(host.listdir(directory)) if name.endswith(".sh")]
 
 
 def conda_prefix(name: str, host: Host, environ: Mapping[str, str]) -> str:
@@ -1292,25 +1199,23 @@ def conda_prefix(name: str, host: Host, environ: Mapping[str, str]) -> str:
     """
     if "/" in name or name in (".", "..") or name.startswith("~"):
         return host.absolute(os.path.expandvars(name))
-    homes = [directory for directory in environ.get("CONDA_ENVS_PATH", "").split(":") if directory]
-    known = (host.read(host.absolute("~/.conda/environments.txt")) or b"").splitlines()
-    prefixes = [os.fsdecode(line.strip()) for line in known if line.strip()]
+    listed = os.fsdecode(host.read(host.absolute("~/.conda/environments.txt")) or b"").splitlines()
+    prefixes = [line.strip() for line in listed if line.strip()]
+    active = list(filter(None, [environ.get("CONDA_PREFIX"), *prefixes]))
     roots = [os.path.dirname(os.path.dirname(environ.get("CONDA_EXE", "")))]
-    for prefix in [environ.get("CONDA_PREFIX", ""), *prefixes]:
-        roots.append(conda_root(prefix, host, environ) if prefix else "")
-    roots = [root for root in dict.fromkeys(roots) if root]
+    roots = list(filter(None, [*roots, *(conda_root(prefix, host, environ) for prefix in active)]))
     if name in ("base", "root") and roots:
         return roots[0]
+    homes = [home for home in environ.get("CONDA_ENVS_PATH", "").split(":") if home]
     homes += [root + "/envs" for root in roots] + [host.absolute("~/.conda/envs")]
     for prefix in [f"{home}/{name}" for home in homes] + prefixes:
         if os.path.basename(prefix) == name and host.isdir(prefix + "/conda-meta"):
             return host.absolute(prefix)
-    names = [os.path.basename(prefix) for prefix in prefixes]
-    names += [found for home in homes for found in host.listdir(home)]
-    other = not_this("conda environment", host.absolute(name), host)
-    known_names = sorted({*names, "base"}) if roots else names
-    hint = suggestion(name, known_names) if names else "Give its path instead."
-    raise UserError(f"There is no conda environment named {name}.", other.hint if other else hint)
+    names = {*map(os.path.basename, prefixes), *(found for home in homes for found in host.listdir(home))}
+    known = sorted({*names, "base"} if roots else names)
+    hint = suggestion(name, known) if names else "Give its path instead."
+    hint = no_environment("conda environment", host.absolute(name), host, hint).hint
+    raise UserError(f"There is no conda environment named {name}.", hint)
 
 
 def setup_conda(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -1320,23 +1225,14 @@ def setup_conda(step: Step, host: Host, environ: Mapping[str, str], common: Mapp
     return step.replace(targets=[prefix], options={**step.options, **({"root": root} if root else {})})
 
 
-def shell_scripts(directory: str, host: Host) -> list[str]:
-    """Return the ``*.sh`` files of a directory in their order, hidden ones too."""
-    return [directory + "/" + name for name in sorted(host.listdir(directory)) if name.endswith(".sh")]
-
-
 def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan what ``source PATH/bin/activate`` does.  Raises UserError where there is no environment."""
     path = step.targets[0]
     script = path + "/bin/activate"
     text = host.read(script)
-    if text is None:
-        raise not_this("virtualenv", path, host) or missing_place(
-            "virtualenv",
-            path,
-            f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create), or give another.",
-            host.closed(script),
-        )
+    if text is None or host.isdir(path + "/conda-meta"):
+        hint = f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create)."
+        raise no_environment("virtualenv", path, host, hint)
     if any(holds_code(text, os.fsencode(place)) for place in (path, host.real_path(path))):
         raise UserError(
             f"{script} does not quote the name of its directory: bash would run a part of that name.",
@@ -1344,66 +1240,14 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         )
     environ = host.source([("source", script, "")], plan.environ)
     if not environ.get("VIRTUAL_ENV"):
-        raise (host.isdir(path + "/conda-meta") and not_this("virtualenv", path, host)) or UserError(
-            f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV.",
-            "Repair what you have edited in it, or create the virtualenv again.",
-        )
-    return plan.replace(
-        environ=environ,
-        search=[path + "/bin"],
-        where=f"the virtualenv {path}",
-        install=installer(path, host),
-    )
-
-
-def installer(path: str, host: Host) -> str:
-    """Return how a package is installed into a virtualenv, ``%s`` for its name: one of uv's has no pip."""
-    python = quoted(path + "/bin/python").replace("%", "%%")
-    if b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b""):
-        return f"uv pip install --python {python} %s"
-    return python + " -m pip install %s"
-
-
-def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
-    """Make the path absolute; with ``--create`` make the environment and install ipykernel into it.
-
-    Raises UserError where that fails; then nothing is left of the environment.
-    """
-    path = host.absolute(step.targets[0])
-    options = {name: value for name, value in step.options.items() if name != "create"}
-    if step.options.get("create"):
-        if common.get("dry-run"):
-            raise usage_error(
-                "--create makes the virtualenv and --dry-run writes nothing.", "Leave one of them out."
-            )
-        chosen = common.pop("python", "")  # it makes the environment; the kernel's is the one inside
-        python = sys.executable if chosen in ("", "SELF") else chosen
-        if chosen and host.is_executable(path + "/bin/python"):
-            found = python if "/" in python else search_program(python, path_entries(environ), host)
-            check_same_python(path, found or python, host, environ)
-        host.create_virtualenv(path, python)
-    step = step.replace(targets=[path], options=options)
-    active = plan_virtualenv(step, Plan([], dict(environ)), host, Launch([], [])).environ["VIRTUAL_ENV"]
-    if host.real_path(active) != host.real_path(path):
-        host.warn(
-            f"envkernel: {path} was made as {active} and moved: its activate script puts that on PATH.\n"
-            "  Create it again where it is now.\n".encode(errors="surrogateescape")
-        )
-    return step
-
-
-def check_same_python(path: str, python: str, host: Host, environ: Mapping[str, str]) -> None:
-    """Raise UserError unless the virtualenv that is there already has the Python that is asked for."""
-    reported = [
-        os.fsdecode(host.output([program, "-c", "import sys; print(sys.version)"], environ).out)
-        for program in (path + "/bin/python", python)
-    ]
-    if reported[0] != reported[1]:
-        has = reported[0].partition(" ")[0]
-        raise UserError(
-            f"{path} is there already and has Python {has}, which is not that of --python={python}.",
-            "Give a directory that does not exist yet, or leave --python out.",
-        )
+        message = f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV."
+        raise UserError(message, "Repair what you have edited in it, or create the virtualenv again.")
+    python = as_format(path + "/bin/python")
+    install = python + " -m pip install %s"
+    if b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b""):  # it has no pip
+        install = f"uv pip install --python {python} %s"
+    where = f"the virtualenv {path}"
+    return plan.replace(environ=environ, search=[path + "/bin"], where=where, install=install)
 
 
 def holds_code(script: bytes, path: bytes) -> bool:
@@ -1413,19 +1257,40 @@ def holds_code(script: bytes, path: bytes) -> bool:
     """
     in_double = any(c in path for c in b'$`"') or path.endswith(b"\\")
     in_single = b"'" in path
-    forms = [os.fsencode(quoted(os.fsdecode(path)))]
-    forms += [] if in_double else [b'"' + path + b'"']
-    forms += [] if in_single else [b"'" + path + b"'"]
-    for form in forms:
-        script = script.replace(form, b"")
+    script = script.replace(os.fsencode(quoted(os.fsdecode(path))), b"")
+    script = script if in_double else script.replace(b'"' + path + b'"', b"")
+    script = script if in_single else script.replace(b"'" + path + b"'", b"")
     return (in_double or in_single) and path in script
 
 
-_LMOD_PLACES = ("/usr/share/lmod/lmod", "/opt/apps/lmod/lmod", "/usr/local/lmod/lmod", "/opt/lmod/lmod")
-_MODULECMD_PLACES = (
-    *("/usr/share/Modules/libexec", "/usr/share/modules/libexec", "/usr/lib/x86_64-linux-gnu"),
-    *("/usr/local/Modules/libexec", "/opt/modules/libexec"),
-)
+def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
+    """Make the path absolute; with ``--create`` make the environment and install ipykernel into it.
+
+    Raises UserError where that fails; then nothing is left of the environment.
+    """
+    path = host.absolute(step.targets[0])
+    if step.options.get("create"):
+        if common.get("dry-run"):
+            raise usage_error("--create makes a virtualenv and --dry-run writes nothing.", "Leave one out.")
+        chosen = common.pop("python", "")  # it makes the environment; the kernel's is the one inside
+        python = sys.executable if chosen in ("", "SELF") else chosen
+        inside = path + "/bin/python"
+        if chosen and host.is_executable(inside):
+            ask = ["-c", "import sys; print(sys.version)"]
+            found = python if "/" in python else search_program(python, path_entries(environ), host)
+            has, wanted = (host.output([name, *ask], environ).out for name in (inside, found or python))
+            if has != wanted:
+                message = f"{path} is there already and has Python {os.fsdecode(has).partition(' ')[0]}, "
+                hint = "Give a directory that does not exist yet, or leave --python out."
+                raise UserError(message + f"which is not that of --python={python}.", hint)
+        host.create_virtualenv(path, python)
+    options = {name: value for name, value in step.options.items() if name != "create"}
+    step = step.replace(targets=[path], options=options)
+    active = plan_virtualenv(step, Plan([], dict(environ)), host, Launch([], [])).environ["VIRTUAL_ENV"]
+    if host.real_path(active) != host.real_path(path):
+        text = f"{path} was made as {active} and moved: its activate script puts that on PATH.\n"
+        host.warn(f"envkernel: {text}  Create it again where it is now.\n".encode(errors="surrogateescape"))
+    return step
 
 
 def module_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -1439,28 +1304,25 @@ def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
 
     By ``LMOD_CMD``, ``MODULES_CMD``, ``LMOD_PKG``, ``MODULESHOME``, then well-known places.
     """
-    home = environ.get("MODULESHOME", "")
-    lmod, modulecmd = environ.get("LMOD_CMD", ""), environ.get("MODULES_CMD", "")
-    if not modulecmd or host.is_executable(lmod):
-        homes = (environ.get("LMOD_PKG", ""), home, *_LMOD_PLACES)
-        for place in (lmod, *(directory + "/libexec/lmod" for directory in homes)):
-            if host.is_executable(place):
-                return [place]
-    directories = (home + "/libexec", *_MODULECMD_PLACES)
-    for place in (modulecmd, *(directory + "/modulecmd.tcl" for directory in directories)):
+    lmod, tcl, home = (environ.get(name, "") for name in ("LMOD_CMD", "MODULES_CMD", "MODULESHOME"))
+    usual = ("/usr/share/lmod/lmod", "/opt/apps/lmod/lmod", "/usr/local/lmod/lmod", "/opt/lmod/lmod")
+    homes = (environ.get("LMOD_PKG", ""), home, *usual) if not tcl else ()
+    for place in (lmod, *(directory + "/libexec/lmod" for directory in homes)):
         if host.is_executable(place):
             return [place]
+    usual = ("/usr/share/Modules", "/usr/share/modules", "/usr/local/Modules", "/opt/modules")
+    directories = (*(directory + "/libexec" for directory in (home, *usual)), "/usr/lib/x86_64-linux-gnu")
+    for place in (tcl, *(directory + "/modulecmd.tcl" for directory in directories)):
         if host.exists(place):
             tclsh = search_program("tclsh", environ.get("PATH", os.defpath).split(":"), host)
-            return [tclsh or "/usr/bin/tclsh", place]
+            return [place] if host.is_executable(place) else [tclsh or "/usr/bin/tclsh", place]
     return []
 
 
 def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
     """Return what ``modulecmd python`` printed: changes (None: unset the variable) and status values.
 
-    The text is read, never executed: a modulefile may print anything into it.  Lmod quotes as Lua's
-    ``%q`` does, Environment Modules escape the single quote alone (ACTIVATION.md, *Lmod*).
+    The text is read, never executed: a modulefile may print anything into it (ACTIVATION.md, *Lmod*).
     """
     changes: dict[str, str | None] = {}
     states: list[bool] = []
@@ -1469,64 +1331,45 @@ def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
         if text.startswith(b"_mlstatus = ", at):
             states.append(text.startswith(b"True", at + 12))
         deletes = text.startswith(b"del os.environ[", at)
-        start = at + 4 if deletes else at
-        if text.startswith(b"os.environ[", start):
-            key, end = _read_quoted(text, start + 11)
-            if end and deletes and text.startswith(b"]", end):
-                changes[os.fsdecode(key)] = None
+        if deletes or text.startswith(b"os.environ[", at):
+            key, end = _read_quoted(text, at + (15 if deletes else 11))
+            value = b""
+            if end and not deletes:
+                value, end = _read_quoted(text, end + 4) if text.startswith(b"] = ", end) else (b"", 0)
+            if end:  # as bash does, without NUL
+                changes[os.fsdecode(key)] = None if deletes else os.fsdecode(value.replace(b"\0", b""))
                 at = end
-            elif end and text.startswith(b"] = ", end):
-                value, end = _read_quoted(text, end + 4)
-                if end:
-                    changes[os.fsdecode(key)] = os.fsdecode(value.replace(b"\0", b""))  # as bash does
-                    at = end
-        newline = text.find(b"\n", at)
-        at = newline + 1 if newline >= 0 else len(text)
+        at = text.find(b"\n", at) + 1 or len(text)
     return changes, states
 
 
-def _read_quoted(text: bytes, start: int) -> tuple[bytes, int]:
-    """Read a quoted string; return its value and the place after it (0: there is none)."""
-    quote = text[start : start + 1]
-    read = {b"'": _read_tcl_quoted, b'"': _read_lua_quoted}.get(quote)
-    return read(text, start + 1) if read else (b"", 0)
+_STATEMENTS = (b"\nos.environ[", b"\ndel os.environ[", b"\n_mlstatus", b"\nimport ", b"\npass", b"\n\n")
+_LUA_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 
-def _read_lua_quoted(text: bytes, at: int) -> tuple[bytes, int]:
-    """Read what Lmod quoted: after a backslash a number of up to three digits or a character."""
-    value = b""
-    while True:
-        end = text.find(b'"', at)
-        if end < 0:
-            return b"", 0
+def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
+    r"""Read a quoted string; return its value and the place after it (0: there is none).
+
+    Environment Modules write ``\'`` for a quote and all else as it is, so a value that ends in a backslash
+    is told by the statement after it.  Lmod quotes as Lua's ``%q``: ``\`` and three digits or a character.
+    """
+    quote, value = text[at : at + 1], b""
+    at += 1
+    if quote == b"'":
+        end = text.find(quote, at)
+        while end > at and text[end - 1 : end] == b"\\" and not text.startswith(_STATEMENTS, end + 1):
+            end = text.find(quote, end + 1)
+        return text[at:end].replace(b"\\'", b"'"), end + 1
+    while quote == b'"':
+        end = text.find(quote, at)
         escape = text.find(b"\\", at, end)
-        if escape < 0:
+        if escape < 0 or end < 0:
             return value + text[at:end], end + 1
-        value += text[at:escape]
         code = text[escape + 1 : escape + 4]
         digits = code[: len(code) - len(code.lstrip(b"0123456789"))]
-        letter = code[:1]
-        value += bytes([int(digits) & 255]) if digits else _LUA_ESCAPES.get(letter, letter)
+        letter = _LUA_ESCAPES.get(code[:1], code[:1])
+        value += text[at:escape] + (bytes([int(digits) & 255]) if digits else letter)
         at = escape + 1 + (len(digits) or 1)
-
-
-_LUA_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
-_STATEMENTS = (b"os.environ[", b"del os.environ[", b"_mlstatus", b"import ", b"pass", b"\n")
-
-
-def _read_tcl_quoted(text: bytes, start: int) -> tuple[bytes, int]:
-    r"""Read what Environment Modules quoted: ``\'`` is a quote, all else is as it is.
-
-    A value may end in a backslash, so a quote ends the string where the line and a statement end.
-    """
-    at = text.find(b"'", start)
-    while at >= 0:
-        rest = text[at + 1 :]
-        closes = rest[:1] in (b"", b"\n", b"]", b";")
-        escaped = text[at - 1 : at] == b"\\" and at > start
-        if closes and (not escaped or (rest[:1] == b"\n" and rest[1:].startswith(_STATEMENTS))):
-            return text[start:at].replace(b"\\'", b"'"), at + 1
-        at = text.find(b"'", at + 1)
     return b"", 0
 
 
@@ -1541,8 +1384,7 @@ def run_modules(
     said = host.output([*command, "python", *words], environ)
     changes, states = parse_modules(said.out)
     is_tcl = command[-1].endswith(".tcl")
-    failed = not all(states) if is_tcl else not changes and (said.status != 0 or not all(states))
-    if failed or (is_tcl and said.status != 0):
+    if (said.status or not all(states)) and (is_tcl or not changes):
         raise UserError(
             f"`module {' '.join(words)}` failed.",
             "See what there is with `module avail`; set the kernel up again where a module has another name "
@@ -1550,39 +1392,28 @@ def run_modules(
             detail=os.fsdecode(said.err or said.out).strip(),
         )
     host.warn(said.err)
-    result = {**environ, **{name: value for name, value in changes.items() if value is not None}}
-    result = {name: value for name, value in result.items() if changes.get(name, "") is not None}
-    if is_tcl or host.quiet or not executes_commands(environ, result, host):
+    merged = {**environ, **changes}
+    result = {name: value for name, value in merged.items() if value is not None}
+    # Lmod's `execute` prints commands for a shell only; bash runs them, as it does after `module load`
+    before, after = (set(variables.get("_LMFILES_", "").split(":")) for variables in (environ, result))
+    if is_tcl or host.quiet or not any(b"execute" in (host.read(path) or b"") for path in before ^ after):
         return result
     said = host.output([*command, "bash", *words], environ)
     return host.source([("eval", os.fsdecode(said.out), "")], environ)
 
 
-def executes_commands(before: Mapping[str, str], after: Mapping[str, str], host: Host) -> bool:
-    """Return whether a module that was loaded or unloaded may give commands to the shell.
-
-    Lmod's ``execute`` prints them for a shell only; bash runs them, as it does after ``module load``.
-    """
-    files = [set(environ.get("_LMFILES_", "").split(":")) for environ in (before, after)]
-    return any(b"execute" in (host.read(path) or b"") for path in files[0] ^ files[1])
-
-
 def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
-    """Return the ``module`` command lines that a step stands for, in order.
+    """Return the ``module`` command lines that a step stands for, in order: unloads before loads.
 
-    A purge with nothing loaded changes nothing and is left out.  Unloads come before loads.
+    A purge with nothing loaded changes nothing and is left out.
     """
-    calls: list[list[str]] = []
-    if step.options.get("purge") and environ.get("LOADEDMODULES", ""):
-        calls.append(["purge"])
+    is_purged = step.options.get("purge") and environ.get("LOADEDMODULES", "")
+    calls = [["purge"]] if is_purged else []
     calls += [["use", directory] for directory in step.options.get("use", [])]
-    if "restore" in step.options:
-        calls.append(["restore", step.options["restore"]])
+    calls += [["restore", step.options["restore"]]] if "restore" in step.options else []
     unload = [target[1:] for target in step.targets if target.startswith("-")]
     load = [target for target in step.targets if not target.startswith("-")]
-    calls += [["unload", *unload]] if unload else []
-    calls += [["load", *load]] if load else []
-    return calls
+    return calls + [call for call in (["unload", *unload], ["load", *load]) if len(call) > 1]
 
 
 def with_modules(step: Step, environ: Mapping[str, str], host: Host) -> tuple[dict[str, str], list[str]]:
@@ -1592,21 +1423,18 @@ def with_modules(step: Step, environ: Mapping[str, str], host: Host) -> tuple[di
     Raises UserError where there is none.
     """
     recorded = dict(entry.partition("=")[::2] for entry in step.options.get("recorded", []))
-    environ = {
-        **recorded,
-        **{name: environ[name] for name in environ if environ[name] or name not in recorded},
-    }
-    command = module_command(environ, host)
-    if not command or not environ.get("MODULEPATH"):
-        environ = {**module_variables(host.login_environ(environ)), **environ}
-        command = module_command(environ, host)
+    found = {**environ, **{name: environ.get(name) or value for name, value in recorded.items()}}
+    command = module_command(found, host)
+    if not command or not found.get("MODULEPATH"):
+        found = {**module_variables(host.login_environ(found)), **found}
+        command = module_command(found, host)
     if not command:
         raise UserError(
             "There is no module system (Lmod or Environment Modules) on this machine.",
             "Install one, or set LMOD_CMD and MODULEPATH where Jupyter starts.",
             127,
         )
-    return dict(environ), command
+    return found, command
 
 
 def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
@@ -1615,27 +1443,27 @@ def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     Raises UserError for a module that can't be loaded.
     """
     start, command = with_modules(step, plan.environ, host)
-    environ: Mapping[str, str] = start
+    environ = start
     for words in module_calls(step, environ):
         environ = run_modules(words, command, environ, host)
-    before = set(plan.environ.get("PATH", "").split(":"))
     entries = environ.get("PATH", "").split(":")
-    search = [entry for entry in entries if entry not in before or entry in (plan.search or ())]
     program = plan.argv[0] if plan.argv else ""
+
+    def brought(bare: Mapping[str, str]) -> list[str]:
+        others = bare.get("PATH", "").split(":")
+        return [entry for entry in entries if entry not in others or entry in (plan.search or ())]
+
+    search = brought(plan.environ)
     if start.get("LOADEDMODULES") and program and not search_program(program, search, host):
-        bare = run_modules(["purge"], command, environ, host).get("PATH", "").split(":")
-        search = [entry for entry in entries if entry not in bare or entry in (plan.search or ())]
-    brought = not program or search_program(program, search, host)
-    if rest.legacy and not brought and search_program(program, entries, host):
+        search = brought(run_modules(["purge"], command, environ, host))
+    lacks = program and not search_program(program, search, host)
+    if rest.legacy and lacks and search_program(program, entries, host):
         host.warn(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
         search = entries
-    return plan.replace(
-        environ=environ,
-        search=search,
-        where=f"the modules {' '.join(step.targets)}".rstrip(),
-        install="load a module that has %s too, chain another mode (-- virtualenv PATH), or choose a "
-        "program outright (--python=/usr/bin/python3)",
-    )
+    where = f"the modules {' '.join(step.targets)}".rstrip()
+    install = "load a module that has %s too, chain another mode (-- virtualenv PATH), or choose a program "
+    install += "outright (--python=/usr/bin/python3)"
+    return plan.replace(environ=environ, search=search, where=where, install=install)
 
 
 def setup_lmod(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -1643,8 +1471,7 @@ def setup_lmod(step: Step, host: Host, environ: Mapping[str, str], common: Mappi
     if not module_calls(step, {"LOADEDMODULES": "any"}) or "-" in step.targets:
         raise usage_error("lmod has nothing to load.", f"Usage: {usage_line(MODES['lmod'])}")
     found, _ = with_modules(step, environ, host)
-    options = dict(step.options)
-    options["recorded"] = [f"{name}={value}" for name, value in module_variables(found).items()]
+    options = {**step.options, "recorded": ["=".join(item) for item in module_variables(found).items()]}
     if "use" in options:
         options["use"] = [host.absolute(directory) for directory in options["use"]]
     return step.replace(options=options)
@@ -1652,10 +1479,8 @@ def setup_lmod(step: Step, host: Host, environ: Mapping[str, str], common: Mappi
 
 def search_program(name: str, directories: Sequence[str], host: Host) -> str:
     """Return the first executable of that name in some directories, empty where there is none."""
-    for directory in directories:
-        if directory and host.is_executable(f"{directory}/{name}"):
-            return f"{directory}/{name}"
-    return ""
+    paths = (f"{directory}/{name}" for directory in directories if directory)
+    return next((path for path in paths if host.is_executable(path)), "")
 
 
 def resolve_program(plan: Plan, host: Host) -> Plan:
@@ -1665,39 +1490,29 @@ def resolve_program(plan: Plan, host: Host) -> Plan:
     another environment's Python.  An absolute path is the user's own choice.
     Raises UserError (status 127) where there is no such program.
     """
-    program = plan.argv[0]
-    if plan.search is None:
-        return plan
-    if "/" in program and not host.is_executable(program):
-        hint = "Install it, or set the kernel up again with another command."
-        raise UserError(f"There is no program {program}.", hint, 127)
+    program, search = plan.argv[0], plan.search or []
     if "/" in program:
+        if not host.is_executable(program):
+            hint = "Install it, or set the kernel up again with another command."
+            raise UserError(f"There is no program {program}.", hint, 127)
         return plan
-    found = search_program(program, plan.search, host)
-    if not found:
-        raise UserError(f"There is no {program} in {plan.where}.", missing_hint(program, plan, host), 127)
-    return plan.replace(argv=[found, *plan.argv[1:]])
-
-
-def missing_hint(program: str, plan: Plan, host: Host) -> str:
-    """Return what to do about a kernel program that an environment does not have."""
-    found = [(directory, name) for directory in plan.search or () for name in host.listdir(directory)]
-    pythons = {
-        name for directory, name in found if is_python(name) and host.is_executable(f"{directory}/{name}")
-    }
+    found = search_program(program, search, host)
+    if found:
+        return plan.replace(argv=[found, *plan.argv[1:]])
+    hint = f"Install {program} there, or give its absolute path as the kernel command, after --."
+    pythons = sorted({name for place in search for name in host.listdir(place) if is_python(name)})
+    pythons = [name for name in pythons if search_program(name, search, host)]
     if is_python(program) and pythons:
-        return f"It has {', '.join(sorted(pythons))}: choose one of them with --python."
-    if is_python(program) and ("uv pip " in plan.install or " -m pip " in plan.install):
-        link = f"{(plan.search or [''])[0]}/{program}"
-        goal = host.real_path(link)
-        gone = f"Its Python is gone (it was {goal})" if goal != link else "Its Python is gone"
-        again = f"python3 -m venv --clear {quoted(os.path.dirname(os.path.dirname(link)))}"
-        return f"{gone}; create it again: `{again} && {plan.install % 'ipykernel'}`."
-    if is_python(program):
-        return f"Try: {plan.install % 'ipykernel'}."
-    if program in PACKAGES and plan.install.startswith("conda "):
-        return f"Try: {plan.install % PACKAGES[program]}."
-    return f"Install {program} there, or give its absolute path as the kernel command, after --."
+        hint = f"It has {', '.join(pythons)}: choose one of them with --python."
+    elif is_python(program) and "pip install" in plan.install:  # a virtualenv's
+        was, path = host.real_path(f"{search[0]}/{program}"), quoted(os.path.dirname(search[0]))
+        again = f"python3 -m venv --clear {path} && {plan.install % 'ipykernel'}"
+        hint = f"Its Python is gone (it was {was}); create it again: `{again}`."
+    elif is_python(program):
+        hint = f"Try: {plan.install % 'ipykernel'}."
+    elif program in PACKAGES and plan.install.startswith("conda "):
+        hint = f"Try: {plan.install % PACKAGES[program]}."
+    raise UserError(f"There is no {program} in {plan.where}.", hint, 127)
 
 
 PACKAGES = {"R": "r-irkernel", "ipykernel_launcher": "ipykernel"}
@@ -1715,32 +1530,26 @@ def check_kernel_module(plan: Plan, host: Host) -> None:
     A look into site-packages answers in microseconds where the module is in its usual place; only
     elsewhere the Python itself is asked, at the price of starting it.
     """
-    if "-m" not in plan.argv[1:-1] or not is_python(plan.argv[0]):
+    python = plan.argv[0]
+    if "-m" not in plan.argv[1:-1] or not is_python(python):
         return
     cut = plan.argv.index("-m", 1)
     top = plan.argv[cut + 1].partition(".")[0]
-    library = os.path.dirname(os.path.dirname(plan.argv[0])) + "/lib/"
-    version = os.path.basename(host.real_path(plan.argv[0]))  # python3.11
+    library = os.path.dirname(os.path.dirname(python)) + "/lib/"
+    version = os.path.basename(host.real_path(python))  # python3.11
     for packages in (version + "/site-packages/", "python3/dist-packages/"):
         if any(host.exists(library + packages + file) for file in (top + ".py", top + "/__init__.py")):
             return
     said = host.output([*plan.argv[:cut], "-c", FIND_MODULE, top], plan.environ)
     detail = os.fsdecode(said.err).strip()
     if said.status == MODULE_MISSING:
-        install = plan.install
-        if host.host is host and os.path.dirname(plan.argv[0]) not in (plan.search or ()):
-            install = quoted(plan.argv[0]).replace("%", "%%") + " -m pip install %s"  # it is from elsewhere
-        raise UserError(
-            f"There is no {top} in {plan.where}: {plan.argv[0]} can't import it.",
-            f"Try: {install % PACKAGES.get(top, top)}.",
-            detail=detail,
-        )
+        is_ours = host.host is not host or os.path.dirname(python) in (plan.search or ())
+        install = plan.install if is_ours else as_format(python) + " -m pip install %s"
+        message = f"There is no {top} in {plan.where}: {python} can't import it."
+        raise UserError(message, f"Try: {install % PACKAGES.get(top, top)}.", detail=detail)
     if said.status:
-        raise UserError(
-            f"{plan.argv[0]} does not work: it ended with status {said.status}.",
-            f"Repair {plan.where}, or create it again.",
-            detail=detail,
-        )
+        message = f"{python} does not work: it ended with status {said.status}."
+        raise UserError(message, f"Repair {plan.where}, or create it again.", detail=detail)
 
 
 MODULE_MISSING = 77
