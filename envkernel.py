@@ -500,7 +500,7 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
         mode = MODES[rest[0]]
         own, rest = split_chain(rest[1:])
         steps.append(_read_step(mode, own, common))
-        check_targets(mode, steps[-1])
+        check_targets(mode, steps[-1], {})
     known = [(placeholder, common[name]) for placeholder, name in _PLACEHOLDERS if name in common]
     if not rest and not mode.container:  # an image may have a command of its own
         raise broken_kernelspec("the kernel command is missing")
@@ -561,9 +561,7 @@ _GROUPS = {
         Option("--env", "Set a variable for the kernel (repeatable).", "NAME=VALUE", many=True, run=True),
     ],
     "other": [
-        Option(
-            "--no-error-kernel", "If the kernel can't start, end; don't show why in the notebook.", run=True
-        ),
+        Option("--no-error-kernel", "If the kernel can't start, don't show why in the notebook.", run=True),
         Option("--check", "Test the new kernel, as `envkernel check` does."),
         Option("--dry-run", "Print the kernel.json and write nothing."),
         Option("--verbose -v", "Say more, at setup and at each start.", run=True),
@@ -578,11 +576,6 @@ COMMON_OPTIONS = [option.replace(group=group) for group, options in _GROUPS.item
 # ---- command line -------------------------------------------------------------------------------
 
 
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """Return a hint that names what is most similar among the known names, or lists them all."""
-    return similar_names(name, known) or f"Known are: {', '.join(known)}."
-
-
 def similar_names(name: str, known: Sequence[str]) -> str:
     """Return a question that names what is most similar among the known names, empty if nothing is."""
     import difflib
@@ -591,8 +584,9 @@ def similar_names(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
-SYNONYMS = {"uninstall": "remove", "delete": "remove", "rm": "remove", "ls": "list", "upgrade": "update"}
-"""What people type for a command."""
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Return a hint that names what is most similar among the known names, or lists them all."""
+    return similar_names(name, known) or f"Known are: {', '.join(known)}."
 
 
 def find_mode(name: str) -> Mode:
@@ -600,18 +594,16 @@ def find_mode(name: str) -> Mode:
     if name in MODES:
         return MODES[name]
     hint = suggestion(name, [*MODES, *COMMANDS])
-    if name in SYNONYMS:
-        hint = f"Did you mean {SYNONYMS[name]}?"
+    if name in ("uninstall", "delete", "rm"):
+        hint = "Did you mean remove?"
     elif name in ("install", "create", "add", "setup"):
         hint = "A mode makes a kernel, for example: envkernel conda science.  See: envkernel -h"
     raise usage_error(f"There is no mode or command named {name!r}.", hint)
 
 
 class Request(Record):
-    """What a user asked setup for.
-
-    common: options by name.  steps: the chain as typed.
-    command: the kernel command after the last ``--``, None where there is none.
+    """What a user asked setup for: options of the kernel by name, the chain as typed, and the kernel command
+    after the last ``--`` (None where there is none).
     """
 
     common: dict[str, Any]
@@ -626,62 +618,51 @@ def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | 
     Raises UserError (status 2) for what neither envkernel nor the engine knows.
     """
     start = launch_environ(host) if environ is None else environ
+    common: dict[str, Any] = {}
+    steps: list[Step] = []
 
     def before() -> Mapping[str, str]:
         near = [step for step in steps if not (MODES[step.mode].remote or MODES[step.mode].container)]
         return setup_steps(Request(common, near), host, start)[1]
 
-    common: dict[str, Any] = {}
-    steps: list[Step] = []
     rest: list[str] | None = list(tokens)
     while rest and (not steps or rest[0] in MODES):
         mode = find_mode(rest[0])
         own, rest = split_chain(rest[1:])
         step = parse_step(mode, own, host, before, common, first=not steps)
-        check_targets(mode, step, own, common)
+        check_targets(mode, step, common, first=not steps)
         steps.append(step)
-    if rest is not None and not rest:
-        raise usage_error(
-            "Nothing follows the --.",
-            "Give the kernel command or another mode after it, or leave the -- out.",
-        )
+    if rest == []:
+        hint = "Give the kernel command or another mode after it, or leave the -- out."
+        raise usage_error("Nothing follows the --.", hint)
     if rest and rest[0].startswith("-") and common.get("kernel") != "image":  # an image has its entrypoint
-        raise usage_error(
-            f"The kernel command begins with an option, {rest[0]}.",
-            f"Put its program first: -- python {' '.join(map(quoted, rest))}",
-        )
+        hint = f"Put its program first: -- python {' '.join(map(quoted, rest))}"
+        raise usage_error(f"The kernel command begins with an option, {rest[0]}.", hint)
     return Request(common, steps, rest)
 
 
-def check_targets(
-    mode: Mode, step: Step, tokens: Sequence[str] = (), common: Mapping[str, Any] | None = None
-) -> None:
+def check_targets(mode: Mode, step: Step, common: Mapping[str, Any], first: bool = True) -> None:
     """Raise UserError (status 2) unless `step` has as many targets as `mode` takes.
 
-    tokens, common: what was typed, to find out what took the place of a missing target.
+    common: the kernel's options, to explain what is no target.  first: the first mode of a chain.
     """
     least, most = mode.targets
-    hint = "Usage: " + usage_line(mode)
+    usage = "Usage: " + usage_line(mode, first)
     if "" in step.targets:
-        raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", hint)
+        raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", usage)
     if len(step.targets) < least:
-        message = f"{mode.name} needs {mode.target}."
-        if common and "name" in common:
-            hint = f"--name={common['name']} is the name that the kernel gets. {hint}"
-        for token, name, value in zip(tokens, tokens[1:], tokens[2:]):
-            if token == "--env" and "=" not in name:
-                message = f"{mode.name} needs {mode.target}: --env {name} {value} was read as {name}={value}."
-                hint = f"Write --env {name}=VALUE and {mode.target}."
-        raise usage_error(message, hint)
+        if "name" in common and first:
+            usage = f"--name={common['name']} is the name that the kernel gets. {usage}"
+        if "env" in common:
+            usage = f"--env was read as {common['env'][-1]}. {usage}"
+        raise usage_error(f"{mode.name} needs {mode.target}.", usage)
     surplus = step.targets[most:]
     if surplus:
+        message = f"{mode.name} takes {mode.target or 'no argument'} and nothing more: "
         chained = [name for name in surplus if name in MODES]
-        hint += ". A kernel command follows --."
-        if chained:
-            hint = f"Put -- before the next mode: envkernel {mode.name} ... -- {chained[0]} ..."
-        takes = mode.target or "no argument"
-        message = f"{mode.name} takes {takes} and nothing more: {' '.join(surplus)} is too much."
-        raise usage_error(message, hint)
+        hint = f"Put -- before the next mode: envkernel {mode.name} ... -- {' '.join(chained[:1])} ..."
+        hint = hint if chained else usage + ". A kernel command follows --."
+        raise usage_error(f"{message}{' '.join(surplus)} is too much.", hint)
 
 
 def derive_name(request: Request, host: Host) -> str:
@@ -710,28 +691,26 @@ def parse_step(
     common: dict[str, Any],
     first: bool = True,
 ) -> Step:
-    """Read one mode's part of a command line.
+    """Read one mode's part of a command line; the options of the kernel go into `common`.
 
     environ: returns the environment in which its engine is found; called when the engine has to be asked.
-    common: where options of the kernel go.  first: the first mode of a chain; after another one only
-    ``--env`` of these has a place, because an engine's own would show the value in its argv.
+    first: the first mode of a chain; after another one only ``--env`` of the kernel's options has a place,
+    because an engine's own would show the value in its argv.
     """
     import functools
 
     @functools.lru_cache(maxsize=None)
     def engine() -> EngineOptions:
         around = environ() if mode.engine else {}
-        return EngineOptions(
-            mode.engine(mode.name, tokens, around, host) if mode.engine else [], host, around
-        )
+        commands = mode.engine(mode.name, tokens, around, host) if mode.engine else []
+        return EngineOptions(commands, host, around)
 
     options = [option for option in COMMON_OPTIONS if first or option.name == "env"] + mode.options
     step = Step(mode.name)
-    own = normalise(mode.name, tokens, options, engine, step)
     names = {option.name for option in mode.options}
-    for name, value in vars(make_parser().parse_args([mode.name, *own])).items():
-        target = step.options if name in names else common
-        target[name] = [*target.get(name, []), *value] if isinstance(value, list) else value
+    for name, value in read_options(mode.name, tokens, options, engine, step).items():
+        values = step.options if name in names else common
+        values[name] = [*values.get(name, []), *value] if isinstance(value, list) else value
     return step
 
 
@@ -740,9 +719,8 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
     command = COMMANDS[name]
     own, rest = split_chain(tokens)
     step = Step(name)
-    normal = normalise(name, own, command.options, lambda: EngineOptions([], Host(), {}), step)
-    values = vars(make_parser().parse_args([name, *normal]))
-    usage = f"Usage: envkernel {name} {command.argument}".rstrip()
+    values = read_options(name, own, command.options, lambda: EngineOptions([], Host(), {}), step)
+    usage = "Usage: " + command_usage(name)
     surplus = step.targets[1 if command.argument else 0 :] + (rest or [] if name != "completion" else [])
     if surplus:
         raise usage_error(f"envkernel {name} can't do anything with {surplus[0]!r}.", usage)
@@ -751,16 +729,17 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
     return {**values, **dict(zip([command.argument], step.targets)), "rest": rest}
 
 
-def normalise(
+def read_options(
     name: str,
     tokens: Sequence[str],
     options: Sequence[Option],
     engine: Callable[[], EngineOptions],
     step: Step,
-) -> list[str]:
-    """Return envkernel's own options as ``--flag`` or ``--flag=value``; all else goes into `step`.
+) -> dict[str, Any]:
+    """Return the values of envkernel's own options; targets and the engine's options go into `step`.
 
-    argparse alone would let ``--user`` take the image, and refuse -MODULE and values that begin with ``-``.
+    argparse gets each option as ``--flag`` or ``--flag=value``: by itself it would let ``--user`` take the
+    image, and refuse -MODULE and values that begin with ``-``.
     name: the mode or command.  Raises UserError (status 2) for an option that nobody knows.
     """
     flags = {flag: option for option in options for flag in option.flags}
@@ -771,29 +750,19 @@ def normalise(
         token = queue.pop(0)
         flag, equals, _ = token.partition("=")
         option = flags.get(flag)
+        may_be_engines = option and (flag[:2] != "--" or (equals and not option.metavar))  # -v, --user=X
         if token in ("-h", "--help"):
-            return [token]
+            own = [token]
+            break
         if not token.startswith("-") or token == "-":
             step.targets.append(token)
-        elif option and not _is_for_engine(option, flag, equals, engine):
+        elif option and not (may_be_engines and engine().find(flag)):
             own.append(read_option(option, token, queue))
-        elif engine().read(token, queue, step.engine):
-            continue
-        elif unloads and not token.startswith("--") and "-" + token not in flags:
+        elif not engine().read(token, queue, step.engine):
+            if not unloads or token.startswith("--") or "-" + token in flags:
+                raise unknown_option(name, flag, flags, engine())
             step.targets.append(token)
-        else:
-            raise unknown_option(name, flag, flags, engine())
-    return own
-
-
-def _is_for_engine(option: Option, flag: str, equals: str, engine: Callable[[], EngineOptions]) -> bool:
-    """Return whether an option that envkernel knows means the engine's of the same name here.
-
-    ``--user`` is envkernel's and ``--user=X`` docker's; the engine's short options come first.
-    """
-    if flag.startswith("--") and not (equals and not option.metavar):
-        return False
-    return engine().find(flag) is not None
+    return vars(make_parser().parse_args([name, *own]))
 
 
 def read_option(option: Option, token: str, queue: list[str]) -> str:
@@ -826,27 +795,27 @@ def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: En
         return usage_error(f"{flag} belongs to the kernel and not to {name}.", "Put it before the first --.")
     known = [one for one, option in flags.items() if option.setup and one.startswith("--")]
     known += [one for one in engine.known if one.startswith("--")]
-    modes = {mode.name for mode in MODES.values() for option in mode.options if flag in option.flags}
     hint = similar_names("-" * (flag[:2] != "--") + flag, known) if len(flag) > 2 else ""
+    modes = {mode.name for mode in MODES.values() for option in mode.options if flag in option.flags}
     if modes:
-        hint = f"It is an option of {', '.join(sorted(modes))}. {hint}"
-    message = f"Neither envkernel nor {name} knows the option {flag}."
-    if not engine.commands:
-        message = f"envkernel {name} has no option {flag}."
-    return usage_error(message, hint.strip() or f"See: envkernel {name} -h")
+        hint = f"It is an option of {', '.join(sorted(modes))}. {hint}".strip()
+    message = f"envkernel {name} has no option {flag}."
+    if engine.commands:
+        message = f"Neither envkernel nor {name} knows the option {flag}."
+    return usage_error(message, hint or f"See: envkernel {name} -h")
 
 
 class EngineOptions:
     """The options of a mode's engine (docker run, apptainer exec, srun): asks the installed program for them.
 
     First its ``--help``; an option that this does not list is tried, together with ``--help``.
+    Raises UserError where the program does not answer.
     """
 
     UNKNOWN = ("unknown flag", "unknown shorthand", "unrecognized option", "invalid option", "is ambiguous")
     """How engines refuse an option that they don't know."""
 
     def __init__(self, commands: Sequence[Sequence[str]], host: Host, environ: Mapping[str, str]) -> None:
-        """Ask what the help lists (see `read_engine_help`).  Raises UserError without an answer."""
         self.commands = commands
         self.host = host
         self.environ = {**environ, "LC_ALL": "C"}
@@ -855,8 +824,7 @@ class EngineOptions:
             answer = host.output([*command, "--help"], self.environ)
             found = read_engine_help(os.fsdecode(answer.out))
             if not found:
-                name = " ".join(command)
-                said = os.fsdecode(answer.err).strip()
+                name, said = " ".join(command), os.fsdecode(answer.err).strip()
                 message = f"{name} does not say which options it has."
                 error = UserError(message, f"See: {name} --help", detail=said)
                 raise explain(os.path.basename(command[0]), said) or error
@@ -864,12 +832,11 @@ class EngineOptions:
 
     def find(self, flag: str) -> tuple[str, str] | None:
         """Return an option's long name and how it takes a value, None where the engine does not know it."""
-        if flag not in self.known:
-            for command in self.commands:
-                answer = self.host.output([*command, flag, "--help"], self.environ)
-                if not any(sign in os.fsdecode(answer.err) for sign in self.UNKNOWN):
-                    self.known[flag] = (flag, "=" if answer.status else "")
-                    break
+        for command in self.commands if flag not in self.known else ():
+            answer = self.host.output([*command, flag, "--help"], self.environ)
+            if not any(sign in os.fsdecode(answer.err) for sign in self.UNKNOWN):
+                self.known[flag] = (flag, "=" if answer.status else "")
+                break
         return self.known.get(flag)
 
     def read(self, token: str, queue: list[str], found: list[str]) -> bool:
@@ -923,24 +890,21 @@ def legacy_launch(tokens: Sequence[str], host: Host | None = None) -> Launch:
 
     There the kernel command is literal and the rest is as a user would have typed it.
     """
-    mode = find_mode(tokens[0])
+    mode, host = find_mode(tokens[0]), host or Host()
     common: dict[str, Any] = {}
-    host = host or Host()
     own, command = split_chain(tokens[2:])
     step = parse_step(mode, own, host, lambda: launch_environ(host), common)
-    check_targets(mode, step)
+    check_targets(mode, step, common)
     if not command:
-        raise usage_error(
-            "The kernel command is missing after --.", f"Make the kernel again: envkernel {mode.name} -h."
-        )
-    if "connection-file" in common:
-        known = [(CONNECTION_FILE, common["connection-file"])]
-        command = [decode_command_token(token, known) if token == known[0][1] else token for token in command]
+        hint = f"Make the kernel again: envkernel {mode.name} -h."
+        raise usage_error("The kernel command is missing after --.", hint)
+    file = common.get("connection-file")
+    command = [CONNECTION_FILE if token == file else token for token in command]
     return Launch([step], command, common, legacy=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all modes and commands; it reads what `normalise` has written."""
+    """Return the parser of all modes and commands; it reads what `read_options` gives it."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -952,8 +916,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     style: dict[str, Any] = {"formatter_class": layout, "add_help": False, "allow_abbrev": False}
     style["argument_default"] = argparse.SUPPRESS
-    examples = "\n  ".join(dict.fromkeys(["examples:", *(mode.example for mode in MODES.values())]))
-    top = Parser("envkernel", usage=USAGE, description=overview(), epilog=examples, **style)
+    modes = {mode.name: mode for mode in MODES.values()}
+    lines = ["Make a Jupyter kernel run somewhere else.", "", "modes (each has a help of its own):"]
+    for name, mode in modes.items():
+        lines.append(fill(mode.summary, " ".join([name, *(f"({alias})" for alias in mode.aliases)])))
+    lines += ["", "commands for existing kernels:"]
+    lines += [fill(command.summary, f"{name} {command.argument}") for name, command in COMMANDS.items()]
+    examples = "\n  ".join(["examples:", *(mode.example for mode in modes.values())])
+    top = Parser("envkernel", usage=USAGE, description="\n".join(lines), epilog=examples, **style)
     version = top.add_argument_group("options")
     version.add_argument("-V", "--version", action="version", version=__version__, help="Show the version.")
     version.add_argument("-h", "--help", action="help", help="Show this help.")
@@ -964,8 +934,8 @@ def make_parser() -> argparse.ArgumentParser:
         parser = verbs.add_parser(name, usage=usage_line(mode), description=about, epilog=epilog, **style)
         add_options(parser, f"options of {name}", [*mode.options, *COMMON_OPTIONS])
     for name, command in COMMANDS.items():
-        usage = f"envkernel {name} [options] {command.argument}".rstrip()
-        parser = verbs.add_parser(name, usage=usage, description=fill(command.summary), **style)
+        about = fill(command.summary)
+        parser = verbs.add_parser(name, usage=command_usage(name), description=about, **style)
         add_options(parser, "options", command.options)
     return top
 
@@ -974,29 +944,34 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: Sequence[O
     """Add options to a parser, by their groups.  title: of those that name no group."""
     import argparse
 
-    for name in dict.fromkeys([option.group for option in options] or [""]):
-        group = parser.add_argument_group(name or title)
-        for option in options:
-            if option.group != name:
-                continue
-            keywords: dict[str, Any] = {"action": "store_true"}
-            if option.metavar:
-                keywords = {"action": "append" if option.many else "store", "metavar": option.metavar}
-            if option.choices:
-                keywords.update(choices=option.choices, metavar=None)
-            text = option.help.replace("%", "%%") if option.setup else argparse.SUPPRESS
-            group.add_argument(*option.flags, dest=option.name, help=text, **keywords)
-    group.add_argument("-h", "--help", action="help", help="Show this help.")
+    titles = dict.fromkeys([option.group for option in options] or [""])
+    groups = {name: parser.add_argument_group(name or title) for name in titles}
+    for option in options:
+        keywords: dict[str, Any] = {"action": "store_true"}
+        if option.metavar:
+            keywords = {"action": "append" if option.many else "store", "metavar": option.metavar}
+        if option.choices:
+            keywords.update(choices=option.choices, metavar=None)
+        text = option.help.replace("%", "%%") if option.setup else argparse.SUPPRESS
+        groups[option.group].add_argument(*option.flags, dest=option.name, help=text, **keywords)
+    list(groups.values())[-1].add_argument("-h", "--help", action="help", help="Show this help.")
 
 
 USAGE = """envkernel MODE [--name=NAME] [options] TARGET [-- KERNEL COMMAND | -- MODE ...]
        envkernel COMMAND [options] [NAME]"""
 
 
-def usage_line(mode: Mode) -> str:
-    """Return the one-line usage of a mode."""
+def usage_line(mode: Mode, first: bool = True) -> str:
+    """Return the one-line usage of a mode.  first: of a chain."""
+    start = f"envkernel {mode.name} [--name=NAME]" if first else f"envkernel ... -- {mode.name}"
     target = " " + mode.target if mode.target else ""
-    return f"envkernel {mode.name} [--name=NAME] [options]{target} [-- KERNEL COMMAND | -- MODE ...]"
+    return f"{start} [options]{target} [-- KERNEL COMMAND | -- MODE ...]"
+
+
+def command_usage(name: str) -> str:
+    """Return the one-line usage of a management command."""
+    command = COMMANDS[name]
+    return f"envkernel {name} [options] {command.argument}{' | --all' * command.optional}".rstrip()
 
 
 def fill(text: str, name: str = "") -> str:
@@ -1007,16 +982,6 @@ def fill(text: str, name: str = "") -> str:
     indent = " " * 20 if name else ""
     width = shutil.get_terminal_size().columns - 2
     return textwrap.fill(text, width, initial_indent=f"  {name:18}" * bool(name), subsequent_indent=indent)
-
-
-def overview() -> str:
-    """Return the modes and commands, for ``envkernel -h``."""
-    modes = {mode.name: mode for mode in MODES.values()}
-    lines = ["Make a Jupyter kernel run somewhere else.", "", "modes (each has a help of its own):"]
-    lines += [fill(mode.summary, name) for name, mode in modes.items()]
-    lines += ["", "commands for existing kernels:"]
-    lines += [fill(command.summary, f"{name} {command.argument}") for name, command in COMMANDS.items()]
-    return "\n".join(lines)
 
 
 def called_as() -> str:
@@ -1045,11 +1010,9 @@ def carry_out(argv: Sequence[str], host: Host) -> int:
         return 0 if argv and not end.code else 2
     modes = [argument for argument in argv if argument in MODES]
     if name.startswith("-") and modes:
-        rest = [argument for argument in argv if argument != modes[0]]
-        raise usage_error(
-            f"{name} comes before the mode.",
-            f"Put the mode first: envkernel {modes[0]} {' '.join(map(quoted, rest))}",
-        )
+        rest = " ".join(quoted(argument) for argument in argv if argument != modes[0])
+        hint = f"Put the mode first: envkernel {modes[0]} {rest}"
+        raise usage_error(f"{name} comes before the mode.", hint)
     find_mode(name)
     return 2
 

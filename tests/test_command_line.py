@@ -246,7 +246,9 @@ def test_every_option_has_help_and_every_mode_an_example(capsys):
 def test_help_names_modes_and_commands(capsys):
     text = help_of(capsys)
     assert all(name in text for name in envkernel.COMMANDS)
-    assert all(mode.name in text for mode in envkernel.MODES.values())
+    assert all(name in text for name in envkernel.MODES)
+    assert "  virtualenv (venv) " in text
+    assert "envkernel update [options] NAME | --all\n" in help_of(capsys, "update")
     assert all(flag in text for flag in ("-h, --help", "-V, --version"))
     for name in envkernel.COMMANDS:
         assert help_of(capsys, name).startswith(f"usage: envkernel {name} ")
@@ -301,9 +303,15 @@ def test_a_name_that_no_directory_can_have_is_refused():
 
 
 def test_env_that_takes_the_target_is_told():
-    error = refused("virtualenv", "--name=x", "--env", "FOO", "/v")
-    assert error.message == "virtualenv needs PATH: --env FOO /v was read as FOO=/v."
-    assert error.hint == "Write --env FOO=VALUE and PATH."
+    error = refused("virtualenv", "--env", "FOO", "/v")
+    assert error.message == "virtualenv needs PATH."
+    assert error.hint.startswith("--env was read as FOO=/v. Usage: envkernel virtualenv ")
+
+
+def test_a_later_mode_without_its_target_is_not_told_of_a_name():
+    error = refused("slurm", "--name=x", "--", "conda")
+    assert error.message == "conda needs PREFIX-OR-NAME."
+    assert error.hint.startswith("Usage: envkernel ... -- conda [options] PREFIX-OR-NAME ")
 
 
 @pytest.mark.parametrize(
