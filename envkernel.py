@@ -2703,17 +2703,11 @@ NODE_BOOT = (
 NODE_OPTIONS = [
     Option("--queue-timeout", "Give up when the job has not started by then.", "SECONDS", run=True),
     Option("--linger", "Keep the job so long for a restart of its kernel (default: 5).", "SECONDS", run=True),
-    Option(
-        "--tunnel",
-        "Encrypt what passes between here and the node, through ssh without a password.",
-        "PROGRAM",
-        choices=("ssh",),
-        run=True,
-    ),
+    Option("--tunnel", "Encrypt the way to the node (with ssh).", "PROGRAM", choices=("ssh",), run=True),
     Option("--node-ports", "Ports on the nodes that can be reached (default: any).", "FIRST-LAST", run=True),
     Option(
         "--node-transport",
-        "How the kernel is reached on its node: unix sockets (default), or tcp on loopback.",
+        "The kernel's sockets on its node: ipc (default) or tcp.",
         "HOW",
         choices=("ipc", "tcp"),
         run=True,
@@ -2829,16 +2823,13 @@ class SlurmJob(Job):
     what = "Slurm job"
 
     def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
-        """Return this file and the agent's orders."""
         return own_code(host) + to_json(orders) + b"\n"
 
     def directories(self, notebook: str) -> list[str]:
-        """Return the notebook's directory and HOME, unless srun is given a directory."""
         given = any(token.startswith("--chdir") for token in self.argv)
         return [] if given or "SLURM_WORKING_DIR" in self.environ else [notebook, os.path.expanduser("~")]
 
     def read_state(self, said: str, known: str) -> tuple[str, bool, str]:
-        """Return the number of the job and whether it waits."""
         import re
 
         found = re.findall(r"^srun: job (\d+) (queued|has been allocated)", said, re.M)
@@ -2846,7 +2837,6 @@ class SlurmJob(Job):
         return number, word == "queued", ""
 
     async def pending(self, number: str, ask: Ask) -> str:
-        """Return what the job waits for, by squeue."""
         said = await ask([self.tool("squeue"), "-h", "-j", number, "-t", "PENDING", "-o", "%r|%S"])
         reason, _, start = os.fsdecode(said.out).strip().partition("|")
         if said.status or not reason:
@@ -2856,10 +2846,7 @@ class SlurmJob(Job):
         return text + ("." if start in ("", "N/A") else f"; expected start {start.replace('T', ' ')}.")
 
     def cancel(self, session: int, number: str) -> list[str]:
-        """Return the command that cancels the job, if it is there, even if srun did not live to name it.
-
-        A job stays when its srun is killed.  Slurm knows the session and the time of its submission.
-        """
+        """A job stays when its srun is killed.  Slurm knows the session and the time of its submission."""
         import time
 
         if any(token.startswith("--jobid") for token in self.argv):
@@ -2871,7 +2858,6 @@ class SlurmJob(Job):
         return ["/bin/sh", "-c", CANCEL_OF_SESSION, "sh", *tools, str(os.getuid()), str(session), since]
 
     async def explain(self, message: str, said: str, number: str, ask: Ask) -> UserError:
-        """Return why the job is over; Slurm itself is asked where srun has not said it."""
         import asyncio
 
         error = slurm_error(said, number)
@@ -2987,15 +2973,13 @@ class YarnJob(Job):
     grace = 8.0
 
     def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
-        """Return what the helper gets on stdin: the application, and the orders for its agent."""
         return to_json({"spec": self.spec, "orders": dict(orders)}) + b"\n"
 
     def directories(self, notebook: str) -> list[str]:
-        """Return the notebook's directory, unless files are sent into the container's own."""
+        # files are sent into the container's own directory
         return [notebook] if list(self.spec["files"]) == ["envkernel.py"] else []
 
     def read_state(self, said: str, known: str) -> tuple[str, bool, str]:
-        """Return the application's id and what it waits for."""
         import re
 
         known = (re.findall(f"^{YARN_SAYS} application (application_\\w+)", said, re.M) or [known])[-1]
@@ -3003,11 +2987,9 @@ class YarnJob(Job):
         return known, False, waits[-1] if waits else ""
 
     def cancel(self, session: int, known: str) -> list[str]:
-        """Return the command that kills the application."""
         return [*self.argv[:-1], "kill", known] if known else []
 
     async def explain(self, message: str, said: str, known: str, ask: Ask) -> UserError:
-        """Return what became of the application, by YARN's report."""
         if not known:
             return UserError(message, "What it said is below.", detail=said.strip())
         return client_error(await ask([*self.argv[:-1], "report", known]))
@@ -3015,20 +2997,6 @@ class YarnJob(Job):
 
 YARN_SAYS = "envkernel: YARN"
 """How a line of the helper's begins that tells of the application."""
-
-
-def check_packed(path: str, host: Host, ipykernel: bool) -> None:
-    """Raise UserError unless a packed environment holds what a kernel on YARN needs."""
-    names = host.archive_names(path)
-    if names is None:
-        hint = "Make it: conda pack -o environment.tar.gz, or venv-pack -o environment.tar.gz."
-        raise UserError(f"There is no packed environment {path} (a .tar.gz).", hint)
-    needs = {"bin/activate": "", "bin/python": "", "skein": "/__init__.py", "ipykernel": "_launcher.py"}
-    for need in needs if ipykernel else list(needs)[:-1]:
-        end = f"/site-packages/{need}{needs[need]}" if needs[need] else f"/{need}"
-        if not any(f"/{name}".endswith(end) for name in names):
-            hint = "Pack an environment that has skein and ipykernel, with conda-pack or venv-pack."
-            raise UserError(f"The packed environment {path} has no {need}.", hint)
 
 
 def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -3041,7 +3009,16 @@ def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mappi
         if not options.get(name, "1").isdigit() or int(options.get(name, "1")) < 1:
             raise usage_error(f"--{name} takes a number, not {options[name]!r}.", f"For example: --{name}=2.")
     path = host.absolute(step.targets[0])
-    check_packed(path, host, "kernel-cmd" not in common)
+    names = host.archive_names(path)
+    if names is None:
+        hint = "Make it: conda pack -o environment.tar.gz, or venv-pack -o environment.tar.gz."
+        raise UserError(f"There is no packed environment {path} (a .tar.gz).", hint)
+    needs = {"bin/activate": "", "bin/python": "", "skein": "/__init__.py", "ipykernel": "_launcher.py"}
+    for need in list(needs)[: 3 if "kernel-cmd" in common else 4]:
+        end = f"/site-packages/{need}{needs[need]}" if needs[need] else f"/{need}"
+        if not any(f"/{name}".endswith(end) for name in names):
+            hint = "Pack an environment that has skein and ipykernel, with conda-pack or venv-pack."
+            raise UserError(f"The packed environment {path} has no {need}.", hint)
     files = []
     for entry in options.get("file", []):
         name, _, source = entry.partition("=")
@@ -3069,8 +3046,8 @@ def yarn_client() -> list[str]:
 def client_error(said: Output) -> UserError:
     """Return the error that the helper has reported."""
     for line in said.out.splitlines():
-        if line.startswith(FAILED):
-            return UserError(**from_json(line[len(FAILED) :]))
+        if line.startswith(ANNOUNCES):
+            return UserError(**from_json(line[len(ANNOUNCES) :])["error"])
     hint = "See below; `yarn application -list` has to work here."
     return UserError("Skein could not speak with YARN.", hint, detail=os.fsdecode(said.err).strip()[-TAIL:])
 
@@ -3124,13 +3101,7 @@ register(
             Option("--memory", "Memory of the container in MiB (default: 1024).", "MIB", run=True),
             Option("--vcores", "Virtual cores of the container (default: 1).", "N", run=True),
             Option("--queue", "Queue to submit to (default: default).", "NAME", run=True),
-            Option(
-                "--file",
-                "Send a file along to the container's directory, where the kernel then starts; repeatable.",
-                "NAME=PATH",
-                many=True,
-                run=True,
-            ),
+            Option("--file", "Send a file to the kernel; repeatable.", "NAME=PATH", many=True, run=True),
             *NODE_OPTIONS,
         ],
         setup_yarn,
@@ -6963,14 +6934,17 @@ def keep(program: Program, launch: Launch) -> int:
 # `ssh -L` and Skein's client do it), nothing but loopback listens on the login node, and a stream costs
 # no round trip to ask for it.
 
-HELLO = b"envkernel-agent "
-"""How the line begins on which the starter says where the agent listens."""
-
-FAILED = b"envkernel-failure "
-"""How the line begins on which a helper says what went wrong."""
+ANNOUNCES = b"envkernel-agent "
+"""How the line begins that says where an agent listens, or which error there was on the way to it."""
 
 PING, LOST = 5.0, 20.0
 """Seconds between two heartbeats, and without one until the other side counts as lost."""
+
+PATIENCE, SLOW_PATIENCE = 8.0, 30.0
+"""Seconds in which the keeper has to come, the latter behind ssh or Skein: srun may have been killed."""
+
+GRACE = 3.0
+"""Seconds that a kernel has for ending after it was asked to with a signal."""
 
 ORDERS = len(STREAMS)
 """Number of the connection that carries orders to the agent, after those of the kernel's five streams."""
@@ -6981,157 +6955,126 @@ TAIL = 4000
 HANDSHAKE = b"envkernel3"
 
 
-def proof(secret: bytes, side: bytes, hello: bytes, nonce: bytes) -> bytes:
-    """Return what proves that a side knows the secret; both nonces are new, so that it serves only once."""
+def announce(file: int, **place: Any) -> None:
+    """Write where the agent listens, or an ``error``, for who started this process."""
+    write_patiently(file, ANNOUNCES + to_json(place) + b"\n")
+
+
+async def shake_hands(sock: socket.socket, secret: bytes, number: int = -1) -> int:
+    """Prove to each other over a new connection that both sides know the secret; return which stream it is.
+
+    number: that of the stream; the agent, which has to be told, gives none.  What follows belongs to the
+    stream.  The nonces are new, so that a proof serves only once.  Raises OSError.
+    """
+    import asyncio
     import hmac
 
-    return hmac.new(secret, side + hello + nonce, "sha256").digest()
+    loop, nonce = asyncio.get_running_loop(), os.urandom(32)
 
+    async def receive(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            part = await loop.sock_recv(sock, count - len(data))
+            if not part:
+                raise ConnectionResetError("The other side hung up.")
+            data += part
+        return data
 
-def check_proof(given: bytes, *expected: bytes) -> None:
-    """Raise ConnectionRefusedError unless a proof is what `proof` returns."""
-    import hmac
+    def proof(side: bytes) -> bytes:
+        return hmac.new(secret, side + hello + nonce, "sha256").digest()
 
-    if not hmac.compare_digest(given, proof(*expected)):
+    if number < 0:
+        hello = await receive(len(HANDSHAKE) + 33)
+        number = hello[len(HANDSHAKE)]
+        if not hello.startswith(HANDSHAKE) or number > ORDERS:
+            raise ConnectionRefusedError("This is another protocol.")
+        await loop.sock_sendall(sock, nonce + proof(b"agent"))
+        is_proved = hmac.compare_digest(await receive(32), proof(b"keeper"))
+    else:
+        hello = HANDSHAKE + bytes((number,)) + nonce
+        await loop.sock_sendall(sock, hello)
+        nonce = await receive(32)
+        is_proved = hmac.compare_digest(await receive(32), proof(b"agent"))
+        if is_proved:
+            await loop.sock_sendall(sock, proof(b"keeper"))
+    if not is_proved:
         raise ConnectionRefusedError("The other side does not know the secret.")
-
-
-async def receive_exactly(sock: socket.socket, count: int) -> bytes:
-    """Receive so many bytes: what follows belongs to the stream.  Raises OSError where fewer come."""
-    import asyncio
-
-    data = b""
-    while len(data) < count:
-        part = await asyncio.get_running_loop().sock_recv(sock, count - len(data))
-        if not part:
-            raise ConnectionResetError("The other side hung up.")
-        data += part
-    return data
-
-
-async def open_stream(sock: socket.socket, secret: bytes, number: int) -> None:
-    """Agree with the agent, over a connected socket, on the stream that this is.  Raises OSError."""
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-    hello = HANDSHAKE + bytes((number,)) + os.urandom(32)
-    await loop.sock_sendall(sock, hello)
-    answer = await receive_exactly(sock, 64)
-    nonce = answer[:32]
-    check_proof(answer[32:], secret, b"agent", hello, nonce)
-    await loop.sock_sendall(sock, proof(secret, b"keeper", hello, nonce))
-
-
-async def accept_stream(sock: socket.socket, secret: bytes) -> int:
-    """Return which stream a new connection is, after it has proved to be the keeper's.  Raises OSError."""
-    import asyncio
-
-    hello = await receive_exactly(sock, len(HANDSHAKE) + 33)
-    number, nonce = hello[len(HANDSHAKE)], os.urandom(32)
-    if not hello.startswith(HANDSHAKE) or number > ORDERS:
-        raise ConnectionRefusedError("This is another protocol.")
-    answer = nonce + proof(secret, b"agent", hello, nonce)
-    await asyncio.get_running_loop().sock_sendall(sock, answer)
-    check_proof(await receive_exactly(sock, 32), secret, b"keeper", hello, nonce)
     return number
 
 
-def launch_to_data(launch: Launch) -> dict[str, Any]:
-    """Return a launch as plain data, to be sent to another host."""
-    return {**vars(launch), "steps": [vars(step) for step in launch.steps]}
-
-
-def launch_from_data(data: Mapping[str, Any]) -> Launch:
-    """Return the launch that `launch_to_data` made plain data of."""
-    return Launch([Step(**step) for step in data["steps"]], data["command"], data["options"], data["legacy"])
-
-
-def write_all(file: int, data: bytes) -> None:
-    """Write to stdout or stderr; nobody may be reading any more."""
+def exit_with(steps: Callable[[], int]) -> NoReturn:
+    """End a forked process with the status that `steps` returns; a bug is written to stderr."""
+    status = 1
     try:
-        while data:
-            data = data[os.write(file, data) :]
-    except OSError:
-        pass
+        status = steps()
+    except BaseException:
+        import traceback
+
+        write_patiently(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(status if 0 <= status < 256 else 1)
 
 
-def report_failure(error: UserError) -> None:
-    """Report to the keeper, or to setup, why something failed."""
-    write_all(1, FAILED + to_json(vars(error)) + b"\n")
+def starter_signals() -> set[int]:
+    """Return the signals that the starter waits for."""
+    import signal
 
-
-def die_with_parent(parent: int) -> None:
-    """Let the system kill this process when its parent is gone, where it can (prctl(2), PR_SET_PDEATHSIG)."""
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
-    except (ImportError, OSError, AttributeError):
-        return
-    if os.getppid() != parent:
-        os._exit(1)
+    return {signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP}
 
 
 def agent_main(stdin: Any) -> int:
-    """What `NODE_BOOT` runs on the node: read the orders, say where the agent listens, serve.
+    """What `NODE_BOOT` runs on the node: read the orders, announce where the agent listens, serve.
 
-    It says that on stdout, or (YARN) on the descriptor that the orders name.
+    That goes to stdout, or (YARN) to the descriptor that the orders name.
     """
     import signal
     import socket
 
     orders = from_json(stdin.readline())
-    place = orders.get("place", -1)
+    place = orders.get("place", 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, Starter.signals())
+    signal.pthread_sigmask(signal.SIG_BLOCK, starter_signals())
+    node, job = node_name(os.environ), os.environ.get("SLURM_JOB_ID", "")
     try:
-        address = agent_address(orders, os.environ)
-        listener = listen_at(address, orders["node-ports"])
+        listener = listen_on_node(orders, os.environ)
     except UserError as error:
-        print_error(error) if place >= 0 else report_failure(error)
+        announce(place, error=vars(error))
         return error.status
-    channel, agent_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    stderr, stderr_end = os.pipe()
-    where = {"address": address, "port": listener.getsockname()[1], "node": node_name(os.environ)}
-    where["job"] = os.environ.get("SLURM_JOB_ID", "")
-    if place >= 0:
-        write_all(place, to_json(where))
+    address, port = listener.getsockname()[:2]
+    announce(place, address=address, port=port, node=node, job=job)
+    if place != 1:
         os.close(place)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # this file was there
-    else:
-        say_hello(where)
-    agent = os.fork()
-    if not agent:
+    channel, agent_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stderr, stderr_end = os.pipe()
+
+    def serve() -> int:
+        import asyncio
+
         channel.close()
         os.close(stderr_end)
-        become_agent(orders, listener, agent_end, stderr)
+        agent = Agent(orders, listener, agent_end, stderr)
+        # not asyncio.run, which would wait for a thread that writes to a blocked stderr
+        return asyncio.new_event_loop().run_until_complete(agent.run())
+
+    agent = os.fork()
+    if not agent:
+        exit_with(serve)
     for end in (listener, agent_end):
         end.close()
     os.close(stderr)
     return Starter(orders, channel, agent, stderr_end).run()
 
 
-def say_hello(place: Mapping[str, Any]) -> None:
-    """Say on stdout where the agent listens."""
-    write_all(1, HELLO + to_json(place) + b"\n")
-
-
 class Starter:
     """The process that the cluster runs: parent of the agent, and of the kernel, which the agent asks for.
 
     It sleeps until a signal comes; the agent rings with SIGUSR1 for its messages.  The kernel's unix sockets
-    are bound in a private directory (0700), which no other user of the node can enter, and the connection
+    are bound in a private directory, which no other user of the node can enter, and the connection
     file is in memory only: whatever kills this process, nothing stays on the node.
 
-    orders: see `agent_orders`.  channel: messages from and to the agent.  stderr: what the kernel writes to.
+    orders: see `JobProgram`.  channel: messages from and to the agent.  stderr: what the kernel writes to.
     """
-
-    @staticmethod
-    def signals() -> set[int]:
-        """Return the signals that it waits for."""
-        import signal
-
-        return {signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP}
 
     def __init__(self, orders: Mapping[str, Any], channel: socket.socket, agent: int, stderr: int) -> None:
         self.orders, self.channel, self.agent, self.stderr = orders, channel, agent, stderr
@@ -7141,19 +7084,29 @@ class Starter:
 
     def run(self) -> int:
         """Serve until the agent has ended; return its exit status."""
+        import contextlib
         import signal
+        import socket
 
-        self.start(self.orders["connection"], 0)
+        self.start(0)
         while True:
-            number = signal.sigwait(self.signals())
+            number = signal.sigwait(starter_signals())
             if number == signal.SIGUSR1:
-                self.receive()
+                with contextlib.suppress(BlockingIOError, ValueError):  # none left; the agent has ended
+                    while True:
+                        self.start(from_json(self.channel.recv(1 << 16, socket.MSG_DONTWAIT))["start"])
             elif number != signal.SIGCHLD:
                 os.kill(self.agent, number)
-            else:
-                status = self.reap()
-                if status is not None:
-                    return status
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            while pid and pid != self.agent:
+                if pid == self.kernel:
+                    self.end(is_reaped=True)
+                    self.send(ended=exit_status(status))
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                self.end()
+                status = exit_status(status)
+                return status if status >= 0 else 128 - status
 
     def send(self, **message: Any) -> None:
         """Send the agent a message."""
@@ -7162,91 +7115,69 @@ class Starter:
         except OSError:  # it has ended
             return
 
-    def receive(self) -> None:
-        """Do what the agent asks for."""
-        import socket
-
-        while True:
-            try:
-                text = self.channel.recv(1 << 16, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            if not text:
-                return
-            message = from_json(text)
-            if "signal" in message:
-                self.signal(message["signal"])
-            else:
-                self.start({**self.orders["connection"], **message["start"]}, message["launch"])
-
-    def start(self, connection: Mapping[str, Any], launch: int) -> None:
+    def start(self, launch: int) -> None:
         """Start a kernel; one that still runs is killed first."""
         self.end()
         transport = self.orders["transport"]
-        self.launch = launch
-        self.directory, self.lock = make_node_directory() if transport == "ipc" else ("", -1)
-        own = node_connection(connection, transport, self.directory)
-        self.file = os.memfd_create("connection")
+        if transport == "ipc":
+            self.directory, self.lock = make_node_directory()
+        own = node_connection(self.orders["connection"], transport, self.directory)
+        self.launch, self.file = launch, os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
         os.write(self.file, to_json(own))
-        place = {name: own[name] for name in own if name == "transport" or name.endswith("_port")}
-        self.send(started=launch, directory=self.directory, **place)
         self.kernel = os.fork()
         if not self.kernel:
-            become_node_kernel(self)
+            exit_with(lambda: self.become_kernel(own))
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the kernel's process group, as Jupyter would."""
+    def become_kernel(self, connection: Mapping[str, Any]) -> int:
+        """In the child: run the rest of the chain on the node.  An error goes to the agent."""
+        import signal
+
+        os.setsid()
+        place = {name: connection[name] for name in connection if name.endswith(("transport", "_port"))}
+        self.send(started=self.launch, pid=os.getpid(), directory=self.directory, **place)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, starter_signals())
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(self.stderr, 2)
+        parent, environ, host = os.getppid(), dict(os.environ), Host()
         try:
-            if self.kernel:
-                os.killpg(self.kernel, number)
-        except OSError:  # it is about to end
-            return
+            enter_directory(self.orders["directories"], node_name(environ))
+            steps = [Step(**step) for step in self.orders["launch"]["steps"]]
+            launch = Launch(**{**self.orders["launch"], "steps": steps})
+            launch.options.update({"connection-file": f"/proc/{parent}/fd/{self.file}", "nested": True})
+            # ipykernel ends itself when its parent is not the one that is named here
+            environ.update(self.orders["environ"], JPY_PARENT_PID=str(parent))
+            plan = plan_launch(launch, host, environ)
+            if not launch.steps:
+                where = f"the PATH of node {node_name(environ)}"
+                install = "install %s on the nodes"
+                plan = plan.replace(search=path_entries(environ), where=where, install=install)
+            return execute(finish_plan(plan, launch, host), launch, host)
+        except UserError as error:
+            self.send(problem=vars(error))
+            return error.status
 
-    def reap(self) -> int | None:
-        """Reap children; return the agent's exit status if it has ended."""
-        while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == self.agent:
-                self.end()
-                status = exit_status(status)
-                return status if status >= 0 else 128 - status
-            if not pid:
-                return None
-            if pid == self.kernel:
-                self.signal(9)
-                self.kernel = 0
-                self.clean()
-                self.send(ended=exit_status(status), launch=self.launch)
-
-    def end(self) -> None:
-        """End the kernel at once."""
+    def end(self, is_reaped: bool = False) -> None:
+        """End the kernel at once, with its process group, and remove what it leaves."""
         if self.kernel:
-            self.signal(9)
-            os.waitpid(self.kernel, 0)
-            self.signal(9)
-            self.kernel = 0
-        self.clean()
-
-    def clean(self) -> None:
-        """Remove what the kernel leaves."""
-        if self.directory:
-            remove_tree(self.directory)
+            send_signals([-self.kernel], 9)
+            if not is_reaped:
+                os.waitpid(self.kernel, 0)
+        remove_node_directory(self.directory)
         for file in (self.file, self.lock):
             if file >= 0:
                 os.close(file)
-        self.directory, self.file, self.lock = "", -1, -1
+        self.directory, self.kernel, self.file, self.lock = "", 0, -1, -1
 
 
 def node_connection(connection: Mapping[str, Any], transport: str, directory: str) -> dict[str, Any]:
     """Return what the node's connection file says: Jupyter's own keys, sockets of the node."""
-    import socket
-
     own = dict(connection)
     if transport == "ipc":
         own.update({name + "_port": number for number, name in enumerate(STREAMS, 1)})
         return {**own, "transport": "ipc", "ip": directory + "/kernel"}
-    socks = [socket.socket() for _ in STREAMS]
+    socks = [tcp_socket("127.0.0.1") for _ in STREAMS]
     for name, sock in zip(STREAMS, socks):
         sock.bind(("127.0.0.1", 0))
         own[name + "_port"] = sock.getsockname()[1]
@@ -7256,79 +7187,26 @@ def node_connection(connection: Mapping[str, Any], transport: str, directory: st
 
 
 def make_node_directory() -> tuple[str, int]:
-    """Make the private directory in which a node's kernel binds its sockets; it is gone when it has.
+    """Make the private directory in which a node's kernel binds its sockets; also returns its lock.
 
-    Also returns its lock.  Where all of a node's processes were killed at once, the next start removes it.
+    Where all of a node's processes were killed before it was removed, the next start does that.
     """
-    import fcntl
-
     root = os.environ.get("TMPDIR", "/tmp")
     if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
         root = "/tmp"
-    remove_stale_directories(root)
-    path = f"{root}/envkernel-node-{os.urandom(8).hex()}"
+    base = f"{root}/envkernel-node-{os.getuid()}"
+    path = f"{base}/{os.urandom(4).hex()}"
+    lock = take_lock(path + ".lock")
     os.mkdir(path, 0o700)
-    lock = os.open(path, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    remove_stale(base, os.environ)
     return path, lock
 
 
-def remove_stale_directories(root: str) -> None:
-    """Remove the directories of `make_node_directory` that nobody uses any more."""
-    import fcntl
-    import time
-
-    for name in os.listdir(root):
-        path = f"{root}/{name}"
-        if not name.startswith("envkernel-node-"):
-            continue
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # another user's
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file).st_mtime < time.time() - 60:  # else its owner may be about to lock it
-                remove_tree(path)
-        except OSError:
-            pass
-        finally:
-            os.close(file)
-
-
-def become_node_kernel(starter: Starter) -> NoReturn:
-    """In the starter's child: run the rest of the chain on the node.  An error goes to the agent."""
-    import signal
-
-    status, parent, environ = 1, os.getppid(), dict(os.environ)
-    try:
-        os.setsid()
-        die_with_parent(parent)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, starter.signals())
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(starter.stderr, 2)
-        enter_directory(starter.orders["directories"], node_name(environ))
-        launch = launch_from_data(starter.orders["launch"])
-        launch.options.update({"connection-file": f"/proc/{parent}/fd/{starter.file}", "nested": True})
-        # ipykernel ends itself when its parent is not the one that is named here
-        environ.update(starter.orders["environ"], JPY_PARENT_PID=str(parent))
-        host = Host()
-        plan = plan_launch(launch, host, environ)
-        if not launch.steps:
-            where = f"the PATH of node {node_name(environ)}"
-            install = "install %s on the nodes"
-            plan = plan.replace(search=path_entries(environ), where=where, install=install)
-        status = execute(finish_plan(plan, launch, host), launch, host)
-    except UserError as error:
-        status = error.status
-        starter.send(problem=vars(error), launch=starter.launch)
-    except BaseException:
-        import traceback
-
-        write_all(2, traceback.format_exc().encode(errors="replace"))
-    finally:
-        os._exit(status if 0 <= status < 256 else 1)
+def remove_node_directory(path: str) -> None:
+    """Remove what `make_node_directory` has made; an empty path is none."""
+    for one in (path, path + ".lock") if path else ():
+        remove_tree(one)
+        remove_empty(os.path.dirname(one))
 
 
 def enter_directory(directories: Sequence[str], node: str) -> None:
@@ -7339,44 +7217,21 @@ def enter_directory(directories: Sequence[str], node: str) -> None:
         except OSError:
             continue
         if path != directories[0]:
-            said = (
-                f"envkernel: The node {node} has no directory {directories[0]}: the kernel starts in {path}."
-            )
-            write_all(2, said.encode(errors="surrogateescape") + b"\n")
+            said = f"The node {node} has no directory {directories[0]}: the kernel starts in {path}."
+            write_patiently(2, f"envkernel: {said}\n".encode(errors="surrogateescape"))
         return
-
-
-def become_agent(
-    orders: Mapping[str, Any], listener: socket.socket, starter: socket.socket, stderr: int
-) -> NoReturn:
-    """In the starter's child: be the agent, which outlives the starter to remove what it leaves."""
-    status = 1
-    try:
-        import asyncio
-
-        async def serve() -> int:
-            return await Agent(orders, listener, starter, stderr).run()
-
-        status = asyncio.run(serve())
-    except BaseException:
-        import traceback
-
-        write_all(2, traceback.format_exc().encode(errors="replace"))
-    finally:
-        os._exit(status)
 
 
 class NodeKernel:
     """A kernel as the agent knows it: where it listens, and what went wrong before it was started.
 
-    place: what its connection file says of addresses; ``started``: the number of its launch; ``directory``:
-    that of its unix sockets.  Their inodes are opened as soon as all five are there, and the directory is
-    removed: from then on they have no name.
+    place: what its connection file says of addresses; ``started``: the number of its launch; ``pid``;
+    ``directory``: that of its unix sockets.  Their inodes are opened as soon as all five are there, and
+    the directory is removed: from then on they have no name.
     """
 
     def __init__(self, place: Mapping[str, Any]) -> None:
-        self.place = place
-        self.launch = place["started"]
+        self.place, self.launch = place, place["started"]
         self.sockets: list[int] = []
         self.problem: dict[str, Any] | None = None
         self.killed = memory_kills(Host())
@@ -7386,215 +7241,119 @@ class NodeKernel:
         import socket
 
         if self.place["transport"] == "tcp":
-            sock = socket.socket()
+            sock = tcp_socket("127.0.0.1")
             address: Any = ("127.0.0.1", self.place[STREAMS[number] + "_port"])
         else:
-            self.capture()
+            directory = self.place["directory"]
+            if not self.sockets:
+                names = sorted(os.listdir(directory), key=lambda name: name[-1])  # kernel-1 or kernel:1
+                if len(names) < len(STREAMS):
+                    raise ConnectionRefusedError("The kernel does not listen.")
+                self.sockets = [os.open(f"{directory}/{name}", os.O_PATH) for name in names]
+                remove_node_directory(directory)
             sock = socket.socket(socket.AF_UNIX)
             address = f"/proc/self/fd/{self.sockets[number]}"  # unix(7): the inode counts, not the name
         try:
             sock.connect(address)
-            set_no_delay(sock)
         except OSError:
             sock.close()
             raise
         return sock
 
-    def capture(self) -> None:
-        """Open the unix sockets and remove their names.  Raises OSError while they are not there."""
-        directory = self.place["directory"]
-        if not self.sockets:
-            names = [name for name in os.listdir(directory) if name[-1] in "12345"]
-            if len(names) < len(STREAMS):
-                raise ConnectionRefusedError("The kernel does not listen.")
-            names.sort(key=lambda name: name[-1])
-            self.sockets = [os.open(f"{directory}/{name}", os.O_PATH) for name in names]
-            remove_tree(directory)
+    def signal(self, number: int) -> None:
+        """Signal its process group, as Jupyter would."""
+        send_signals([-self.place["pid"]], number)
 
-    def listens(self) -> bool:
-        """Return whether all streams can be connected."""
-        try:
-            for number in range(len(STREAMS)):
-                self.connect(number).close()
-        except OSError:
-            return False
-        return True
+    def explain(self, status: int) -> dict[str, Any] | None:
+        """Return the problem of a kernel that has ended, None where nothing is known but its exit status."""
+        if status == -9 and memory_kills(Host()) > self.killed:
+            hint = f"Ask for more: {'--mem=8G' if 'SLURM_JOB_ID' in os.environ else '--memory=8192'}."
+            return vars(UserError("The kernel has used more memory than its job asked for.", hint))
+        return self.problem
 
     def close(self) -> None:
         """Forget its sockets."""
         for file in self.sockets:
             os.close(file)
         self.sockets = []
-        if self.place["directory"]:
-            remove_tree(self.place["directory"])
-
-    def end(self, status: int, tail: str) -> dict[str, Any]:
-        """Return the news of its end.  tail: the end of what it said on stderr."""
-        problem = self.problem
-        if status == -9 and memory_kills(Host()) > self.killed:
-            option = "--mem=8G" if "SLURM_JOB_ID" in os.environ else "--memory=8192"
-            hint = f"Ask for more: {option}."
-            problem = vars(UserError("The kernel has used more memory than its job asked for.", hint))
-        return {"ended": status, "launch": self.launch, "tail": tail, "problem": problem}
+        remove_node_directory(self.place["directory"])
 
 
-class KernelStderr:
-    """Passes on what kernels say on stderr, and keeps the end of it."""
+class Agent(Children):
+    """Carries the kernel's streams over authenticated connections, and the keeper's orders to the starter.
 
-    def __init__(self, file: int) -> None:
-        self.file = file
-        self.tail = b""
-
-    def pass_on(self) -> None:
-        """Pass it on, in a thread: stderr may block."""
-        for text in iter(lambda: os.read(self.file, 1 << 16), b""):
-            self.tail = (self.tail + text)[-TAIL:]
-            write_all(2, text)
-
-
-async def join_kernel(kernel: NodeKernel | None, number: int, sock: socket.socket) -> None:
-    """Join a connection with a kernel's stream, for as long as both last."""
-    try:
-        end = kernel.connect(number) if kernel else None
-    except OSError:
-        end = None
-    if end:
-        await relay(sock, end)
-    else:
-        sock.close()
-
-
-class AgentPort:
-    """Accepts connections that prove themselves within 10 s.
-
-    use: called with the number of the stream and the socket.
+    It outlives its parent, the starter, to remove what that leaves.  orders: see `JobProgram`.
+    starter: messages from and to it.  stderr: the end of a pipe with what kernels say there.
     """
 
-    STRANGERS = 64
-    """Connections that may be about to prove themselves; one more, and the oldest of them is closed."""
-
     def __init__(
-        self, listener: socket.socket, secret: bytes, use: Callable[[int, socket.socket], None]
+        self, orders: Mapping[str, Any], listener: socket.socket, starter: socket.socket, stderr: int
     ) -> None:
-        self.listener, self.secret, self.use = listener, secret, use
-        self.strangers: dict[asyncio.Future[None], None] = {}
+        super().__init__()
+        self.orders, self.listener, self.starter, self.stderr = orders, listener, starter, stderr
+        self.parent = os.getppid()
+        self.tasks: set[asyncio.Future[None]] = set()
+        self.control: asyncio.StreamWriter | None = None
+        self.news: dict[str, Any] = {}
+        self.kernel: NodeKernel | None = None
+        self.outcome, self.ending = 0, False
+
+    async def run(self) -> int:
+        """Serve until the job is to end; return the exit status."""
+        import asyncio
+        import signal
+
+        self.loop = asyncio.get_running_loop()
+        self.over: asyncio.Future[int] = self.loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            self.loop.add_signal_handler(number, self.stop, int(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, starter_signals())
+        for sock in (self.starter, self.listener):
+            sock.setblocking(False)
+        self.loop.add_reader(self.starter, self.on_starter)
+        if "place" not in self.orders:
+            self.loop.add_reader(0, self.end)  # nothing comes on stdin but its end, when srun is gone
+        slow = self.orders["tunnel"] or "place" in self.orders
+        self.patience = self.loop.call_later(SLOW_PATIENCE if slow else PATIENCE, self.end)
+        self.start_task(self.copy(self.stderr, 2, self.on_stderr))
+        self.start_task(self.serve())
+        return await self.over
+
+    def start_task(self, steps: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine beside the others; without a reference it could be collected as garbage."""
+        task = self.loop.create_task(steps)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     async def serve(self) -> None:
         """Accept connections, for ever."""
         import asyncio
 
-        loop = asyncio.get_running_loop()
-        self.listener.setblocking(False)
         while True:
             try:
-                sock, _ = await loop.sock_accept(self.listener)
+                sock, _ = await self.loop.sock_accept(self.listener)
+                self.start_task(self.admit(sock))
             except OSError:  # no file is left, for example
                 await asyncio.sleep(0.1)
-                continue
-            if len(self.strangers) >= self.STRANGERS:
-                oldest = next(iter(self.strangers))
-                del self.strangers[oldest]
-                oldest.cancel()
-            stranger = asyncio.ensure_future(self.admit(sock))
-            self.strangers[stranger] = None
-            stranger.add_done_callback(lambda task: self.strangers.pop(task, None))
 
     async def admit(self, sock: socket.socket) -> None:
-        """Have a connection used if it proves itself."""
+        """Use a connection that proves itself within 10 s: follow the keeper, or join it with a stream."""
         import asyncio
 
-        number = -1
         try:
-            set_no_delay(sock)
-            number = await asyncio.wait_for(accept_stream(sock, self.secret), 10)
+            number = await asyncio.wait_for(shake_hands(sock, bytes.fromhex(self.orders["secret"])), 10)
+            end = self.kernel.connect(number) if self.kernel and number < ORDERS else None
         except (OSError, asyncio.TimeoutError):
-            return
-        finally:
-            if number < 0:
-                sock.close()
-        self.use(number, sock)
-
-
-class Agent:
-    """Carries the kernel's streams over authenticated connections, and the keeper's orders to the starter.
-
-    orders: see `agent_orders`.  starter: messages from and to the starter, which is the parent.
-    stderr: the end of a pipe with what kernels say there.
-    """
-
-    PATIENCE, SLOW_PATIENCE = 8.0, 30.0
-    """Seconds in which the keeper has to come, the latter behind ssh or Skein: srun may have been killed."""
-
-    GRACE = 3.0
-    """Seconds that a kernel has for ending after it was asked to with a signal."""
-
-    def __init__(
-        self, orders: Mapping[str, Any], listener: socket.socket, starter: socket.socket, stderr: int
-    ) -> None:
-        import asyncio
-
-        self.loop = asyncio.get_running_loop()
-        self.orders, self.starter, self.parent = orders, starter, os.getppid()
-        self.stderr = KernelStderr(stderr)
-        self.port = AgentPort(listener, bytes.fromhex(orders["secret"]), self.use)
-        self.over: asyncio.Future[int] = self.loop.create_future()
-        self.tasks: set[asyncio.Future[None]] = set()
-        self.control: asyncio.StreamWriter | None = None
-        self.news: dict[str, Any] = {}
-        self.kernel: NodeKernel | None = None
-        self.outcome = 0
-        self.ending = False
-
-    async def run(self) -> int:
-        """Serve until the job is to end; return the exit status."""
-        import signal
-        import threading
-
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            self.loop.add_signal_handler(number, self.stop, int(number))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, Starter.signals())
-        self.starter.setblocking(False)
-        self.loop.add_reader(self.starter, self.on_starter)
-        if "place" not in self.orders:
-            self.loop.add_reader(0, self.on_stdin)
-        threading.Thread(target=self.stderr.pass_on, daemon=True).start()
-        slow = self.orders["tunnel"] or "place" in self.orders
-        self.patience = self.loop.call_later(self.SLOW_PATIENCE if slow else self.PATIENCE, self.end)
-        self.start_task(self.port.serve())
-        return await self.over
-
-    def start_task(self, steps: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine beside the others."""
-        import asyncio
-
-        task = asyncio.ensure_future(steps)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    def on_stdin(self) -> None:
-        """Nothing comes on stdin but its end, when srun is gone."""
-        if not os.read(0, 4096):
-            self.loop.remove_reader(0)
-            self.end()
-
-    def use(self, number: int, sock: socket.socket) -> None:
-        """Use a connection that has proved itself."""
-        self.start_task(self.follow(sock) if number == ORDERS else join_kernel(self.kernel, number, sock))
-
-    # ---- the starter and its kernels
-
-    def order(self, **message: Any) -> None:
-        """Ask the starter for something."""
-        import signal
-
-        try:
-            self.starter.send(to_json(message))
-            os.kill(self.parent, signal.SIGUSR1)
-        except OSError:  # it was killed
-            return
+            number, end = -1, None
+        if number == ORDERS:
+            await self.follow(sock)
+        elif end:
+            await relay(sock, end)
+        else:
+            sock.close()
 
     def on_starter(self) -> None:
-        """Follow what the starter reports of a kernel."""
+        """Follow what the starter and its kernel report."""
         message = from_json(self.starter.recv(1 << 18) or b"{}")
         kernel = self.kernel
         if "started" in message:
@@ -7605,7 +7364,9 @@ class Agent:
         elif kernel and "ended" in message:
             self.kernel = None
             self.start_task(self.report_end(kernel, message["ended"]))
-        elif not message:  # the starter was killed, and its kernel with it
+        elif not message:  # the starter was killed
+            if kernel:
+                kernel.signal(9)
             self.finish()
         if kernel and self.kernel is not kernel:
             kernel.close()
@@ -7615,10 +7376,14 @@ class Agent:
         import asyncio
 
         while kernel is self.kernel:
-            if kernel.listens():
+            try:
+                for number in range(len(STREAMS)):
+                    kernel.connect(number).close()
+            except OSError:
+                await asyncio.sleep(0.01)
+            else:
                 self.report(listening=kernel.launch)
                 return
-            await asyncio.sleep(0.01)
 
     async def report_end(self, kernel: NodeKernel, status: int) -> None:
         """Report how a kernel ended, unless the job ends as well or there is a new kernel already."""
@@ -7632,42 +7397,37 @@ class Agent:
         if self.ending:
             self.finish()
         elif not self.kernel:
-            self.report(**kernel.end(status, self.stderr.tail.decode(errors="replace")))
-
-    # ---- the keeper
+            tail = self.tail[-TAIL:].decode(errors="replace")
+            self.report(ended=status, launch=kernel.launch, tail=tail, problem=kernel.explain(status))
 
     async def follow(self, sock: socket.socket) -> None:
         """Follow the keeper's orders until it hangs up, or nothing was received of it for a while."""
         import asyncio
+        import signal
 
         self.patience.cancel()
-        reader, writer = await asyncio.open_connection(sock=sock)
-        if self.control:
-            self.control.close()
-        self.control = writer
+        reader, control = await asyncio.open_connection(sock=sock)
+        self.control = control
         self.report(**self.news)
         try:
             while True:
                 line = await asyncio.wait_for(reader.readline(), LOST)
-                if not line:
+                message = from_json(line or b'{"end": 1}')
+                if "end" in message or self.ending:
                     break
-                self.obey(from_json(line))
+                if "ping" in message:
+                    control.write(b'{"pong": 1}\n')
+                if "signal" in message and self.kernel:
+                    self.kernel.signal(message["signal"])
+                if "start" in message:
+                    self.tail = b""  # not when it has started: it may have said why it ends by then
+                    self.starter.send(line)
+                    send_signals([self.parent], signal.SIGUSR1)
         except (OSError, asyncio.TimeoutError):
             pass
-        if self.control is writer:
+        if self.control is control:
             self.control = None
             self.end()
-
-    def obey(self, message: Mapping[str, Any]) -> None:
-        """Follow an order of the keeper."""
-        if "ping" in message and self.control:
-            self.control.write(b'{"pong": 1}\n')
-        elif "end" in message:
-            self.end()
-        elif not self.ending and not message.keys().isdisjoint(("start", "signal")):
-            if "start" in message:  # not when it has started: it may have said why it ends by then
-                self.stderr.tail = b""
-            self.order(**message)
 
     def report(self, **news: Any) -> None:
         """Report to the keeper what has become of the kernel, now or as soon as it is there."""
@@ -7685,9 +7445,10 @@ class Agent:
         """Nobody needs the job any more: let the kernel end, which may have a container to remove."""
         if not self.ending:
             self.ending = True
+            self.loop.remove_reader(0)
             if self.kernel:
-                self.order(signal=15)
-            self.loop.call_later(self.GRACE if self.kernel else 0, self.finish)
+                self.kernel.signal(15)
+            self.loop.call_later(GRACE if self.kernel else 0, self.finish)
 
     def finish(self) -> None:
         """End this process; its parent ends the kernel."""
@@ -7695,14 +7456,6 @@ class Agent:
             self.kernel.close()
         if not self.over.done():
             self.over.set_result(self.outcome)
-
-
-def set_no_delay(sock: socket.socket) -> None:
-    """Have small messages sent at once (asyncio does so only where the protocol was named)."""
-    import socket
-
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def memory_kills(host: Host) -> int:
@@ -7725,23 +7478,17 @@ def over_memory(environ: Mapping[str, str], host: Host, root: int) -> dict[str, 
     The NodeManager adds up what all its processes have, and says only in its own log why it kills.
     root: the first process of the container.
     """
-    asked = environ.get("SKEIN_RESOURCE_MEMORY", "")
-    if not asked.isdigit():
-        return None
-    pids, used = [str(root)], 0
+    asked = int(environ.get("SKEIN_RESOURCE_MEMORY", 0))
+    pids, used = [str(root)] if asked else [], 0
     for pid in pids:
         fields = (host.read(f"/proc/{pid}/statm") or b"0 0").split()
         used += int(fields[1]) * os.sysconf("SC_PAGESIZE")
         for thread in host.listdir(f"/proc/{pid}/task"):
             pids += os.fsdecode(host.read(f"/proc/{pid}/task/{thread}/children") or b"").split()
-    if used <= int(asked) << 20:
+    if used <= asked << 20:
         return None
-    return vars(
-        UserError(
-            f"The YARN container has used more memory than it asked for: {used >> 20} of {asked} MiB.",
-            f"Ask for more: --memory={max(used >> 19, 1024)}.",
-        )
-    )
+    message = f"The YARN container has used more memory than it asked for: {used >> 20} of {asked} MiB."
+    return vars(UserError(message, f"Ask for more: --memory={max(used >> 19, 1024)}."))
 
 
 def node_name(environ: Mapping[str, str]) -> str:
@@ -7749,37 +7496,30 @@ def node_name(environ: Mapping[str, str]) -> str:
     return environ.get("SLURMD_NODENAME") or environ.get("NM_HOST") or os.uname().nodename
 
 
-def agent_address(orders: Mapping[str, Any], environ: Mapping[str, str]) -> str:
-    """Return the one address of this node on which the agent listens.
+def listen_on_node(orders: Mapping[str, Any], environ: Mapping[str, str]) -> socket.socket:
+    """Return a socket that listens on one address of this node, at a port of ``--node-ports`` if given.
 
     Slurm: that from which this node reaches the host srun runs on, as srun's own connections do.
     YARN: that of the NodeManager.  With ``--tunnel=ssh`` loopback, for ssh ends on this node.
+    Raises UserError where each port is taken.
     """
     import socket
 
-    if orders.get("tunnel"):
-        return "127.0.0.1"
-    peer = environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    peer, ports = environ.get("SLURM_LAUNCH_NODE_IPADDR"), orders["node-ports"]
     try:
-        if not peer:
-            return socket.gethostbyname(node_name(environ))
-        with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((peer, 9))  # sends nothing: it asks the routing table
-            return str(sock.getsockname()[0])
+        if orders["tunnel"]:
+            address = "127.0.0.1"
+        elif not peer:
+            address = socket.gethostbyname(node_name(environ))
+        else:
+            with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.connect((peer, 9))  # sends nothing: it asks the routing table
+                address = sock.getsockname()[0]
     except OSError:
-        return socket.gethostbyname(socket.gethostname())
-
-
-def listen_at(address: str, ports: str) -> socket.socket:
-    """Return a socket that listens on an address, at a port of the range ``FIRST-LAST`` where one was given.
-
-    Raises UserError where each of them is taken.
-    """
-    import socket
-
+        address = socket.gethostbyname(socket.gethostname())
     first, _, last = ports.partition("-")
     for port in range(int(first or 0), int(last or first or 0) + 1):
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        sock = tcp_socket(address)
         try:
             # what is left of earlier connections does not use up the range
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -7791,7 +7531,7 @@ def listen_at(address: str, ports: str) -> socket.socket:
             reason = os.strerror(error.errno or 0)
     among = f"of --node-ports={ports} " if ports else ""
     raise UserError(
-        f"No port {among}can be opened on {address}, an address of node {node_name(os.environ)}: {reason}.",
+        f"No port {among}can be opened on {address}, an address of node {node_name(environ)}: {reason}.",
         "Give a wider range: --node-ports=FIRST-LAST." if ports else "Ask the administrators of the cluster.",
     )
 
@@ -7799,111 +7539,73 @@ def listen_at(address: str, ports: str) -> socket.socket:
 # ---- jobs on a cluster --------------------------------------------------------------------------
 
 
-def agent_orders(
-    job: Job, launch: Launch, connection: Mapping[str, Any], environ: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return what the agent has to know.  It travels over srun's stdin or Skein's key-value store.
-
-    environ: the run process's own, for the variables that ``--env`` names.
-    """
-    names = launch.options.get("env", ())
-    return {
-        "secret": os.urandom(32).hex(),
-        "connection": dict(connection),
-        "launch": launch_to_data(job.launch),
-        "directories": job.directories(os.getcwd()),
-        "environ": {name: environ[name] for name in names if name in environ},
-        "transport": job.transport,
-        "tunnel": job.tunnel,
-        "node-ports": job.node_ports,
-    }
-
-
 class Submission:
     """The program that holds the job, srun or Skein's client: what it gets, what it says, how it ends.
 
-    agent: done with the agent's place when that is known.  id: of the job.  state: what it waits for.
+    agent: the agent's place when that is known.  id: of the job.  state: what it waits for.
     """
 
-    def __init__(self, job: Job, orders: Mapping[str, Any], keeper: Keeper, host: Host) -> None:
-        self.job, self.orders, self.keeper, self.host = job, orders, keeper, host
+    def __init__(self, job: Job, orders: Mapping[str, Any], keeper: Keeper) -> None:
+        self.job, self.keeper, self.host = job, keeper, keeper.program.host
         self.id = self.state = ""
         self.waits = False
-        self.line = b""
-        self.failure: UserError | None = None
-
-    def start(self) -> None:
-        """Start the program, before asyncio."""
+        self.early = b""
         stdin, self.stdin = os.pipe()
         self.out, out_end = os.pipe()
         self.err, err_end = os.pipe()
         self.cancel_later()
-        self.pid = spawn(self.job.argv, self.job.environ, stdin, out_end, err_end)
+        self.pid = spawn(job.argv, job.environ, stdin, out_end, err_end)
         for file in (stdin, out_end, err_end):
             os.close(file)
-        self.feed = self.job.feed(self.orders, self.host)
+        self.input = job.feed(orders, self.host)
 
     def follow(self) -> None:
         """Begin to feed the program and to hear what it says."""
-        import asyncio
+        task = self.keeper.loop.create_task
+        self.agent: asyncio.Future[dict[str, Any]] = self.keeper.loop.create_future()
+        self.exit = task(self.keeper.exited(self.pid))
+        self.feeding = task(self.feed())
+        out = task(self.keeper.copy(self.out, 1, self.on_stdout))
+        self.copies = {out, task(self.keeper.copy(self.err, 2, self.on_stderr))}
 
-        self.agent: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.exit = asyncio.ensure_future(self.keeper.exited(self.pid))
-        self.feeding = asyncio.ensure_future(self.write_stdin())
-        self.copies = {
-            asyncio.ensure_future(self.keeper.copy(self.out, 1, self.on_stdout)),
-            asyncio.ensure_future(self.keeper.copy(self.err, 2, self.on_stderr)),
-        }
-
-    async def write_stdin(self) -> None:
+    async def feed(self) -> asyncio.WriteTransport:
         """Give the program what it wants on stdin, which stays open for as long as the job is wanted."""
         import asyncio
 
-        loop = asyncio.get_running_loop()
-        os.set_blocking(self.stdin, False)
-        writable = asyncio.Event()
-        loop.add_writer(self.stdin, writable.set)
-        try:
-            while self.feed:
-                await writable.wait()
-                writable.clear()
-                try:
-                    self.feed = self.feed[os.write(self.stdin, self.feed) :]
-                except BlockingIOError:
-                    continue
-        except OSError:  # the program has ended
-            pass
-        finally:
-            loop.remove_writer(self.stdin)
+        file = open(self.stdin, "wb", 0)
+        pipe, _ = await self.keeper.loop.connect_write_pipe(asyncio.BaseProtocol, file)
+        pipe.write(self.input)
+        self.input = b""
+        return pipe
 
     def on_stdout(self, text: bytes) -> bytes:
         """Return what to pass on: all but the line on which the agent says where it is."""
         if self.agent.done():
             return text
-        passed = b""
-        *lines, self.line = (self.line + text).split(b"\n")
-        for line in lines:
-            if line.startswith(HELLO):
-                place = from_json(line[len(HELLO) :])
-                self.set_id(self.id or place["job"])
-                self.agent.set_result(place)
-            elif line.startswith(FAILED):
-                self.failure = UserError(**from_json(line[len(FAILED) :]))
-            else:
-                passed += line + b"\n"
-        return passed
+        self.early += text
+        before, _, after = self.early.partition(ANNOUNCES)
+        line, is_whole, after = after.partition(b"\n")
+        if not is_whole:
+            return b""
+        place = from_json(line)
+        if "error" in place:
+            self.agent.set_exception(UserError(**place["error"]))
+        else:
+            self.agent.set_result(place)
+            if place["job"] and not self.id:
+                self.note_id(place["job"])
+        return before + after
 
     def on_stderr(self, text: bytes) -> bytes:
         """Learn from the program's stderr how the job stands; return it, to be passed on."""
-        import asyncio
-
         self.keeper.on_stderr(text)
         number, waits, state = self.job.read_state(self.said(), self.id)
-        self.set_id(number)
+        if number != self.id:
+            self.note_id(number)
         if waits and not self.waits:
-            self.watching = asyncio.ensure_future(self.watch_queue())
+            self.watching = self.keeper.loop.create_task(self.watch_queue())
         self.waits = waits
-        if state != self.state and state and self.keeper.front and not self.agent.done():
+        if state not in ("", self.state) and self.keeper.front and not self.agent.done():
             self.state = state
             self.keeper.front.wait(state)
         return text
@@ -7912,17 +7614,12 @@ class Submission:
         """Return the end of what the program said on stderr."""
         return self.keeper.tail.decode(errors="replace")
 
-    def set_id(self, number: str) -> None:
-        """Note the job's id."""
-        if number and number != self.id:
+    def note_id(self, number: str) -> None:
+        """Write the job's id into the launch log, and have the job cancelled by it."""
+        append_log(self.keeper.launch.options.get("log", ""), f"job: {number}")
+        if number != self.id:
             self.id = number
-            self.log_id()
             self.cancel_later()
-
-    def log_id(self) -> None:
-        """Write the job's id into the launch log."""
-        if self.id:
-            append_log(self.keeper.launch.options.get("log", ""), f"job: {self.id}")
 
     def cancel_later(self, wanted: bool = True) -> None:
         """Have the job cancelled when this process is gone, however it ends, or not any more."""
@@ -7937,82 +7634,78 @@ class Submission:
         pause = 1.0
         while self.waits and not self.agent.done():
             state = await self.job.pending(self.id, self.ask)
-            if state and state != self.state and not self.agent.done():
+            if state not in ("", self.state) and not self.agent.done():
                 self.state, pause = state, 1.0
                 self.keeper.report(state)
             await asyncio.sleep(pause)
             pause = min(2 * pause, 30)
 
-    async def why_ended(self) -> UserError:
-        """Return why the program has ended when it has; never where the job needs it no longer."""
+    async def ended(self) -> UserError:
+        """Return why the program has ended; never where the job needs it no longer, or the agent failed."""
         import asyncio
 
         status = await asyncio.shield(self.exit)
         await asyncio.wait(self.copies, timeout=1)
-        if self.failure:
-            return self.failure
-        if self.job.detached and self.agent.done():
+        if self.agent.done() and (self.job.detached or self.agent.exception()):
             await asyncio.Event().wait()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         program = os.path.basename(self.job.argv[0])
-        message = f"The {self.job.what} {self.id} has ended ({program}: {how}).".replace("  ", " ")
-        return await self.job.explain(message, self.said(), self.id, self.ask)
+        return await self.explain(f"The {self.job.what} {self.id} has ended ({program}: {how}).")
 
-    async def end(self, link: AgentLink | None) -> None:
+    async def explain(self, message: str) -> UserError:
+        """Return why the job is over.  message: what is seen of it here."""
+        return await self.job.explain(message.replace("  ", " "), self.said(), self.id, self.ask)
+
+    async def end(self, link: AgentLink) -> None:
         """End the program: first by the end of stdin, then by a signal.
 
         link: to the agent, which has been ordered to end, if it is still there.
         """
         import asyncio
 
-        self.feeding.cancel()
-        os.close(self.stdin)
+        stdin = await self.feeding
+        if not stdin.is_closing():
+            stdin.abort()
         seconds = self.job.grace
-        if link and link.control:
-            seconds = Agent.GRACE + 1
-        elif not link and not self.waits:  # the agent may be about to start, and to see the end of stdin
-            seconds = max(seconds, 2)
+        if link.control:
+            seconds = GRACE + 1
+        elif not link.place and not self.waits:
+            seconds = max(seconds, 2)  # the agent may be about to start, and to see the end of stdin
         await asyncio.wait({self.exit}, timeout=seconds)
         if not self.exit.done():
             send_signals([self.pid], 15)
             await asyncio.wait({self.exit}, timeout=1 + seconds / 2)
-        elif self.job.detached and (self.exit.result() == ALL_KILLED or self.failure):
-            self.cancel_later(False)  # there is no application any more
+        elif self.job.detached and self.exit.result() == NOTHING_LEFT:
+            self.cancel_later(False)
 
     async def ask(self, argv: Sequence[str]) -> Output:
         """Run a command of the cluster's; return what it said, status 127 where it does not end."""
         import asyncio
 
-        out, err = os.memfd_create("out"), os.memfd_create("err")
+        asking = self.keeper.aside(self.host.output, argv, self.job.environ)
         try:
-            pid = spawn(argv, self.job.environ, out=out, err=err)
-            status = await asyncio.wait_for(self.keeper.exited(pid), self.job.patience)
-            return Output(status, _read_all(out), _read_all(err))
-        except asyncio.TimeoutError:
-            send_signals([-pid], 9)
-            return Output(127, b"", b"")
-        except UserError:
-            return Output(127, b"", b"")
-        finally:
-            os.close(out)
-            os.close(err)
+            return await asyncio.wait_for(asking, self.job.patience)
+        except (asyncio.TimeoutError, UserError):
+            return Output(127)
 
 
 class AgentLink:
     """The way to the agent on a node: a tunnel where one is wanted, orders, and the kernel's streams.
 
-    place: where the agent listens.
+    place: where the agent listens, when it does.  tunnel: the exit status of ssh.
     """
 
-    def __init__(self, job: Job, secret: str, keeper: Keeper, place: dict[str, Any]) -> None:
-        self.job, self.secret, self.keeper, self.place = job, bytes.fromhex(secret), keeper, place
+    def __init__(self, job: Job, secret: str, keeper: Keeper) -> None:
+        self.job, self.secret, self.keeper = job, bytes.fromhex(secret), keeper
+        self.place: dict[str, Any] = {}
         self.control: asyncio.StreamWriter | None = None
         self.tunnel: asyncio.Future[int] | None = None
 
-    async def open(self) -> asyncio.StreamReader:
+    async def open(self, place: dict[str, Any]) -> asyncio.StreamReader:
         """Open the connection for orders; return what the agent's news come on.  Raises UserError."""
         import asyncio
 
+        self.place = place
         if self.job.tunnel:
             await self.open_tunnel()
         self.warn()
@@ -8035,22 +7728,15 @@ class AgentLink:
         import asyncio
         import socket
 
-        path = self.place.get("path")
-        address = (self.place["address"], self.place["port"])
-        family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family)
+        address: Any = self.place.get("path") or (self.place["address"], self.place["port"])
+        sock = socket.socket(socket.AF_UNIX) if isinstance(address, str) else tcp_socket(address[0])
         sock.setblocking(False)
-
-        async def reach() -> None:
-            await asyncio.get_running_loop().sock_connect(sock, path or address)
-            set_no_delay(sock)
-            await open_stream(sock, self.secret, number)
-
         try:
-            await asyncio.wait_for(reach(), 10)
+            await asyncio.wait_for(self.keeper.loop.sock_connect(sock, address), 10)
+            await asyncio.wait_for(shake_hands(sock, self.secret, number), 10)
         except BaseException as error:
             sock.close()
-            if isinstance(error, asyncio.TimeoutError):
+            if isinstance(error, asyncio.TimeoutError):  # no OSError before Python 3.11
                 raise ConnectionRefusedError("The agent does not answer.") from None
             raise
         return sock
@@ -8060,35 +7746,34 @@ class AgentLink:
         import asyncio
 
         path = self.keeper.supervision.directory + "/tunnel"
-        argv = tunnel_argv(self.job.tunnel, path, str(self.place["node"]), int(self.place["port"]))
+        options = ("BatchMode=yes", "ExitOnForwardFailure=yes", "StreamLocalBindMask=0177")
+        flags = [f"-o{option}" for option in (*options, "ServerAliveInterval=5")]
+        way = f"{path}:127.0.0.1:{self.place['port']}"
         err, err_end = os.pipe()
+        argv = [self.job.tunnel, "-N", "-T", *flags, "-L", way, self.place["node"]]
         pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
         os.close(err_end)
-        copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.keeper.on_stderr))
+        self.copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.keeper.on_stderr))
         self.tunnel = asyncio.ensure_future(self.keeper.exited(pid))
         while not os.path.exists(path):
             if self.tunnel.done():
-                await asyncio.wait({copy}, timeout=1)
+                await asyncio.wait({self.copy}, timeout=1)
                 raise self.tunnel_error()
             await asyncio.sleep(0.05)
         self.place["path"] = path
 
     def tunnel_error(self) -> UserError:
         """Return the error for a tunnel that broke, or could not be opened."""
-        return UserError(
-            "The ssh tunnel to the node could not be opened, or broke.",
-            "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out.",
-            detail=self.keeper.tail.decode(errors="replace").strip(),
-        )
+        message = "The ssh tunnel to the node could not be opened, or broke."
+        hint = "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out."
+        return UserError(message, hint, detail=self.keeper.tail.decode(errors="replace").strip())
 
     def warn(self) -> None:
         """Say that the cluster's network sees what the kernel says, where it does."""
-        address = self.place["address"]
         encrypted = any(name.startswith("curve") for name in self.keeper.connection)
-        if not (encrypted or address.startswith("127.") or address == "::1"):
-            text = (
-                f"What this kernel says is signed, but crosses the network to {self.place['node']} readable."
-            )
+        if not encrypted and not self.place["address"].startswith(("127.", "::1")):
+            node = self.place["node"]
+            text = f"What this kernel says is signed, but crosses the network to {node} readable."
             text += " Set it up with --tunnel=ssh to encrypt it."
             self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
             append_log(self.keeper.launch.options.get("log", ""), text)
@@ -8098,102 +7783,86 @@ class AgentLink:
         if self.control:
             self.control.write(to_json(message) + b"\n")
 
-    async def follow(
-        self, reader: asyncio.StreamReader, on_news: Callable[[dict[str, Any]], None]
-    ) -> UserError | None:
-        """Pass on what the agent reports until it is gone; return why, if that is known."""
+    async def follow(self, reader: asyncio.StreamReader, on_news: Callable[[dict[str, Any]], None]) -> None:
+        """Pass on what the agent reports until it is gone.  Raises UserError where it is known why."""
         import asyncio
 
-        pinging = asyncio.ensure_future(self.ping())
+        message: dict[str, Any] = {}
+        silent = 0.0
         try:
-            while True:
-                line = await asyncio.wait_for(reader.readline(), LOST)
-                message = from_json(line) if line else {"stopped": 0}
-                if "stopped" in message:
-                    break
-                on_news(message)
-        except asyncio.TimeoutError:  # an OSError since Python 3.11
-            return UserError(
-                f"The node {self.place['node']} has not answered for {LOST:g} s.",
-                "Start the kernel again; it will get another node if that one is down.",
-            )
+            while "stopped" not in message and silent < LOST:
+                try:
+                    line = await asyncio.wait_for(reader.readline(), PING)
+                except asyncio.TimeoutError:  # an OSError since Python 3.11
+                    self.send(ping=1)
+                    silent += PING
+                else:
+                    silent, message = 0.0, from_json(line or b'{"stopped": 0}')
+                    on_news(message)
         except OSError:
             message = {}
-        finally:
-            pinging.cancel()
-            self.control = None
+        self.control = None
+        if silent >= LOST:
+            text = f"The node {self.place['node']} has not answered for {LOST:g} s."
+            raise UserError(text, "Start the kernel again; it will get another node if that one is down.")
         if self.tunnel and self.tunnel.done():
-            return self.tunnel_error()
-        problem: Any = message.get("problem")
-        return UserError(**problem) if problem else None
-
-    async def ping(self) -> None:
-        """Let the agent know that this process lives."""
-        import asyncio
-
-        while True:
-            self.send(ping=1)
-            await asyncio.sleep(PING)
-
-
-SECRETS = ("key", "curve_publickey", "curve_secretkey")
-"""What a connection file holds that must not cross the network unencrypted."""
+            raise self.tunnel_error()
+        if message.get("problem"):
+            raise UserError(**message["problem"])
 
 
 class JobProgram(Program):
     """A kernel in a job of a cluster: srun or Skein's client as the program, an agent on the node.
 
     The job outlives the kernel for `linger` seconds, so that a restart gets it.
+    orders: what the agent has to know; travels over srun's stdin or in Skein's key-value store.
+    launches: how often the kernel was restarted.  life: the task that brings the job to its end.
     """
 
     what = "job"
 
-    NOTICE = 3.0
-    """Seconds in which the program that holds the job has to notice that its agent is gone."""
-
     def __init__(self, plan: Plan, job: Job, launch: Launch, host: Host) -> None:
         import hashlib
 
-        connection = read_connection(launch, host)[2]
-        super().__init__(plan, Supervision(job_directory(launch, host), connection=connection), host)
-        self.job = job
-        secrets = [str(connection.get(name, "")) for name in SECRETS]
+        path, _, connection = read_connection(launch, host)
+        base = private_base(os.environ, "", host)
+        if len(base) > 60:  # the path of a unix socket has 107 bytes
+            base = private_base(os.environ, "tmp", host)
+        super().__init__(plan, Supervision(f"{base}/job-{kernel_key(path)}", connection=connection), host)
+        self.job, self.linger = job, job.linger
+        # ports may change at a restart; the key does not, and crosses the network only with the job
+        secrets = [connection.get(name) for name in ("key", "curve_publickey", "curve_secretkey")]
         same = repr((job.argv, vars(job.launch), secrets))
-        self.linger = job.linger
         self.digest = hashlib.sha256(same.encode(errors="surrogatepass")).hexdigest()
-        self.orders = agent_orders(job, launch, connection, os.environ)
-        self.connection: Mapping[str, Any] = connection
+        names = launch.options.get("env", ())
+        self.orders = {
+            "secret": os.urandom(32).hex(),
+            "connection": connection,
+            "launch": {**vars(job.launch), "steps": [vars(step) for step in job.launch.steps]},
+            "directories": job.directories(os.getcwd()),
+            "environ": {name: os.environ[name] for name in names if name in os.environ},
+            "transport": job.transport,
+            "tunnel": job.tunnel,
+            "node-ports": job.node_ports,
+        }
         self.launches = 0
-        self.link: AgentLink | None = None
         self.life: asyncio.Future[UserError] | None = None
 
     def start(self) -> None:
-        """Start the program that holds the job."""
-        self.submission = Submission(self.job, self.orders, self.keeper, self.host)
-        self.submission.start()
+        self.submission = Submission(self.job, self.orders, self.keeper)
+        self.link = AgentLink(self.job, self.orders["secret"], self.keeper)
 
     async def ready(self) -> None:
-        """Return when the agent has reported that the kernel listens."""
         self.follow_job()
         await self.listening.wait()
 
     async def connect(self, number: int) -> socket.socket:
-        """Return a connection to a stream.  Raises OSError."""
-        if not self.link:
-            raise ConnectionRefusedError("The job has not started.")
         return await self.link.connect(number)
 
-    def send(self, **message: Any) -> None:
-        """Send the agent an order, if it is there."""
-        if self.link:
-            self.link.send(**message)
-
     def send_signal(self, number: int) -> None:
-        """Signal the kernel."""
-        self.send(signal=number)
+        self.link.send(signal=number)
 
     async def wait(self) -> tuple[int, UserError | None]:
-        """Return the status of the kernel, or of the job if that has ended, and why it did."""
         import asyncio
 
         life = self.follow_job()
@@ -8201,7 +7870,7 @@ class JobProgram(Program):
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:  # nobody uses this kernel any more
-            self.send(signal=9)
+            self.link.send(signal=9)
             raise
         if life.done():
             self.over = True
@@ -8210,7 +7879,7 @@ class JobProgram(Program):
         message = self.ended.result()
         status = message["ended"]
         problem = UserError(**message["problem"]) if message["problem"] else None
-        if not problem and not self.keeper.answered(status) and self.link:
+        if not problem and not self.keeper.answered(status):
             where = f"{self.plan.where} on {self.link.place['node']}"
             problem = ended_error(status, where, message["tail"], self.plan.install)
         return status, problem
@@ -8218,27 +7887,19 @@ class JobProgram(Program):
     async def attach(self, connection: Mapping[str, Any]) -> None:
         """Have the agent start another kernel, now or as soon as it is there."""
         self.launches += 1
-        self.connection = connection
         self.expect_kernel()
-        self.send_start()
-        self.submission.log_id()
-        if self.submission.state and not self.link:
+        self.link.send(start=self.launches)
+        self.submission.note_id(self.submission.id)
+        if self.submission.state and not self.link.control:
             self.keeper.report(self.submission.state)
 
     async def lost(self) -> None:
-        """Return when the job is over."""
         import asyncio
 
-        await (asyncio.wait({self.life}) if self.life else asyncio.Event().wait())
-
-    def send_start(self) -> None:
-        """Have the agent start a kernel.  Its key went to the node with the job: the network may be read."""
-        public = {name: value for name, value in self.connection.items() if name not in SECRETS}
-        self.send(start=public, launch=self.launches)
+        await asyncio.shield(self.follow_job())
 
     async def end(self) -> None:
-        """End the job."""
-        self.send(end=True)
+        self.link.send(end=True)
         if self.life:
             await self.submission.end(self.link)
             self.life.cancel()
@@ -8248,7 +7909,7 @@ class JobProgram(Program):
         import asyncio
 
         self.listening = asyncio.Event()
-        self.ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[dict[str, Any]] = self.keeper.loop.create_future()
 
     def on_news(self, message: dict[str, Any]) -> None:
         """Note how the kernel of this launch does."""
@@ -8259,80 +7920,61 @@ class JobProgram(Program):
 
     def follow_job(self) -> asyncio.Future[UserError]:
         """Return the task that brings the job to its end, and why it ended; it lives through restarts."""
-        import asyncio
-
         if not self.life:
             self.expect_kernel()
             self.submission.follow()
-            self.life = asyncio.ensure_future(self.run())
+            self.life = self.keeper.loop.create_task(self.run())
         return self.life
 
     async def run(self) -> UserError:
-        """Bring the agent its orders and follow what it reports; return why the job is over."""
+        """Follow program and agent until one of them is over; return why."""
         import asyncio
 
         submission = self.submission
-        program = asyncio.ensure_future(submission.why_ended())
+        program = asyncio.ensure_future(submission.ended())
         steps = asyncio.ensure_future(self.follow_agent())
-        first: set[asyncio.Future[Any]] = {program, submission.agent}
-        then: set[asyncio.Future[Any]] = {program, steps}
-        limit = self.job.queue_timeout or None
+        ends: set[asyncio.Future[Any]] = {program, steps}
         try:
-            await asyncio.wait(first, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if not program.done() and not submission.agent.done():
-                return UserError(
-                    f"The job did not start within {limit:g} s, the --queue-timeout.",
-                    "Try again later, ask for less, or for a partition or queue that has room.",
-                    detail=submission.state,
-                )
-            await asyncio.wait(then, return_when=asyncio.FIRST_COMPLETED)
-            problem = None if program.done() else steps.result()
-            if problem:
-                submission.cancel_later()
-                return problem
-            if not self.job.detached:  # the agent is gone: the program will know why
-                await asyncio.wait({program}, timeout=self.NOTICE)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if steps.done():
+                steps.result()
+                if not self.job.detached:  # the agent is gone: the program will soon know why
+                    await asyncio.wait({program}, timeout=3)
             if program.done():
                 return program.result()
             node = submission.agent.result()["node"]
-            message = f"The node {node} broke off the connection without a word."
-            return await self.job.explain(message, submission.said(), submission.id, submission.ask)
+            return await submission.explain(f"The node {node} broke off the connection without a word.")
         except UserError as error:
             return error
         finally:
             program.cancel()
             steps.cancel()
 
-    async def follow_agent(self) -> UserError | None:
-        """Connect to the agent and follow what it reports; return why it is gone, if that is known."""
-        place = await self.submission.agent
-        link = AgentLink(self.job, self.orders["secret"], self.keeper, place)
-        reader = await link.open()
-        self.link = link
+    async def follow_agent(self) -> None:
+        """Connect to the agent and follow what it reports.  Raises UserError: why it is gone, if known."""
+        import asyncio
+
+        limit = self.job.queue_timeout or None
+        try:
+            place = await asyncio.wait_for(self.submission.agent, limit)
+        except asyncio.TimeoutError:
+            message = f"The job did not start within {limit:g} s, the --queue-timeout."
+            hint = "Try again later, ask for less, or for a partition or queue that has room."
+            raise UserError(message, hint, detail=self.submission.state) from None
+        reader = await self.link.open(place)
         if self.job.detached:  # the agent ends the job now, and well
             self.submission.cancel_later(False)
         if self.launches:  # restarted while the job waited
-            self.send_start()
-        return await link.follow(reader, self.on_news)
-
-
-def tunnel_argv(program: str, path: str, node: str, port: int) -> list[str]:
-    """Return the command that leads the unix socket `path` to a port of a node's loopback."""
-    options = [
-        "BatchMode=yes",
-        "ExitOnForwardFailure=yes",
-        "StreamLocalBindMask=0177",
-        "ServerAliveInterval=5",
-    ]
-    flags = [part for option in options for part in ("-o", option)]
-    return [program, "-N", "-T", *flags, "-L", f"{path}:127.0.0.1:{port}", node]
+            self.link.send(start=self.launches)
+        try:
+            await self.link.follow(reader, self.on_news)
+        except UserError:
+            self.submission.cancel_later()
+            raise
 
 
 def own_code(host: Host) -> bytes:
-    """Return this file as `NODE_BOOT` reads it: bytecode for the same Python, source for another one.
-
-    Raises UserError where it can't be read.
-    """
+    """Return this file as `NODE_BOOT` reads it: bytecode for the same Python, source for another one."""
     import marshal
     import zlib
     from importlib.machinery import SourceFileLoader
@@ -8347,47 +7989,48 @@ def own_code(host: Host) -> bytes:
     return b"%s %d %d\n" % (MAGIC_NUMBER.hex().encode(), len(code), len(source)) + code + source
 
 
-def job_directory(launch: Launch, host: Host) -> str:
-    """Return the path of the keeper's private directory, which belongs to one connection file."""
-    base = private_base(os.environ, "", host)
-    if len(base) > 60:  # the path of a unix socket has 107 bytes
-        base = f"/tmp/envkernel-{host.ids()[0]}"
-    return f"{base}/job-{kernel_key(launch.options['connection-file'])}"
-
-
 # ---- yarn ---------------------------------------------------------------------------------------
 
 YARN_SCRIPT = "source environment/bin/activate\nexport PATH\nexec python -I envkernel.py yarn agent\n"
-"""What YARN's container runs: the one place where its shell is reported something, and nothing of the user's.
+"""What YARN's container runs, with nothing of the user's.  conda-pack's script exports no PATH, and a Python
+that does not find itself there takes itself for the one that it was built as."""
 
-conda-pack's script exports no PATH, and bash has one of its own where yarn.nodemanager.env-whitelist lets
-none through; a Python that is not reported of it takes itself for the one that it was built as.
-"""
+NOTHING_LEFT = 3
+"""Exit status of a helper whose application has ended, or was never submitted."""
 
-ALL_KILLED = 3
-"""Exit status of a helper that has killed its application because nobody waits for it any more."""
+YARN_ENDS = ("FINISHED", "FAILED", "KILLED")
 
 ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
 """Keys in the application's key-value store, which only who holds its certificate can read."""
 
 
 def yarn_main(words: Sequence[str]) -> int:
-    """The hidden commands ``envkernel yarn client ...`` (on the edge node) and ``yarn agent`` (on a node)."""
+    """The hidden commands ``envkernel yarn agent`` (on a node) and, on the edge node, ``yarn client``:
+    ``check QUEUE``, ``submit``, ``report APPLICATION``, ``kill APPLICATION``."""
     if words[0] == "agent":
-        return yarn_agent()
+        yarn_agent()
     status = 1
     try:
         import_from_here()
-        status = CLIENTS[words[1]](words[2:])
+        skein, client = open_skein()
+        if words[1] == "check":
+            check_queue(client, words[2])
+        elif words[1] == "submit":
+            submit_application(skein, client)
+        elif words[1] == "kill":
+            kill_application(client, words[2])
+        else:
+            raise application_end(client, words[2], "")
+        status = 0
     except UserError as error:
-        report_failure(error)
-        status = error.status
+        announce(1, error=vars(error))
+        status = NOTHING_LEFT
     finally:
         os._exit(status)  # without Skein's destructors, which print a traceback when its Java was killed
 
 
 def open_skein() -> Any:
-    """Return Skein and a client of it.  Raises UserError where something that it needs is missing."""
+    """Return Skein and a client of it.  Raises UserError where that needs something."""
     import importlib
     import warnings
 
@@ -8396,73 +8039,52 @@ def open_skein() -> Any:
     try:
         skein = importlib.import_module("skein")
     except ImportError as error:
-        raise UserError(
-            f"Skein, which speaks with YARN, can't be loaded: {error}.",
-            f"Install it: {sys.executable} -m pip install 'envkernel[yarn]'.",
-        ) from None
+        hint = f"Install it: {sys.executable} -m pip install 'envkernel[yarn]'."
+        raise UserError(f"Skein, which speaks with YARN, can't be loaded: {error}.", hint) from None
     try:
         return skein, skein.Client(log=False)
     except Exception as error:  # whatever stops its Java process
-        raise UserError(
-            "Skein's client could not be started.",
-            "Java and `yarn classpath --glob` have to work here, and the ResourceManager to answer.",
-            detail=str(error),
-        ) from None
+        hint = "Java and `yarn classpath --glob` have to work here, and the ResourceManager to answer."
+        raise UserError("Skein's client could not be started.", hint, detail=str(error)) from None
 
 
-def client_check(words: Sequence[str]) -> int:
-    """See whether there is a queue of that name."""
-    _, client = open_skein()
+def check_queue(client: Any, name: str) -> None:
+    """Raise UserError unless there is a queue of that name that takes applications."""
     try:
-        queue = client.get_queue(words[0])
+        queue = client.get_queue(name)
     except Exception as error:
-        known = ""
+        hint = "Ask whether YARN is up: yarn node -list."
         if "queue" in str(error).lower():
-            known = ", ".join(sorted(queue.name for queue in client.get_all_queues()))
-        raise UserError(
-            f"YARN has no queue {words[0]} that can be used.",
-            f"There are: {known}." if known else "Ask whether YARN is up: yarn node -list.",
-            detail=str(error),
-        ) from None
-    finally:
-        client.close()
+            hint = f"There are: {', '.join(sorted(queue.name for queue in client.get_all_queues()))}."
+        raise UserError(f"YARN has no queue {name} that can be used.", hint, detail=str(error)) from None
     if str(queue.state).upper() != "RUNNING":
-        raise UserError(f"YARN's queue {words[0]} is stopped.", "Choose another one: --queue=NAME.")
-    return 0
+        raise UserError(f"YARN's queue {name} is stopped.", "Choose another one: --queue=NAME.")
 
 
-def client_submit(words: Sequence[str]) -> int:
-    """Submit the application that stdin describes and bring its agent the orders.
+def submit_application(skein: Any, client: Any) -> None:
+    """Submit the application that stdin describes and bring its agent the orders; then end this process.
 
     When stdin ends before that is done, nobody waits any more: the application is killed.
     """
     import threading
 
     asked = from_json(sys.stdin.buffer.readline())
-    submitting = threading.Lock()
-    started: list[tuple[Any, str]] = []
+    spec, number, submitting = asked["spec"], "", threading.Lock()
 
     def kill_when_nobody_waits() -> None:
         if not sys.stdin.buffer.read(1):
             with submitting:
-                killed = [kill_application(client, number) for client, number in started]
-                os._exit(ALL_KILLED if all(killed) else 1)
+                os._exit(NOTHING_LEFT if not number or kill_application(client, number) else 1)
 
     threading.Thread(target=kill_when_nobody_waits, daemon=True).start()
-    skein, client = open_skein()
-    spec = asked["spec"]
     files = {name: skein.File(source="file://" + path, type="file") for name, path in spec["files"].items()}
     files["environment"] = skein.File(source="file://" + spec["environment"], type="archive")
-    service = skein.Service(
-        resources=skein.Resources(memory=spec["memory"], vcores=spec["vcores"]),
-        files=dict(files),
-        script=YARN_SCRIPT,
-    )
+    resources = skein.Resources(memory=spec["memory"], vcores=spec["vcores"])
+    service = skein.Service(resources=resources, files=files, script=YARN_SCRIPT)
     application = skein.ApplicationSpec(name=spec["name"], queue=spec["queue"], services={"kernel": service})
     try:
         with submitting:
             number = client.submit(application)
-            started.append((client, number))
     except Exception as error:
         hint = "See what it said; --queue, --memory and --vcores may have to change."
         raise UserError("YARN did not take the application.", hint, detail=str(error)) from None
@@ -8471,32 +8093,26 @@ def client_submit(words: Sequence[str]) -> int:
     try:
         running = client.connect(number)
         running.kv[ORDERS_KEY] = to_json(asked["orders"])
-        place = from_json(running.kv.wait(AGENT_KEY))
+        write_patiently(1, running.kv.wait(AGENT_KEY))
     except Exception as error:
         raise application_end(client, number, str(error)) from None
-    say_hello({**place, "job": number})
     os._exit(0)  # without waiting for the thread
 
 
 def say_yarn(text: str) -> None:
     """Say something of the application on stderr, as the keeper reads it."""
-    write_all(2, f"{YARN_SAYS} {text}\n".encode(errors="replace"))
+    write_patiently(2, f"{YARN_SAYS} {text}\n".encode(errors="replace"))
 
 
 def await_running(client: Any, number: str) -> None:
-    """Wait until an application runs, saying what it waits for when that changes.
-
-    Raises UserError where it ends instead.
-    """
+    """Wait until an application runs, and say what it waits for.  Raises UserError where it ends instead."""
     import time
 
-    said = ""
-    while True:
+    said = state = ""
+    while state != "RUNNING":
         report = client.application_report(number)
         state = str(report.state)
-        if state == "RUNNING":
-            return
-        if state in ("FINISHED", "FAILED", "KILLED"):
+        if state in YARN_ENDS:
             raise application_end(client, number, "")
         words = (report.diagnostics or "").split("Details :")[0].strip().splitlines()
         now = f"application {number} waits: {state}" + (f" ({words[-1].strip()})" if words else "")
@@ -8512,33 +8128,14 @@ def application_end(client: Any, number: str, said: str) -> UserError:
 
     for _ in range(20):
         report = client.application_report(number)
-        if str(report.state) in ("FINISHED", "FAILED", "KILLED"):
-            break
+        if str(report.state) in YARN_ENDS:
+            message = f"The YARN application {number} has ended: {str(report.final_status).lower()}."
+            hint = f"Its logs may tell more: yarn logs -applicationId {number}."
+            return UserError(message, hint, detail=(report.diagnostics or said).strip()[-TAIL:])
         time.sleep(0.25)
-    else:
-        kill_application(client, number)  # its container is gone, but nobody has reported the ResourceManager
-        return UserError(
-            f"The YARN application {number} does not answer.", "Start the kernel again.", detail=said
-        )
-    user = str(report.final_status).lower()
-    return UserError(
-        f"The YARN application {number} has ended: {user}.",
-        f"Its logs may tell more: yarn logs -applicationId {number}.",
-        detail=(report.diagnostics or said).strip()[-TAIL:],
-    )
-
-
-def client_report(words: Sequence[str]) -> int:
-    """Say what became of an application."""
-    _, client = open_skein()
-    raise application_end(client, words[0], "")
-
-
-def client_kill(words: Sequence[str]) -> int:
-    """Kill an application, if it has not ended."""
-    _, client = open_skein()
-    kill_application(client, words[0])
-    return 0
+    kill_application(client, number)  # its container is gone, but nobody has told the ResourceManager
+    message = f"The YARN application {number} does not answer."
+    return UserError(message, "Start the kernel again.", detail=said)
 
 
 def kill_application(client: Any, number: str) -> bool:
@@ -8551,67 +8148,45 @@ def kill_application(client: Any, number: str) -> bool:
         return False
 
 
-CLIENTS = {"check": client_check, "submit": client_submit, "report": client_report, "kill": client_kill}
-"""What the helper can do, by the word after ``envkernel yarn client``."""
+def yarn_agent() -> NoReturn:
+    """What YARN's container runs: a child gets the orders, for Skein's client needs 50 MB; be the agent.
 
-
-def yarn_agent() -> int:
-    """What YARN's container runs: get the orders from the key-value store, serve, answer there.
-
-    Skein's client needs 50 MB; it lives in a process of its own, for as long as it takes.
+    The exec frees 30 MB: what compiling this file took.
     """
     orders, orders_end = os.pipe()
     place_end, place = os.pipe()
     if not os.fork():
-        if not os.fork():  # so that the agent is not the one who has to bury it
-            os.close(place)
-            os.close(orders)
-            yarn_channel(orders_end, place_end)
-        os._exit(0)
-    os.wait()
+        os.close(place)
+        os.close(orders)
+        exit_with(lambda: bring_orders(orders_end, place_end))
     os.close(orders_end)
     os.close(place_end)
     text = b"".join(iter(lambda: os.read(orders, 1 << 16), b""))
-    os.close(orders)
-    if text:
-        become_small_agent(from_json(text), place)
-    return 1
-
-
-def become_small_agent(orders: Mapping[str, Any], place: int) -> NoReturn:
-    """Become an agent that holds no more of this file than it needs: having compiled it takes 30 MB.
-
-    place: descriptor on which the agent is to say where it listens.
-    """
+    if not text:
+        sys.exit(1)
     file = os.memfd_create("agent")
-    write_all(file, own_code(Host()) + to_json({**orders, "place": place}) + b"\n")
+    write_patiently(file, own_code(Host()) + to_json({**from_json(text), "place": place}) + b"\n")
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
     os.set_inheritable(place, True)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", NODE_BOOT])
 
 
-def yarn_channel(orders_end: int, place_end: int) -> NoReturn:
+def bring_orders(orders_end: int, place_end: int) -> int:
     """Fetch the orders from the key-value store and leave the agent's place there."""
     import importlib
     import signal
 
-    status = 1
-    try:
-        signal.alarm(120)  # nobody came
-        skein = importlib.import_module("skein")
-        store = skein.ApplicationClient.from_current().kv
-        text = store.wait(ORDERS_KEY)
-        store.pop(ORDERS_KEY)  # the secret has been delivered
-        write_all(orders_end, text)
-        os.close(orders_end)
-        signal.alarm(0)
-        store[AGENT_KEY] = b"".join(iter(lambda: os.read(place_end, 1 << 16), b""))
-        status = 0
-    except BaseException as error:
-        write_all(2, f"envkernel: no orders came through Skein: {error!r}\n".encode())
-    finally:
-        os._exit(status)
+    signal.alarm(120)  # nobody came
+    skein = importlib.import_module("skein")
+    store = skein.ApplicationClient.from_current().kv
+    text = store.wait(ORDERS_KEY)
+    store.pop(ORDERS_KEY)  # the secret has been delivered
+    write_patiently(orders_end, text)
+    os.close(orders_end)
+    signal.alarm(0)
+    store[AGENT_KEY] = b"".join(iter(lambda: os.read(place_end, 1 << 16), b""))
+    return 0
 
 
 # ---- front --------------------------------------------------------------------------------------
