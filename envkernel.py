@@ -3858,13 +3858,7 @@ def say_installed(done: str, common: Mapping[str, Any], directory: str) -> None:
         lines.append(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
     if "check" not in common:
         lines.append(f"Test it: {called_as()} check {name}")
-    try:
-        print(*lines, sep="\n", flush=True)
-    except OSError as error:
-        failure = lost_output(error)
-        if isinstance(failure, UserError):
-            failure.hint = f"The kernel {name} is installed all the same, in {directory}."
-        raise failure from None
+    print(*lines, sep="\n")
 
 
 # ---- logos --------------------------------------------------------------------------------------
@@ -3897,10 +3891,7 @@ def svg_letter(letter: str, x: int, y: int, size: int, colour: str) -> str:
 
 
 def logo_svg(image: bytes, kind: str, badge: str = "") -> bytes:
-    """Return an SVG that shows an image of a type, with a badge over it.
-
-    As an image its scripts don't run, and its names can't clash with others in a page.
-    """
+    """Return an SVG that shows an image, as which its scripts don't run, with a badge over it."""
     from base64 import b64encode
 
     return (
@@ -3911,10 +3902,7 @@ def logo_svg(image: bytes, kind: str, badge: str = "") -> bytes:
 
 
 def badge_logo(files: Mapping[str, bytes], mode: str, language: str) -> bytes:
-    """Return an SVG that shows a kernel's own logo with the badge of a mode.
-
-    files: of the kernelspec, by name; where no logo is among them, the language's first letter is shown.
-    """
+    """Return an SVG of the logo among a kernelspec's files, or the language's letter, with a mode's badge."""
     from html import escape
 
     letter, colour = BADGES[mode]
@@ -3934,10 +3922,7 @@ def badge_logo(files: Mapping[str, bytes], mode: str, language: str) -> bytes:
 
 
 def own_logos(path: str, data: bytes | None) -> dict[str, bytes]:
-    """Return the logos for a kernelspec that ``--logo FILE`` asks for.  Raises UserError.
-
-    path: as the user gave it; data: what it contains, None where it can't be read.
-    """
+    """Return the logos that ``--logo FILE`` asks for; data: None if it can't be read.  Raises UserError."""
     if data is None:
         raise UserError(f"The logo {path} can't be read.", "Give the path of a PNG or SVG file.")
     if b"<svg" in data[:4096]:
@@ -4005,16 +3990,18 @@ def completion_command(options: Mapping[str, Any], host: Host) -> int:
 
 def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
     """Return what can replace the last of some arguments, which it completes, with its help."""
-    before, rest = split_chain(typed[:-1])
-    current, chained = typed[-1], rest is not None
-    while rest is not None:
-        before, rest = split_chain(rest)
-    found: dict[str, str] = {}
+    import contextlib
+
+    *before, current = typed
+    chained = "--" in before
+    while "--" in before:
+        before = before[before.index("--") + 1 :]
+    commands = {} if chained else COMMANDS
     if not before:
-        found = {name: mode.summary for name, mode in MODES.items()}
-        found.update({} if chained else {name: command.summary for name, command in COMMANDS.items()})
-        return {name: help for name, help in found.items() if name.startswith(current)}
-    mode, command = MODES.get(before[0]), None if chained else COMMANDS.get(before[0])
+        known: dict[str, Mode | Command] = {**MODES, **commands}
+        return {name: one.summary for name, one in known.items() if name.startswith(current)}
+    found: dict[str, str] = {}
+    mode, command = MODES.get(before[0]), commands.get(before[0])
     options = list(command.options) if command else []
     if mode:
         options = mode.options + [option for option in COMMON_OPTIONS if not chained or option.name == "env"]
@@ -4024,10 +4011,13 @@ def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
     if asked and asked.metavar:
         found = dict.fromkeys(((flag + equals) * bool(equals) + choice for choice in asked.choices), "")
     elif current.startswith("-"):
-        found = engine_candidates(mode, host) if mode else {}
-        found.update(
-            {flag + "=" * bool(row.metavar and flag[1] == "-"): row.help for flag, row in flags.items()}
-        )
+        environ = launch_environ(host)
+        with contextlib.suppress(UserError):  # without an engine there are no options of it
+            engine = mode.engine(mode.name, [], environ, host) if mode and mode.engine else []
+            for long, takes in EngineOptions(engine, host, environ).known.values():
+                found[long + "=" * (takes == "=")] = f"Option of {before[0]}."
+        for flag, row in flags.items():
+            found[flag + "=" * bool(row.metavar and flag[1] == "-")] = row.help
     elif command and command.argument == "NAME":
         found = dict.fromkeys((kernel.name for kernel in our_kernels(host)), "")
     elif command and command.argument == "SHELL":
@@ -4035,33 +4025,17 @@ def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
     return {name: help for name, help in found.items() if name.startswith(current)}
 
 
-def engine_candidates(mode: Mode, host: Host) -> dict[str, str]:
-    """Return the long options that a mode's engine lists."""
-    environ = launch_environ(host)
-    try:
-        commands = mode.engine(mode.name, [], environ, host) if mode.engine else []
-        known = EngineOptions(commands, host, environ).known
-    except UserError:  # without an engine there are no options of it
-        return {}
-    return {long + "=" * (takes == "="): f"Option of {mode.name}." for long, takes in known.values()}
-
-
 # ---- managing -----------------------------------------------------------------------------------
 
 
 class Installed(Record):
-    """An installed kernelspec of ours.  tokens: what its run phase reads."""
+    """An installed kernelspec of ours, what its run phase reads, and what made it (unknown for 1.x)."""
 
     name: str
     directory: str
     spec: dict[str, Any]
     tokens: list[str]
-
-    @property
-    def command(self) -> list[str]:
-        """The command line that made it, empty where that is not recorded (1.x)."""
-        words = own_metadata(self.spec).get("command")
-        return [decode_token(word) for word in words] if isinstance(words, list) else []
+    command: list[str] = []
 
     @property
     def launch(self) -> Launch:
@@ -4072,25 +4046,17 @@ class Installed(Record):
             return Launch([], [])
 
 
-def own_metadata(spec: Any) -> dict[str, Any]:
-    """Return ``metadata.envkernel`` of a kernel.json, empty where there is none."""
-    for key in ("metadata", "envkernel"):
-        spec = spec.get(key) if isinstance(spec, dict) else None
-    return spec if isinstance(spec, dict) else {}
-
-
 def our_kernels(host: Host) -> list[Installed]:
     """Return the kernels that envkernel (of any version) has installed, by name."""
-    import json
-
     found: list[Installed] = []
     for name, directory in sorted(installed_kernels().items()):
         try:
-            spec = json.loads(host.read(directory + "/kernel.json") or b"")
-            tokens = run_tokens(spec["argv"])
-            if tokens or own_metadata(spec):
-                found.append(Installed(name, directory, spec, tokens))
-        except (ValueError, KeyError, TypeError, RecursionError):
+            spec = from_json(host.read(directory + "/kernel.json") or b"")
+            tokens, own = run_tokens(spec["argv"]), (spec.get("metadata") or {}).get("envkernel", {})
+            if tokens or own:
+                command = [decode_token(word) for word in own.get("command", ())]
+                found.append(Installed(name, directory, spec, tokens, command))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
             continue  # not ours, or so broken that nothing can be said of it
     return found
 
@@ -4107,76 +4073,63 @@ def our_kernel(name: str, host: Host) -> Installed:
     raise UserError(f"There is no kernel named {name}.", hint)
 
 
-def plans_of(kernel: Installed, host: Host) -> list[Plan]:
-    """Return the plan that an installed kernel would execute now.  Raises UserError for what is broken.
+def examine(kernel: Installed, host: Host) -> tuple[list[Plan], UserError | None]:
+    """Return what a kernel would execute now, and what is broken as far as that can be seen without a start.
 
-    For a cluster a second one says what the node will do, as far as that can be seen on this host.
+    For a cluster a second plan says what the node will do, as far as that can be seen on this host.
     """
-    argv = kernel.spec["argv"]
-    for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
-        if os.path.isabs(path) and not host.exists(path):
-            raise UserError(f"{path} is gone.", f"Write the kernel again: envkernel update {kernel.name}.")
+    plans: list[Plan] = []
     try:
+        argv = kernel.spec["argv"]
+        for path in argv[:1] + (argv[5:6] if is_booted(argv) else []):
+            if os.path.isabs(path) and not host.exists(path):
+                raise UserError(f"{path} is gone.", "Write the kernel again: envkernel update NAME.")
         launch = launch_from_argv(kernel.tokens)
         environ = {**launch_environ(host), **known_fields(kernel.spec)["env"]}
         near = launch.replace(steps=seen_here(launch.steps))
         launches = [launch] if near == launch else [launch, near]
-        return [finish_plan(plan_launch(one, host, environ), one, host) for one in launches]
-    except UserError as error:
-        error.name_kernel(kernel.name)
-        raise
-
-
-def examine(kernel: Installed, host: Host) -> tuple[list[Plan], UserError | None]:
-    """Return the plans of a kernel, and what is broken as far as that can be seen without a start.
-
-    Slurm is asked for the partition, and an engine on this host for the image.
-    """
-    plans: list[Plan] = []
-    try:
-        plans = plans_of(kernel, host)
+        plans = [finish_plan(plan_launch(one, host, environ), one, host) for one in launches]
         program, environ = plans[0].argv[0], plans[0].environ
-        for step in kernel.launch.steps:
+        for step in launch.steps:
             if step.mode == "slurm":
                 ask_slurm(step, program, host, environ)
             if MODES[step.mode].remote:
                 break
             if step.mode in ("docker", "podman"):
-                said = host.output([program, "image", "inspect", step.targets[0]], environ)
-                if said.status:
-                    return plans, engine_error(program, step.targets[0], 125, os.fsdecode(said.err))
+                image = step.targets[0]
+                said = host.output([program, "image", "inspect", image], environ)
+                error = engine_error(program, image, 125, os.fsdecode(said.err)) if said.status else None
+                if error:
+                    raise error
     except UserError as error:
+        error.name_kernel(kernel.name)
         return plans, error
     return plans, None
 
 
-def read_log(text: str, host: Host) -> dict[str, str]:
-    """Return what a launch log says, by the name at the beginning of the line.
+def launch_logs(name: str, environ: Mapping[str, str], host: Host) -> list[tuple[str, str, dict[str, str]]]:
+    """Return the launch logs of a kernel, the newest first: path, text, and its lines by how they begin.
 
-    ``running`` is added where it says of no end: its process may be the kernel now.
+    ``running`` is added where a log says of no end: its process may be the kernel now.
     """
-    lines = dict(line.partition(": ")[::2] for line in text.splitlines())
-    if not {"ended", "not started"} & lines.keys():
-        words = os.fsdecode(host.read("/proc/{}/cmdline".format(lines.get("process", ""))) or b"").split("\0")
-        runs = any(word.endswith(".json") and word in text for word in words)
-        lost = "no (what it said and its exit status are in the log of Jupyter)"
-        lines["running"] = "yes" if runs else lost
-    return lines
-
-
-def launch_logs(name: str, environ: Mapping[str, str], host: Host) -> list[tuple[str, str]]:
-    """Return path and text of the launch logs of a kernel, the newest first."""
+    logs = []
     directory, prefix = log_place(name, environ)
-    paths = [f"{directory}/{file}" for file in sorted(host.listdir(directory)) if file.startswith(prefix)]
-    texts = [(path, host.read(path)) for path in reversed(paths)]
-    return [(path, os.fsdecode(text)) for path, text in texts if text is not None]
+    for file in sorted(host.listdir(directory), reverse=True):
+        data = host.read(f"{directory}/{file}") if file.startswith(prefix) else None
+        if data is not None:
+            text = os.fsdecode(data)
+            lines = dict(line.partition(": ")[::2] for line in text.splitlines())
+            if not {"ended", "not started"} & lines.keys():
+                words = os.fsdecode(host.read(f"/proc/{lines.get('process')}/cmdline") or b"").split("\0")
+                runs = any(word.endswith(".json") and word in text for word in words)
+                lost = "no (what it said and its exit status are in the log of Jupyter)"
+                lines["running"] = "yes" if runs else lost
+            logs.append((f"{directory}/{file}", text, lines))
+    return logs
 
 
 class Running(Record):
-    """Something that runs for a kernel.
-
-    what: as `list` calls it, empty for a process next to a container.  stop: command that ends it.
-    """
+    """Something that runs, as `list` calls it (empty for a process next to a container), and how it ends."""
 
     what: str
     stop: list[str] = []
@@ -4189,21 +4142,8 @@ def listed(found: Sequence[Running]) -> list[str]:
     return [one.what for one in found if one.what]
 
 
-def engine_names(argv: Sequence[str], host: Host) -> list[str]:
-    """Return the names of our containers or instances that an engine lists, none where it doesn't answer."""
-    try:
-        said = host.output(argv, launch_environ(host)) if host.is_executable(argv[0]) else Output(1)
-    except UserError:
-        return []
-    lines = [] if said.status else os.fsdecode(said.out).splitlines()
-    return [line.split()[0] for line in lines if line.startswith("envkernel-")]
-
-
 def run_processes(host: Host) -> dict[str, list[int]]:
-    """Return this user's run processes that have started something, by the name of the kernel.
-
-    A keeper is a copy of the process that Jupyter started: where that one lives, it is not listed.
-    """
+    """Return this user's run processes, and keepers without one, that run something, by kernel name."""
     found: dict[str, dict[int, int]] = {}
     for pid in sorted(map(int, filter(str.isdigit, host.listdir("/proc")))):
         words = os.fsdecode(host.read(f"/proc/{pid}/cmdline") or b"").split("\0")[:-1]
@@ -4221,40 +4161,42 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
 
     What belongs to none of these kernels is there too, unless a process says that another Jupyter runs it.
     """
+    import re
+
     engines: dict[str, str] = {}
     instances: dict[str, str] = {}
     for kernel in kernels:
         launch = kernel.launch
         for step in launch.steps:
-            if MODES[step.mode].remote:
-                break
             if "program" in step.options:
                 engines[step.options["program"]] = step.mode
             if step.options.get("shared"):
                 instances["envkernel-" + shared_name(step, launch, host)] = kernel.name
     for mode in ("docker", "podman", "apptainer", "singularity"):
         program = search_program(mode, path_entries(os.environ), host)
-        if program:
-            engines.setdefault(program, mode)
-    processes = run_processes(host)
-    found: dict[str, dict[str, Running]] = {}
+        engines.update({program: mode} if program and program not in engines else {})
     mine = f"--filter=label=envkernel.uid={host.ids()[0]}"
+    runs: dict[str, list[Running]] = {}
     for program, mode in engines.items():
         apptainer = mode in APPTAINER_PROGRAMS
-        words = ["instance", "list"] if apptainer else ["ps", "--all", mine, "--format={{.Names}}"]
-        for name in engine_names([program, *words], host):
-            owner, _, end = name[len("envkernel-") :].lower().rpartition("-")
-            owner = owner[: -len("-shared")] if len(end) == 16 else owner
-            owner = instances.get(name, name) if apptainer else owner
-            words = ["instance", "stop"] if apptainer else ["rm", "-f", "-v"]
-            what = "instance " * apptainer + name
-            found.setdefault(owner, {})[what] = Running(what, [program, *words, name])
-    runs = {name: list(ones.values()) for name, ones in found.items()}
+        ask = ["instance", "list"] if apptainer else ["ps", "--all", mine, "--format={{.Names}}"]
+        end = ["instance", "stop"] if apptainer else ["rm", "-f", "-v"]
+        try:
+            said = host.output([program, *ask], launch_environ(host))
+        except UserError:  # it is not there any more, or doesn't answer
+            continue
+        lines = os.fsdecode(said.out).splitlines()
+        for name in [line.split()[0] for line in lines if line.startswith("envkernel-")]:
+            owner = re.sub(r"^envkernel-|(-shared-\w{16}|-\w{8})$", "", name.lower())
+            ones = runs.setdefault(instances.get(name, name) if apptainer else owner, [])
+            one = Running("instance " * apptainer + name, [program, *end, name])
+            ones += [] if one.what in listed(ones) else [one]  # podman and docker may be one program
+    processes = run_processes(host)
     for kernel in kernels:
-        logs = [read_log(text, host) for _, text in launch_logs(kernel.name, os.environ, host)]
         jobs = dict.fromkeys(processes.pop(kernel.name, ()), "")
-        jobs.update({int(log["process"]): log.get("job", "") for log in logs if log.get("running") == "yes"})
-        contained = any(what.startswith("envkernel-") for what in found.get(kernel.name, ()))
+        for _, _, log in launch_logs(kernel.name, os.environ, host):
+            jobs.update({int(log["process"]): log.get("job", "")} if log.get("running") == "yes" else {})
+        contained = any(what.startswith("envkernel-") for what in listed(runs.get(kernel.name, ())))
         for pid, job in jobs.items():
             what = f"job {job}" if job else f"process {pid}" * (not contained)
             runs.setdefault(kernel.name, []).append(Running(what, [], pid, job))
@@ -4263,33 +4205,9 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
 
 def one_line(text: str) -> str:
     r"""Return a text as it may be in a line on a terminal: a newline as ``\n``, ESC as ``\x1b``."""
-    return "".join(
-        c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    import re
 
-
-def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    import json
-
-    print(json.dumps(value, indent=1))
-
-
-def lost_output(error: OSError) -> Exception:
-    """Return what to raise for an error while printing; any other is returned as it is.
-
-    One more line shows whether it is the output that fails; then what still waits is given up.
-    """
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        return error
-    except OSError as again:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        reason = os.strerror(again.errno or 0)
-        return UserError(f"The output can't be written: {reason}.", "Send it somewhere else.")
-    return error
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def list_command(options: Mapping[str, Any], host: Host) -> int:
@@ -4297,9 +4215,6 @@ def list_command(options: Mapping[str, Any], host: Host) -> int:
     from concurrent.futures import ThreadPoolExecutor
 
     kernels = our_kernels(host)
-    if options.get("names"):
-        print(*(kernel.name for kernel in kernels), sep="\n")
-        return 0
     host = TimedHost()
     with ThreadPoolExecutor(32) as pool:
         future = pool.submit(find_running, kernels, host)
@@ -4319,7 +4234,8 @@ def list_command(options: Mapping[str, Any], host: Host) -> int:
         state = f"belongs to no kernel that Jupyter finds here; end it: envkernel stop {name}"
         rows.append([name, "leftover", ", ".join(listed(found)), "", state])
     if options.get("json"):
-        print_json([dict(zip(("name", "mode", "target", "directory", "state"), row)) for row in rows])
+        keys = ("name", "mode", "target", "directory", "state")
+        print(to_json([dict(zip(keys, row)) for row in rows]).decode())
     elif rows:
         table = [["NAME", "MODE", "TARGET", "WHERE", "STATE"], *(list(map(one_line, row)) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*table)]
@@ -4355,58 +4271,49 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
         **({"node": stages[1]} if stages[1:] else {}),
     }
     if options.get("json"):
-        print_json(shown)
+        print(to_json(shown).decode())
         return 0
-    lines = [
-        f"kernel       {shown['name']} ({shown['display_name']})",
-        f"directory    {shown['directory']}",
-        f"made by      {shlex.join(shown['command']) or 'envkernel 1.x'}",
-        f"state        {shown['state']}",
-        *([f"running      {', '.join(shown['running'])}"] if shown["running"] else []),
-    ]
-    for stage, where in zip(stages, ("executes    ", "on the node ")):
-        lines.append(f"{where} {shlex.join(stage['argv'])}")
+    lines = [("kernel", f"{kernel.name} ({shown['display_name']})"), ("directory", kernel.directory)]
+    lines += [("made by", shlex.join(shown["command"]) or "envkernel 1.x"), ("state", shown["state"])]
+    lines += [("running", what) for what in [", ".join(shown["running"])] if what]
+    for stage, where in zip(stages, ("executes", "on the node")):
+        lines.append((where, shlex.join(stage["argv"])))
         for name, value in stage["environment"].items():
-            lines.append(f"environment  {'- ' + name if value is None else '+ ' + name + '=' + value}")
-    print(*map(one_line, lines), sep="\n")
+            lines.append(("environment", f"- {name}" if value is None else f"+ {name}={value}"))
+    print(*(one_line(f"{label:12} {text}") for label, text in lines), sep="\n")
     return 0
 
 
 def update_command(options: Mapping[str, Any], host: Host) -> int:
-    """``envkernel update NAME``: write a kernel again from the command that made it; or all of them."""
-    if not options.get("all"):
-        return update_kernel(our_kernel(options["NAME"], host), host)
-    if options.get("NAME"):
+    """``envkernel update NAME``: write a kernel again from the command that made it; or all of them.
+
+    A kernel that fails is as it was.
+    """
+    if options.get("all") and options.get("NAME"):
         raise usage_error("--all updates every kernel.", f"Leave {options['NAME']} or --all out.")
     failed = []
-    for kernel in our_kernels(host):
+    for kernel in our_kernels(host) if options.get("all") else [our_kernel(options["NAME"], host)]:
         try:
-            update_kernel(kernel, host)
+            command = kernel.command or command_of_1x(kernel)
+            own = command.index("--") if "--" in command else len(command)
+            for index, word in enumerate(command[:own]):
+                flag, _, value = word.partition("=")
+                if flag == "--name" or (flag == "--kernel-template" and value not in installed_kernels()):
+                    command[index] = f"{flag}={kernel.name}"  # was copied; or this is the template's clone
+                elif flag == "--logo" and not host.exists(value):
+                    copies = [f"{kernel.directory}/{file}" for file in (LOGO_PNGS[0], LOGO_SVG)]
+                    command[index] = "--logo=" + next(filter(host.exists, copies), value)
+            entries = [entry for step in kernel.launch.steps for entry in step.options.get("recorded", [])]
+            setup(command, host, kernel.directory, dict(entry.partition("=")[::2] for entry in entries))
         except UserError as error:
+            if not options.get("all"):
+                raise
             failed.append(kernel.name)
             sys.stdout.flush()
             print_error(error)
     if failed:
         raise UserError(f"Not updated: {', '.join(failed)}.", "See above; the others are.")
     return 0
-
-
-def update_kernel(kernel: Installed, host: Host) -> int:
-    """Write a kernel again from the command that made it.  Raises UserError; then it is as it was."""
-    command = kernel.command or command_of_1x(kernel)
-    own = command.index("--") if "--" in command else len(command)
-    head = []
-    for word in command[:own]:
-        flag, _, value = word.partition("=")
-        if flag == "--name" or (flag == "--kernel-template" and value not in installed_kernels()):
-            word = f"{flag}={kernel.name}"  # was copied; or the template is gone: this is its clone
-        elif flag == "--logo" and not host.exists(value):
-            copies = [f"{kernel.directory}/{file}" for file in (LOGO_PNGS[0], LOGO_SVG)]
-            word = "--logo=" + next(filter(host.exists, copies), value)
-        head.append(word)
-    entries = [entry for step in kernel.launch.steps for entry in step.options.get("recorded", [])]
-    recorded = dict(entry.partition("=")[::2] for entry in entries)
-    return setup(head + command[own:], host, kernel.directory, recorded)
 
 
 def command_of_1x(kernel: Installed) -> list[str]:
@@ -4428,13 +4335,11 @@ def command_of_1x(kernel: Installed) -> list[str]:
 def log_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel log NAME``: print the last abnormal end of a kernel, then its newest launch."""
     name = options["NAME"]
-    logs = [(path, text, read_log(text, host)) for path, text in launch_logs(name, os.environ, host)]
+    logs = launch_logs(name, os.environ, host)
     if not logs:
         our_kernel(name, host)
-        raise UserError(
-            f"The kernel {name} has no launch log in {log_place(name, os.environ)[0]}.",
-            "Start it once; where Jupyter runs with another data directory, set JUPYTER_DATA_DIR to that.",
-        )
+        message = f"The kernel {name} has no launch log in {log_place(name, os.environ)[0]}."
+        raise UserError(message, "Start it once, or set JUPYTER_DATA_DIR to the one that Jupyter runs with.")
     failed = next((log for log in logs if {"not started", "reason"} & log[2].keys()), logs[0])
     texts = []
     for log in logs if options.get("all") else [failed, logs[0]][failed is logs[0] :]:
@@ -4447,22 +4352,29 @@ def log_command(options: Mapping[str, Any], host: Host) -> int:
 
 
 def stop_command(options: Mapping[str, Any], host: Host) -> int:
-    """``envkernel stop NAME``: end everything that runs for a kernel, or is left of one.
-
-    First the processes that Jupyter started, which clean up; then what belongs to none of them.
-    """
+    """``envkernel stop NAME``: end everything that runs for a kernel, or is left of one."""
+    import contextlib
+    import signal
     import time
 
     name, kernels = options["NAME"].lower(), our_kernels(host)
     found = find_running(kernels, host).get(name, [])
     if not found:
         our_kernel(name, host)
-    end_processes([one.pid for one in found if one.pid])
-    for number in [one.job for one in found if one.job]:
-        plan = plans_of(our_kernel(name, host), host)[0]
-        argv = plan.job.cancel(0, number) if plan.job else []
+    pids = [one.pid for one in found if one.pid]
+    for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 0)):  # they clean up
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while pids and time.monotonic() < deadline:
+            time.sleep(0.1)
+            pids = [pid for pid in pids if process_start_time(pid)]
+    for job in filter(None, [one.job for one in found]):
+        plans, _ = examine(our_kernel(name, host), host)
+        argv = plans[0].job.cancel(0, job) if plans and plans[0].job else []
         if argv:
-            host.output(argv, plan.environ)
+            host.output(argv, plans[0].environ)
     end_containers(find_running(kernels, host).get(name, ()), host)
     deadline = time.monotonic() + 10
     while (left := listed(find_running(kernels, host).get(name, ()))) and time.monotonic() < deadline:
@@ -4471,22 +4383,6 @@ def stop_command(options: Mapping[str, Any], host: Host) -> int:
         raise UserError(f"Still running: {', '.join(left)}.", "Try it once more, or end it by hand.")
     print(f"Ended: {', '.join(listed(found))}" if found else f"Nothing runs for the kernel {name}.")
     return 0
-
-
-def end_processes(pids: Sequence[int]) -> None:
-    """Terminate processes; kill those that have not ended after five seconds."""
-    import contextlib
-    import signal
-    import time
-
-    for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 0)):
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + seconds
-        while pids and time.monotonic() < deadline:
-            time.sleep(0.1)
-            pids = [pid for pid in pids if process_start_time(pid)]
 
 
 def end_containers(found: Sequence[Running], host: Host) -> None:
@@ -4503,7 +4399,9 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel remove NAME``: remove a kernelspec that envkernel made, and what is kept for it alone."""
     kernel = our_kernel(options["NAME"], host)
     try:
-        remove_kernelspec(kernel.directory)
+        link = os.path.islink(kernel.directory)
+        os.unlink(kernel.directory if link else kernel.directory + "/kernel.json")  # now it is none any more
+        remove_tree(kernel.directory)
     except OSError as error:
         message = f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}."
         raise UserError(message, "Ask the user who installed it.") from None
@@ -4515,28 +4413,13 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
     if found:
         print("Still running, until their notebooks are shut down: " + ", ".join(listed(found)))
     elif kernel.name not in installed_kernels():
-        for path, _ in launch_logs(kernel.name, os.environ, host):
-            remove_tree(path)
+        for path, _, _ in launch_logs(kernel.name, os.environ, host):
+            os.unlink(path)
         for step in kernel.launch.steps:
             remove_built_image(step, kernel.name, host)
     for base in private_bases(os.environ, host):
         remove_stale(base, os.environ)
     return 0
-
-
-def remove_kernelspec(directory: str) -> None:
-    """Remove a kernelspec's directory, or the link to it, whole or not at all.  Raises OSError."""
-    import shutil
-    import tempfile
-
-    if os.path.islink(directory):
-        os.unlink(directory)
-        return
-    stage = tempfile.mkdtemp(prefix=".envkernel-", dir=os.path.dirname(directory))
-    try:
-        os.rename(directory, os.path.join(stage, "old"))
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 PROBES = {
@@ -4549,10 +4432,7 @@ PROBES = {
 
 
 class Check:
-    """One run of a kernel through everything a client does, each step timed.
-
-    steps: rows of name, seconds and error (empty where it worked).  plans: as of `plans_of`.
-    """
+    """One run of a kernel through everything a client does; steps: name, seconds and error of each."""
 
     def __init__(self, kernel: Installed, plans: Sequence[Plan], host: Host) -> None:
         self.kernel = kernel
@@ -4596,21 +4476,17 @@ class Check:
         self.step("leftovers", lambda: self.leftovers(before))
 
     def wait(self) -> str:
-        """Wait for the first answer, then until the kernel is received on its iopub channel as well.
-
-        What it publishes before that is lost, so it is asked again, as jupyter_server does.
-        """
-        from queue import Empty
+        """Wait for the first answer, then until what the kernel publishes is received, as Jupyter does."""
+        import contextlib
+        import queue
 
         self.client.wait_for_ready(timeout=60)
         for _ in range(60):
             self.client.kernel_info(reply=True, timeout=30)
-            try:
+            with contextlib.suppress(queue.Empty):
                 while self.client.get_iopub_msg(timeout=0.5)["content"].get("execution_state") != "idle":
                     pass
                 return ""
-            except Empty:
-                continue
         return "nothing is received on the kernel's iopub channel"
 
     def execute(self) -> str:
@@ -4648,17 +4524,18 @@ class Check:
 
     def interrupt(self) -> str:
         """Interrupt something that would run for a minute."""
+        import queue
         import time
 
         request = self.client.execute(self.sleep)
         time.sleep(0.5)
         self.manager.interrupt_kernel()
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            reply = self.client.get_shell_msg(timeout=10)
-            if reply["parent_header"].get("msg_id") == request:
-                return "" if reply["content"]["status"] != "ok" else "the code ran on"
-        return "the kernel did not react within 10 s"
+        try:
+            while (reply := self.client.get_shell_msg(timeout=10))["parent_header"].get("msg_id") != request:
+                pass
+        except queue.Empty:
+            return "the kernel did not react within 10 s"
+        return "" if reply["content"]["status"] != "ok" else "the code ran on"
 
     def restart(self) -> str:
         """Restart as Jupyter does with a kernel that hangs, then compute again."""
@@ -4667,20 +4544,24 @@ class Check:
 
     def listening(self) -> str:
         """Look for addresses that others could reach, on Jupyter's ports and of the kernel's processes."""
-        import contextlib
+        import socket
 
         connection: Mapping[str, Any] = self.manager.get_connection_info()
         ports = {connection[name + "_port"] for name in STREAMS}
-        sockets: set[str] = set()
-        for pid in () if self.plan.job else self.processes():  # srun's own ports are Slurm's affair
-            for name in self.host.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError):
-                    sockets.add(os.readlink(f"/proc/{pid}/fd/{name}"))
-        exposed = {
-            f"{address}, port {port}"
-            for address, port, inode in listening_sockets(self.host)
-            if (port in ports or f"socket:[{inode}]" in sockets) and not address.startswith(("127.", "::1"))
-        }
+        pids = () if self.plan.job else self.processes()  # srun's own ports are Slurm's affair
+        links = [f"/proc/{pid}/fd/{name}" for pid in pids for name in self.host.listdir(f"/proc/{pid}/fd")]
+        sockets = {os.path.basename(os.path.realpath(link)) for link in links}
+        exposed = set()
+        for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
+            for line in (self.host.read(path) or b"").decode().splitlines()[1:]:
+                fields = line.split()
+                digits, port = fields[1].split(":")
+                words = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
+                raw = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
+                address, number = socket.inet_ntop(family, raw), int(port, 16)
+                own = number in ports or f"socket:[{fields[9]}]" in sockets
+                if own and fields[3] == "0A" and not address.startswith(("127.", "::1")):
+                    exposed.add(f"{address}, port {number}")
         return "others can reach it at " + "; ".join(sorted(exposed)) if exposed else ""
 
     def processes(self) -> dict[str, str]:
@@ -4694,23 +4575,21 @@ class Check:
         return {pid: command for pid, command in found.items() if command}
 
     def traces(self) -> set[str]:
-        """Return what there is now: the kernel's private directories, its kernelspec's containers, jobs."""
-        found: set[str] = set()
+        """Return what there is: this check's processes and directories, the kernelspec's containers, jobs."""
+        found = {f"process {pid} ({command})" for pid, command in self.processes().items()}
         supervision, job = self.plan.supervision, self.plan.job
         key = kernel_key(self.manager.connection_file) if self.manager.connection_file else "none yet"
         for base in private_bases(self.plan.environ, self.host):
             names = [name for name in self.host.listdir(base) if key in name and not name.endswith(".lock")]
             found.update(f"directory {base}/{name}" for name in names)
-        label = f"--filter=label=envkernel={self.kernel.name}"
-        argv = [self.plan.argv[0], "ps", "--all", label, "--format={{.Names}}"]
+        name = self.kernel.name
+        argv = [self.plan.argv[0], "ps", "--all", f"--filter=label=envkernel={name}", "--format={{.Names}}"]
         kept = supervision and supervision.shared and supervision.shared.keep
         if isinstance(job, SlurmJob):
-            argv = [job.tool("squeue"), "--noheader", f"--user={os.getuid()}", "--format=%i"]
-            argv.append(f"--name={self.kernel.name}")
+            argv = [job.tool("squeue"), "-h", f"--user={os.getuid()}", f"--name={name}", "--format=%i"]
         elif kept or not (supervision and isinstance(supervision.explain, ContainerEnd)):
             return found
-        said = self.host.output(argv, self.plan.environ)
-        kind = "job" if job else "container"
+        kind, said = "job" if job else "container", self.host.output(argv, self.plan.environ)
         return found.union(f"{kind} {name}" for name in os.fsdecode(said.out).split())
 
     def leftovers(self, before: set[str]) -> str:
@@ -4718,34 +4597,15 @@ class Check:
         import time
 
         deadline = time.monotonic() + 10
-        while True:
-            left = [f"process {pid} ({command})" for pid, command in self.processes().items()]
-            left += sorted(self.traces() - before)
-            if not left or time.monotonic() > deadline:
-                return "still there: " + ", ".join(left) if left else ""
+        while (left := self.traces() - before) and time.monotonic() < deadline:
             time.sleep(0.2)
+        return "still there: " + ", ".join(sorted(left)) if left else ""
 
 
 def private_bases(environ: Mapping[str, str], host: Host) -> set[str]:
     """Return the directories in which private directories of a kernel may be, wherever it runs."""
-    bases = {private_base(environ, place, host) for place in ("", "home", "tmp")}
-    return bases | {private_base({**environ, "XDG_RUNTIME_DIR": ""}, "", host)}
-
-
-def listening_sockets(host: Host) -> list[tuple[str, int, str]]:
-    """Return address, port and inode of each TCP socket that listens (proc(5), /proc/net/tcp)."""
-    import socket
-
-    found: list[tuple[str, int, str]] = []
-    for path, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
-        for line in (host.read(path) or b"").decode().splitlines()[1:]:
-            fields = line.split()
-            address, _, port = fields[1].partition(":")
-            words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
-            raw = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
-            if fields[3] == "0A":
-                found.append((socket.inet_ntop(family, raw), int(port, 16), fields[9]))
-    return found
+    both = (environ, {**environ, "XDG_RUNTIME_DIR": ""})
+    return {private_base(one, place, host) for one in both for place in ("", "home", "tmp")}
 
 
 def check_command(options: Mapping[str, Any], host: Host) -> int:
@@ -4753,24 +4613,22 @@ def check_command(options: Mapping[str, Any], host: Host) -> int:
     import tempfile
 
     kernel = our_kernel(options["NAME"], host)
-    error: UserError | None = None
+    plans, error = examine(kernel, host)
     steps: list[dict[str, Any]] = []
-    with tempfile.TemporaryFile() as log:
-        try:
-            check = Check(kernel, plans_of(kernel, host), host)
-            steps, argv = check.steps, kernel.spec["argv"]
-            slow = write_bytecode(argv[0], argv[5], host) if is_booted(argv) else ""
-            if slow:
-                host.warn(f"envkernel: {slow}.\n".encode(errors="surrogateescape"))
+    said, argv = "", kernel.spec["argv"]
+    if not error:
+        slow = write_bytecode(argv[0], argv[5], host) if is_booted(argv) else ""
+        host.warn(f"envkernel: {slow}.\n".encode(errors="surrogateescape") * bool(slow))
+        with tempfile.TemporaryFile() as log:
+            check = Check(kernel, plans, host)
             check.run(log)
-        except UserError as broken:
-            error = broken
-        log.seek(0)
-        said = log.read().decode(errors="replace").strip()
-    failed = error is not None or any(row["error"] for row in steps)
+            log.seek(0)
+            steps, said = check.steps, log.read().decode(errors="replace").strip()
+    failed = bool(error) or any(row["error"] for row in steps)
     if options.get("json"):
         problem = {"message": error.message, "hint": error.hint} if error else None
-        print_json({"name": kernel.name, "ok": not failed, "steps": steps, "error": problem, "stderr": said})
+        shown = {"name": kernel.name, "ok": not failed, "steps": steps, "error": problem, "stderr": said}
+        print(to_json(shown).decode())
         return int(failed)
     for row in steps:
         print(f"{row['step']:10} {row['seconds']:7.3f} s  {row['error'] or 'ok'}")
@@ -4783,10 +4641,7 @@ def check_command(options: Mapping[str, Any], host: Host) -> int:
 
 
 class Command(Record):
-    """A management command.
-
-    argument: metavar of what it takes, empty for nothing.  optional: ``--all`` replaces the argument.
-    """
+    """A management command; argument: metavar of what it takes; optional: ``--all`` takes its place."""
 
     run: Callable[..., int]
     argument: str
@@ -4796,21 +4651,15 @@ class Command(Record):
 
 
 _JSON = Option("--json", "Print JSON.")
-_NAMES = Option("--names", "Print the names only.")
 _LOGS = Option("--all", "Print all logs that are kept, the newest first.")
 _EVERY = Option("--all", "Update all kernels instead of one.")
-_LIST = "List the kernels that envkernel made, and what is broken."
-_CHECK = "Start a kernel, use it in every way, and say what fails."
-_LOG = "Print why a kernel last ended abnormally, and the log of its newest launch."
 
 COMMANDS: dict[str, Command] = {
-    "list": Command(list_command, "", _LIST, [_JSON, _NAMES]),
+    "list": Command(list_command, "", "List the kernels of envkernel, and what is broken.", [_JSON]),
     "show": Command(show_command, "NAME", "Show how a kernel was made and what it would do now.", [_JSON]),
-    "check": Command(check_command, "NAME", _CHECK, [_JSON]),
-    "log": Command(log_command, "NAME", _LOG, [_LOGS]),
-    "update": Command(
-        update_command, "NAME", "Write a kernel again from the command that made it.", [_EVERY], True
-    ),
+    "check": Command(check_command, "NAME", "Start a kernel, use it, and say what fails.", [_JSON]),
+    "log": Command(log_command, "NAME", "Print why a kernel last failed, and its newest launch.", [_LOGS]),
+    "update": Command(update_command, "NAME", "Write a kernel again from its command.", [_EVERY], True),
     "stop": Command(stop_command, "NAME", "End all that runs for a kernel: containers, jobs, processes."),
     "remove": Command(remove_command, "NAME", "Remove a kernel."),
     "completion": Command(completion_command, "SHELL", "Print a completion script for bash, zsh or fish."),
@@ -5575,20 +5424,6 @@ class Membership:
         finally:
             fcntl.flock(self.start_lock, fcntl.LOCK_UN)
         return said
-
-    def forget(self, environ: Mapping[str, str], host: Host) -> None:
-        """Stop a container that was kept, and remove its locks, unless kernels run in it."""
-        import fcntl
-
-        try:
-            fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            host.output(self.shared.stop, environ)
-            remove_tree(self.directory)
-            remove_empty(os.path.dirname(self.directory))
-        except (BlockingIOError, UserError):  # a kernel runs in it; there is no engine to ask
-            pass
-        for lock in self.locks:
-            os.close(lock)
 
     def leave(self, environ: Mapping[str, str], interrupted: bool) -> None:
         """Stop the container if nobody else uses it.
@@ -9509,7 +9344,11 @@ def setup_or_manage(argv: Sequence[str]) -> int:
         error.status = 1 if error.status in (126, 127) else error.status
         raise
     except OSError as error:
-        raise lost_output(error) from None
+        if error.filename or isinstance(error, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gives up what still waits
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"The output can't be written: {reason}.", "Send it somewhere else.") from None
 
 
 def main(argv: Sequence[str]) -> int:

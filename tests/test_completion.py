@@ -59,7 +59,7 @@ QUESTIONS = [
     (["envkernel", "lmod", "x", "--", "lis"], set()),
     (["envkernel", "conda", "x", "--", "lmod", "--pu"], {"--purge"}),
     (["envkernel", "conda", "x", "--", "lmod", "--na"], set()),
-    (["envkernel", "list", "--"], {"--json", "--names"}),
+    (["envkernel", "list", "--"], {"--json"}),
     (["envkernel", "completion", ""], {"bash", "zsh", "fish"}),
     (["envkernel", "show", ""], {"deep", "science"}),
     (["envkernel", "check", "s"], {"science"}),

@@ -8,6 +8,7 @@ import time
 import pytest
 
 import envkernel
+from support.host import FakeHost
 
 TOKENS = ["conda", "run", "--name=x", "/opt/my env", "--", "python", "-f", "/run/k.json"]
 HEAD = (
@@ -96,8 +97,8 @@ def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
     assert stat.S_IMODE(os.stat(os.path.dirname(other)).st_mode) == 0o700
     envkernel.append_log(paths[-1], "ended: exit status 0")
     logs = envkernel.launch_logs("x", environ, envkernel.Host())
-    assert logs[0] == (paths[-1], "launch 12\nended: exit status 0\n")
-    assert [path for path, _ in logs] == paths[:2:-1]
+    assert logs[0][:2] == (paths[-1], "launch 12\nended: exit status 0\n")
+    assert [path for path, _, _ in logs] == paths[:2:-1]
 
 
 def test_a_kernel_name_leads_to_no_other_directory(tmp_path):
@@ -145,13 +146,19 @@ def test_the_last_abnormal_end_comes_first(tmp_path, monkeypatch, capsys):
 
 
 def test_the_state_of_the_process():
-    running = Files({"/proc/77/cmdline": b"/x/python\0-f\0/run/k.json\0"})
-    other = Files({"/proc/77/cmdline": b"/x/python\0-f\0/run/other.json\0"})
-    assert envkernel.read_log(HEAD, running)["running"] == "yes"
-    assert envkernel.read_log(HEAD, other)["running"].startswith("no")
-    assert envkernel.read_log(HEAD, Files({}))["running"].startswith("no")
-    assert "running" not in envkernel.read_log(HEAD + "ended: exit status 1\n", running)
-    assert "running" not in envkernel.read_log(HEAD + "not started: no image\n", running)
+    def state(text, command=b""):
+        log = "/data/envkernel/x@1-k.log"
+        host = FakeHost(files={log: text.encode(), "/proc/77/cmdline": command})
+        ((path, same, lines),) = envkernel.launch_logs("x", {"JUPYTER_DATA_DIR": "/data"}, host)
+        assert (path, same) == (log, text)
+        return lines.get("running", "")
+
+    running = b"/x/python\0-f\0/run/k.json\0"
+    assert state(HEAD, running) == "yes"
+    assert state(HEAD, running.replace(b"k.json", b"other.json")).startswith("no")
+    assert state(HEAD).startswith("no")
+    assert state(HEAD + "ended: exit status 1\n", running) == ""
+    assert state(HEAD + "not started: no image\n", running) == ""
 
 
 @pytest.mark.parametrize(
