@@ -3876,8 +3876,7 @@ BADGES = {
 }
 """By mode: letter and colour of the badge by which two kernels in a launcher differ."""
 
-LOGO_SVG = "logo-svg.svg"
-LOGO_PNGS = ("logo-64x64.png", "logo-32x32.png")
+LOGO_SVG, LOGO_PNGS = "logo-svg.svg", ("logo-64x64.png", "logo-32x32.png")
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -3978,13 +3977,9 @@ def completion_command(options: Mapping[str, Any], host: Host) -> int:
     if typed is None:
         sys.stdout.write(SHELLS[shell])
         return 0
-    apart = shell == "bash" and "=" in typed  # bash makes three arguments of --flag=value
-    if apart:
-        typed = "\0".join(typed).replace("\0=\0", "=").replace("\0=", "=").split("\0")
     found = candidates(typed or [""], host)
     for name, help in found.items():
-        shown = name.partition("=")[2] if apart and "=" in typed[-1] else name
-        print(shown + {"bash": "", "zsh": ":" + help, "fish": "\t" + help}[shell])
+        print(name + {"bash": "", "zsh": ":" + help, "fish": "\t" + help}[shell])
     return 0 if found else 1
 
 
@@ -3992,19 +3987,19 @@ def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
     """Return what can replace the last of some arguments, which it completes, with its help."""
     import contextlib
 
-    *before, current = typed
+    before = [word for word in typed[:-1] if word != "="]  # bash makes three arguments of --flag=value
+    current = "" if typed[-1] == "=" else typed[-1]
     chained = "--" in before
     while "--" in before:
         before = before[before.index("--") + 1 :]
-    commands = {} if chained else COMMANDS
+    known: dict[str, Mode | Command] = {**MODES, **({} if chained else COMMANDS)}
     if not before:
-        known: dict[str, Mode | Command] = {**MODES, **commands}
         return {name: one.summary for name, one in known.items() if name.startswith(current)}
     found: dict[str, str] = {}
-    mode, command = MODES.get(before[0]), commands.get(before[0])
-    options = list(command.options) if command else []
-    if mode:
-        options = mode.options + [option for option in COMMON_OPTIONS if not chained or option.name == "env"]
+    one = known.get(before[0])
+    options = list(one.options) if one else []
+    if isinstance(one, Mode):
+        options += [option for option in COMMON_OPTIONS if not chained or option.name == "env"]
     flags = {flag: option for option in options if option.setup for flag in option.flags}
     flag, equals, _ = current.partition("=")
     asked = flags.get(flag if equals else before[-1])
@@ -4013,15 +4008,14 @@ def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
     elif current.startswith("-"):
         environ = launch_environ(host)
         with contextlib.suppress(UserError):  # without an engine there are no options of it
-            engine = mode.engine(mode.name, [], environ, host) if mode and mode.engine else []
+            engine = one.engine(one.name, [], environ, host) if isinstance(one, Mode) and one.engine else []
             for long, takes in EngineOptions(engine, host, environ).known.values():
                 found[long + "=" * (takes == "=")] = f"Option of {before[0]}."
         for flag, row in flags.items():
             found[flag + "=" * bool(row.metavar and flag[1] == "-")] = row.help
-    elif command and command.argument == "NAME":
-        found = dict.fromkeys((kernel.name for kernel in our_kernels(host)), "")
-    elif command and command.argument == "SHELL":
-        found = dict.fromkeys(SHELLS, "")
+    elif isinstance(one, Command) and one.argument:
+        names = SHELLS if one.argument == "SHELL" else [kernel.name for kernel in our_kernels(host)]
+        found = dict.fromkeys(names, "")
     return {name: help for name, help in found.items() if name.startswith(current)}
 
 
@@ -4074,10 +4068,7 @@ def our_kernel(name: str, host: Host) -> Installed:
 
 
 def examine(kernel: Installed, host: Host) -> tuple[list[Plan], UserError | None]:
-    """Return what a kernel would execute now, and what is broken as far as that can be seen without a start.
-
-    For a cluster a second plan says what the node will do, as far as that can be seen on this host.
-    """
+    """Return what a kernel would do (here, then on a node), and what is broken, all without a start."""
     plans: list[Plan] = []
     try:
         argv = kernel.spec["argv"]
@@ -4098,28 +4089,25 @@ def examine(kernel: Installed, host: Host) -> tuple[list[Plan], UserError | None
             if step.mode in ("docker", "podman"):
                 image = step.targets[0]
                 said = host.output([program, "image", "inspect", image], environ)
-                error = engine_error(program, image, 125, os.fsdecode(said.err)) if said.status else None
-                if error:
-                    raise error
+                refusal = engine_error(program, image, 125, os.fsdecode(said.err))
+                if said.status and refusal:
+                    raise refusal
     except UserError as error:
         error.name_kernel(kernel.name)
         return plans, error
     return plans, None
 
 
-def launch_logs(name: str, environ: Mapping[str, str], host: Host) -> list[tuple[str, str, dict[str, str]]]:
-    """Return the launch logs of a kernel, the newest first: path, text, and its lines by how they begin.
-
-    ``running`` is added where a log says of no end: its process may be the kernel now.
-    """
+def launch_logs(name: str, host: Host) -> list[tuple[str, str, dict[str, str]]]:
+    """Return path, text and lines (by how they begin) of a kernel's launch logs, the newest first."""
     logs = []
-    directory, prefix = log_place(name, environ)
+    directory, prefix = log_place(name, os.environ)
     for file in sorted(host.listdir(directory), reverse=True):
         data = host.read(f"{directory}/{file}") if file.startswith(prefix) else None
         if data is not None:
             text = os.fsdecode(data)
             lines = dict(line.partition(": ")[::2] for line in text.splitlines())
-            if not {"ended", "not started"} & lines.keys():
+            if not {"ended", "not started"} & lines.keys():  # its process may be the kernel now
                 words = os.fsdecode(host.read(f"/proc/{lines.get('process')}/cmdline") or b"").split("\0")
                 runs = any(word.endswith(".json") and word in text for word in words)
                 lost = "no (what it said and its exit status are in the log of Jupyter)"
@@ -4157,13 +4145,12 @@ def run_processes(host: Host) -> dict[str, list[int]]:
 
 
 def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Running]]:
-    """Return what runs on this host by the name of the kernel: containers, instances, jobs, processes.
-
-    What belongs to none of these kernels is there too, unless a process says that another Jupyter runs it.
-    """
+    """Return what runs on this host, or is left, by kernel name: containers, instances, jobs, processes."""
     import re
 
-    engines: dict[str, str] = {}
+    modes, paths = (*APPTAINER_PROGRAMS, "docker", "podman"), path_entries(os.environ)
+    engines = {search_program(mode, paths, host) or "": mode for mode in modes}
+    engines.pop("", None)
     instances: dict[str, str] = {}
     for kernel in kernels:
         launch = kernel.launch
@@ -4172,9 +4159,6 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
                 engines[step.options["program"]] = step.mode
             if step.options.get("shared"):
                 instances["envkernel-" + shared_name(step, launch, host)] = kernel.name
-    for mode in ("docker", "podman", "apptainer", "singularity"):
-        program = search_program(mode, path_entries(os.environ), host)
-        engines.update({program: mode} if program and program not in engines else {})
     mine = f"--filter=label=envkernel.uid={host.ids()[0]}"
     runs: dict[str, list[Running]] = {}
     for program, mode in engines.items():
@@ -4194,13 +4178,13 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
     processes = run_processes(host)
     for kernel in kernels:
         jobs = dict.fromkeys(processes.pop(kernel.name, ()), "")
-        for _, _, log in launch_logs(kernel.name, os.environ, host):
+        for _, _, log in launch_logs(kernel.name, host):
             jobs.update({int(log["process"]): log.get("job", "")} if log.get("running") == "yes" else {})
         contained = any(what.startswith("envkernel-") for what in listed(runs.get(kernel.name, ())))
         for pid, job in jobs.items():
             what = f"job {job}" if job else f"process {pid}" * (not contained)
             runs.setdefault(kernel.name, []).append(Running(what, [], pid, job))
-    return {name: ones for name, ones in runs.items() if name not in processes}
+    return {name: ones for name, ones in runs.items() if name not in processes}  # another Jupyter runs these
 
 
 def one_line(text: str) -> str:
@@ -4285,10 +4269,7 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
 
 
 def update_command(options: Mapping[str, Any], host: Host) -> int:
-    """``envkernel update NAME``: write a kernel again from the command that made it; or all of them.
-
-    A kernel that fails is as it was.
-    """
+    """``envkernel update NAME``: write a kernel again from the command that made it; or all of them."""
     if options.get("all") and options.get("NAME"):
         raise usage_error("--all updates every kernel.", f"Leave {options['NAME']} or --all out.")
     failed = []
@@ -4335,7 +4316,7 @@ def command_of_1x(kernel: Installed) -> list[str]:
 def log_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel log NAME``: print the last abnormal end of a kernel, then its newest launch."""
     name = options["NAME"]
-    logs = launch_logs(name, os.environ, host)
+    logs = launch_logs(name, host)
     if not logs:
         our_kernel(name, host)
         message = f"The kernel {name} has no launch log in {log_place(name, os.environ)[0]}."
@@ -4413,12 +4394,15 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
     if found:
         print("Still running, until their notebooks are shut down: " + ", ".join(listed(found)))
     elif kernel.name not in installed_kernels():
-        for path, _, _ in launch_logs(kernel.name, os.environ, host):
+        for path, _, _ in launch_logs(kernel.name, host):
             os.unlink(path)
         for step in kernel.launch.steps:
             remove_built_image(step, kernel.name, host)
-    for base in private_bases(os.environ, host):
-        remove_stale(base, os.environ)
+        for base in private_bases(os.environ, host):
+            for step in kernel.launch.steps:
+                remove_tree(f"{base}/{shared_name(step, kernel.launch, host)}")
+            remove_empty(base)
+            remove_stale(base, os.environ)
     return 0
 
 
@@ -4450,7 +4434,7 @@ class Check:
         try:
             error = action() or ""
         except Exception as failure:  # whatever a client library raises is the step's result
-            error = str(failure) or type(failure).__name__
+            error = str(failure) or f"no answer ({type(failure).__name__})"
         self.steps.append({"step": name, "seconds": round(time.perf_counter() - start, 3), "error": error})
         return not error
 
@@ -4491,15 +4475,12 @@ class Check:
 
     def execute(self) -> str:
         """Let the kernel compute something and say where it works."""
-        said: list[str] = []
-
-        def on_message(message: Any) -> None:
-            said.append(str(message["content"].get("text", "")))
-
-        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=on_message)["content"]
+        said: list[Any] = []
+        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=said.append)["content"]
         if reply["status"] != "ok":
             return str(reply.get("evalue", "the kernel answered with an error"))
-        first, _, found = "".join(said).strip().partition("\n")
+        text = "".join(str(message["content"].get("text", "")) for message in said)
+        first, _, found = text.strip().partition("\n")
         if self.probe and first != "42":
             return "the kernel did not print 42"
         expected = self.directories()
@@ -4524,17 +4505,13 @@ class Check:
 
     def interrupt(self) -> str:
         """Interrupt something that would run for a minute."""
-        import queue
         import time
 
         request = self.client.execute(self.sleep)
         time.sleep(0.5)
         self.manager.interrupt_kernel()
-        try:
-            while (reply := self.client.get_shell_msg(timeout=10))["parent_header"].get("msg_id") != request:
-                pass
-        except queue.Empty:
-            return "the kernel did not react within 10 s"
+        while (reply := self.client.get_shell_msg(timeout=10))["parent_header"].get("msg_id") != request:
+            pass
         return "" if reply["content"]["status"] != "ok" else "the code ran on"
 
     def restart(self) -> str:

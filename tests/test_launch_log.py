@@ -82,7 +82,8 @@ def test_the_data_directory_is_jupyters(environ, directory, monkeypatch):
     assert jupyter_data_dir() == directory
 
 
-def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
+def test_the_last_ten_of_each_kernel_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "data"))
     environ = {"JUPYTER_DATA_DIR": str(tmp_path / "data")}
     other, _ = envkernel.start_log("x-2", "other", environ, "kernel-1.json")
     started = [
@@ -96,7 +97,7 @@ def test_the_last_ten_of_each_kernel_are_kept(tmp_path):
     assert stat.S_IMODE(os.stat(paths[-1]).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(os.path.dirname(other)).st_mode) == 0o700
     envkernel.append_log(paths[-1], "ended: exit status 0")
-    logs = envkernel.launch_logs("x", environ, envkernel.Host())
+    logs = envkernel.launch_logs("x", envkernel.Host())
     assert logs[0][:2] == (paths[-1], "launch 12\nended: exit status 0\n")
     assert [path for path, _, _ in logs] == paths[:2:-1]
 
@@ -145,11 +146,13 @@ def test_the_last_abnormal_end_comes_first(tmp_path, monkeypatch, capsys):
     assert paths[1] not in said()
 
 
-def test_the_state_of_the_process():
+def test_the_state_of_the_process(monkeypatch):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", "/data")
+
     def state(text, command=b""):
         log = "/data/envkernel/x@1-k.log"
         host = FakeHost(files={log: text.encode(), "/proc/77/cmdline": command})
-        ((path, same, lines),) = envkernel.launch_logs("x", {"JUPYTER_DATA_DIR": "/data"}, host)
+        ((path, same, lines),) = envkernel.launch_logs("x", host)
         assert (path, same) == (log, text)
         return lines.get("running", "")
 
