@@ -3706,7 +3706,7 @@ def write_bytecode(python: str, script: str, host: Host) -> str:
 def kernelspec_directory(common: Mapping[str, Any]) -> str:
     """Return the directory in which jupyter_client installs a kernel of that name (``--user``,
     ``--prefix``)."""
-    need_jupyter_client()
+    need_jupyter("jupyter_client.kernelspec")
     from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
 
     prefix = common.get("prefix") or ("sys-prefix" in common and sys.prefix)
@@ -3717,29 +3717,37 @@ def kernelspec_directory(common: Mapping[str, Any]) -> str:
 
 
 def installed_kernels() -> dict[str, str]:
-    """Return the directories of all kernelspecs that Jupyter finds here, by name."""
-    return dict(need_jupyter_client().find_kernel_specs())
+    """Return the directories of all kernelspecs that Jupyter finds here, by name.
+
+    As `find_kernel_specs` of jupyter_client, which takes longer to import than all that `list` asks.
+    """
+    found: dict[str, str] = {}
+    ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
+    for place in [*need_jupyter("jupyter_core.paths").jupyter_path("kernels"), ipython + "/kernels"]:
+        for name in Host().listdir(place):
+            valid = all((c.isascii() and c.isalnum()) or c in "._-" for c in name)
+            if valid and os.path.isfile(f"{place}/{name}/kernel.json"):
+                found.setdefault(name.lower(), f"{place}/{name}")
+    return found
 
 
-def need_jupyter_client() -> Any:
-    """Return a KernelSpecManager.  Raises UserError where jupyter_client is missing."""
-    try:
-        from jupyter_client.kernelspec import KernelSpecManager
-    except ImportError:
-        raise UserError(
-            f"This Python ({sys.executable}) has no jupyter_client, which setup needs.",
-            f"Install it ({sys.executable} -m pip install jupyter_client), or call envkernel with the Python "
-            "that Jupyter runs on.",
-        ) from None
-    import warnings
+def need_jupyter(name: str) -> Any:
+    """Return a module of Jupyter's.  Raises UserError where it is missing."""
+    from importlib import import_module
 
     if os.path.expanduser("~") == "~":
         raise UserError(
             f"Your home directory is not known: HOME is not set, and the system knows no user {os.getuid()}.",
             "Set HOME to a directory of yours.",
         )
-    warnings.filterwarnings("ignore", "Invalid kernelspec directory name")
-    return KernelSpecManager(ensure_native_kernel=False)
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(
+            f"This Python ({sys.executable}) has no jupyter_client, which setup needs.",
+            f"Install it ({sys.executable} -m pip install jupyter_client), or call envkernel with the Python "
+            "that Jupyter runs on.",
+        ) from None
 
 
 def install_kernelspec(
@@ -3762,7 +3770,7 @@ def install_kernelspec(
     import shutil
     import tempfile
 
-    manager = need_jupyter_client()
+    manager = need_jupyter("jupyter_client.kernelspec").KernelSpecManager(ensure_native_kernel=False)
     base = os.path.dirname(destination)
     made = first_missing(base)
     stage = ""
