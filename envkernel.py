@@ -2837,13 +2837,17 @@ class SlurmJob(Job):
         return number, word == "queued", ""
 
     async def pending(self, number: str, ask: Ask) -> str:
+        import time
+
         said = await ask([self.tool("squeue"), "-h", "-j", number, "-t", "PENDING", "-o", "%r|%S"])
         reason, _, start = os.fsdecode(said.out).strip().partition("|")
         if said.status or not reason:
             return ""
         text = f"Slurm job {number} waits: {reason}"
         text += f" ({PENDING[reason]})" if reason in PENDING else ""
-        return text + ("." if start in ("", "N/A") else f"; expected start {start.replace('T', ' ')}.")
+        day, _, clock = start.partition("T")
+        day = "" if day == time.strftime("%Y-%m-%d") else day + " "
+        return f"{text}; expected start {day}{clock[:5]}" if clock else text
 
     def cancel(self, session: int, number: str) -> list[str]:
         """A job stays when its srun is killed.  Slurm knows the session and the time of its submission."""
@@ -6237,8 +6241,8 @@ class Service(Children):
         nested = bool(self.launch.options.get("nested"))
         self.front = None
         if self.program.has_front:
-            self.front = Front(self.connection, kernel_profile(self.launch, self.environ))
-            self.front.notice = self.launch.options.get("notice", "")
+            kernel = kernel_profile(self.launch, self.environ)
+            self.front = Front(self.connection, kernel, self.launch.options.get("notice", ""))
         ended = asyncio.ensure_future(self.program.wait())
         opening = asyncio.ensure_future(
             self.open_front(self.front, nested) if self.front else asyncio.sleep(0)
@@ -6323,15 +6327,12 @@ class Service(Children):
 
         error.name_kernel(self.launch.options.get("name", "NAME"))
         log_end(self.launch.options.get("log", ""), status, None, self.head, self.connection.get("key", ""))
-        try:
-            if not self.front or self.launch.options.get("nested") or not shows_failure(self.launch):
-                raise ImportError
-            self.front.fail(error)
-        except ImportError:  # pyzmq, for a connection that is encrypted
+        if not (self.front and shows_failure(self.launch, self.connection)):
             if self.front:
                 self.front.close()
             self.channel.send({"exit": error.status, "error": vars(error)})
             return
+        self.front.fail(error)
         was_shown = error.detail in self.tail.decode("utf-8", "replace")  # the program's own stderr is there
         shown = UserError(error.message, error.hint) if was_shown else error
         self.aside(write_patiently, 2, error_text(shown))
@@ -7829,9 +7830,13 @@ def yarn_main(words: Sequence[str]) -> int:
     ``check QUEUE``, ``submit``, ``report APPLICATION``, ``kill APPLICATION``."""
     if words[0] == "agent":
         yarn_agent()
+    import site
+
     status = 1
     try:
-        import_from_here()
+        site.main()  # make importable what the launching Python has: it was started with -I and -S
+        if os.path.isdir(site.getusersitepackages()):
+            site.addsitedir(site.getusersitepackages())
         skein, client = open_skein()
         if words[1] == "check":
             check_queue(client, words[2])
@@ -8014,26 +8019,24 @@ def bring_orders(orders_end: int, place_end: int) -> int:
 SHELL, IOPUB, STDIN, CONTROL, HEARTBEAT = range(5)
 SOCKET_TYPES = (b"ROUTER", b"XPUB", b"ROUTER", b"ROUTER", b"REP")
 
+# How a peer of ZMTP 3.0 without encryption begins (https://rfc.zeromq.org/spec/23/)
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-"""How a peer of ZMTP 3.0 without encryption begins (https://rfc.zeromq.org/spec/23/)."""
 MORE, LONG, COMMAND = 1, 2, 4
 DELIMITER = b"<IDS|MSG>"
-KEPT_LIMIT = 64 << 20
-"""How many bytes of Jupyter's messages wait for a kernel at most."""
-HELD_LIMIT = 1 << 16
-"""How many bytes of a connection that nobody has answered yet are read: ZeroMQ sends 64."""
-SUBSCRIBER_PATIENCE = 2.0
-"""Seconds in which the first subscriber has to come: a client connects its channels in any order."""
-PROGRESS_INTERVAL = 5.0
-"""Seconds after which waiting cells show again for how long they have waited."""
+KEPT_LIMIT = 64 << 20  # bytes of Jupyter's messages that wait for a kernel at most
+HELD_LIMIT = 1 << 16  # bytes that are read of a connection that nobody has answered yet: ZeroMQ sends 64
+PROGRESS_INTERVAL = 5.0  # seconds after which waiting cells show again for how long they have waited
+FAILURE_NAME = "KernelDidNotStart"  # the error that each cell of a notebook gets whose kernel could not start
+RED, YELLOW = "#d32f2f", "#f9a825"
 
 if TYPE_CHECKING:
-    Answer = tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]
-    """Type of the reply (empty for none), its content, types and contents of what is published."""
+    Json = Mapping[str, Any]
+    # the reply's type (empty for none) and content, types and contents of what is published
+    Answer = tuple[str, Json, list[tuple[str, Json]]]
 
 
 class PeerError(Exception):
-    """A peer sent what is neither ZMTP nor a message that Jupyter has signed."""
+    """What a peer sent is neither ZMTP nor a message that Jupyter has signed."""
 
 
 def zmtp_frame(body: bytes, flags: int = 0) -> bytes:
@@ -8056,32 +8059,27 @@ def ready_command(socket_type: bytes) -> bytes:
 class ZmtpReader:
     """Cuts what a peer sends into commands and messages.
 
-    buffer: what is not cut yet.  parts: the frames of a message whose last one has not come.
+    limit: bytes that a message may have, None for any; checked before any of it is awaited.
+    buffer: what is not cut yet.  parts: the frames of a message whose last one has not come; size: theirs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
         self.buffer = bytearray()
         self.parts: list[bytes] = []
-        self.parts_size = 0
+        self.size = 0
         self.is_greeted = False
 
-    @property
-    def size(self) -> int:
-        return len(self.buffer) + self.parts_size
-
-    def next(self, room: int | None = None) -> tuple[bool, list[bytes]] | None:
-        """Return whether the next event is a command, and its parts; None where it has not come yet.
-
-        room: bytes that a frame may have, checked before any of it is awaited.  Raises PeerError.
-        """
+    def next(self) -> tuple[bool, list[bytes]] | None:
+        """Return whether the next event is a command, and its parts; None where it has not come."""
         buffer = self.buffer
         if not self.is_greeted:
-            start = bytes(buffer[: len(GREETING)])
-            if (start[:1] or b"\xff") != b"\xff" or (start[9:10] or b"\x7f") != b"\x7f":
+            greeting = bytes(buffer[: len(GREETING)])
+            if greeting[:1] not in (b"", b"\xff") or greeting[9:10] not in (b"", b"\x7f"):
                 raise PeerError("no ZMTP")
-            if len(start) < len(GREETING):
+            if len(greeting) < len(GREETING):
                 return None
-            if start[10] < 3 or start[12:32] != GREETING[12:32]:
+            if greeting[10] < 3 or greeting[12:32] != GREETING[12:32]:
                 raise PeerError("another version or mechanism of ZMTP")
             del buffer[: len(GREETING)]
             self.is_greeted = True
@@ -8089,28 +8087,27 @@ class ZmtpReader:
             flags = buffer[0]
             if flags > 7 or (flags & COMMAND and flags & MORE):
                 raise PeerError("no frame of ZMTP")
-            start_of_body = 9 if flags & LONG else 2
-            size = int.from_bytes(buffer[1:start_of_body], "big")
-            end = start_of_body + size
-            if len(buffer) >= start_of_body and room is not None and size > room:
+            start = 9 if flags & LONG else 2
+            size = int.from_bytes(buffer[1:start], "big")
+            if len(buffer) >= start and self.limit is not None and self.size + size > self.limit:
                 raise PeerError(f"a frame of {size} bytes")
-            if len(buffer) < end:
+            if len(buffer) < start + size:
                 return None
-            body = bytes(buffer[start_of_body:end])
-            del buffer[:end]
+            body = bytes(buffer[start : start + size])
+            del buffer[: start + size]
             if flags & COMMAND:
                 return True, [body]
             self.parts.append(body)
-            self.parts_size += len(body) + 64
+            self.size += len(body) + 64
             if not flags & MORE:
-                parts, self.parts, self.parts_size = self.parts, [], 0
+                parts, self.parts, self.size = self.parts, [], 0
                 return False, parts
         return None
 
     def rest(self) -> bytes:
         """Return what has come and was not returned by `next`, as it was sent, and forget it."""
         data = b"".join(zmtp_frame(part, MORE) for part in self.parts) + bytes(self.buffer)
-        self.parts, self.parts_size = [], 0
+        self.parts, self.size = [], 0
         self.buffer.clear()
         return data
 
@@ -8118,10 +8115,11 @@ class ZmtpReader:
 class Message:
     """A message of Jupyter's.  idents: frames before the delimiter.  is_visible: it runs code in a cell."""
 
-    def __init__(self, parts: list[bytes], header: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    def __init__(self, parts: list[bytes], header: Json, parent: Json, content: Json) -> None:
         self.parts = parts
         self.idents = parts[: parts.index(DELIMITER)]
         self.header = header
+        self.parent = parent
         self.content = content
         self.kind = str(header["msg_type"])
         self.size = sum(map(len, parts)) + 1000
@@ -8142,9 +8140,7 @@ class Session:
 
         return hmac.new(self.key, b"".join(parts), self.digest).hexdigest().encode() if self.key else b""
 
-    def encode(
-        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], idents: Sequence[bytes] = ()
-    ) -> list[bytes]:
+    def encode(self, kind: str, content: Json, parent: Json, idents: Sequence[bytes] = ()) -> list[bytes]:
         """Return the frames of a new message.  parent: header of the message that it answers."""
         import json
         from datetime import datetime, timezone
@@ -8164,10 +8160,10 @@ class Session:
             signature, *signed = parts[at + 1 : at + 6]
             if self.key and not hmac.compare_digest(signature, self.signature(signed)):
                 raise PeerError("a wrong signature")
-            header, _, _, content = map(json.loads, signed)
+            header, parent, _, content = map(json.loads, signed)
             if not isinstance(content, dict) or not isinstance(header["msg_id"], str):
                 raise PeerError("no message of Jupyter's")
-            return Message(parts, header, content)
+            return Message(parts, header, parent, content)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise PeerError(f"no message of Jupyter's: {error!r}") from None
 
@@ -8175,20 +8171,22 @@ class Session:
 class End:
     """One end of a connection, as a protocol of asyncio.
 
-    on_data: gets its bytes; at first they are collected.  lost: a future, done when the connection is gone.
-    peer: the end that it is paired with: each is read only as fast as the other can be written, and the end
-    of what it sends is passed on.
+    on_data: gets its bytes.  on_event: gets what `parse` finds, as from `ZmtpReader.next`.
+    peer: the end that it is joined with: each is read only as fast as the other can be written.
+    lost: a future, done when the connection is gone.
     """
 
-    def __init__(self) -> None:
+    on_event: Callable[[bool, list[bytes]], None]
+
+    def __init__(self, limit: int | None = None) -> None:
         import asyncio
 
         self.transport: Any = None
-        self.reader = ZmtpReader()
-        self.on_data: Callable[[bytes], object] = self.reader.buffer.extend
+        self.reader = ZmtpReader(limit)
+        self.on_data: Callable[[bytes], object] = self.hold
         self.lost = asyncio.get_running_loop().create_future()
         self.peer: End | None = None
-        self.at_end = self.is_full = self.is_joined = False
+        self.is_full = False
 
     async def open(self, sock: Any) -> None:
         """Make a connected socket the transport."""
@@ -8202,13 +8200,6 @@ class End:
 
     def data_received(self, data: bytes) -> None:
         self.on_data(data)
-
-    def eof_received(self) -> bool:
-        self.at_end = True
-        if self.peer and not self.peer.at_end:
-            self.peer.transport.write_eof()
-            return True
-        return False  # closes this end, and then its peer
 
     def pause_writing(self) -> None:
         self.is_full = True
@@ -8230,44 +8221,33 @@ class End:
         if not self.transport.is_closing():
             self.transport.write(data)
 
-    def pair_with(self, peer: End) -> None:
-        """Let each end hold up the other, and pass on its end."""
-        self.peer, peer.peer = peer, self
-        for end, other in ((self, peer), (peer, self)):
-            end.transport.pause_reading() if other.is_full else end.transport.resume_reading()
-            if end.transport.is_closing():
-                other.transport.close()
+    def hold(self, data: bytes) -> None:
+        """Collect what comes as it is."""
+        self.reader.buffer += data
+        if len(self.reader.buffer) > HELD_LIMIT:
+            self.transport.pause_reading()
 
     def join(self, peer: End) -> None:
         """Pass all bytes on from now on, both ways and unread."""
-        self.pair_with(peer)
+        self.peer, peer.peer = peer, self
         for end, other in ((self, peer), (peer, self)):
             other.write(end.reader.rest())
             end.on_data = other.transport.write
-            end.is_joined = True
+            end.transport.pause_reading() if other.is_full else end.transport.resume_reading()
+            if end.transport.is_closing():
+                other.transport.close()
 
     def parse(self, data: bytes = b"") -> None:
         """Cut bytes into commands and messages, and hang up on a peer that sends anything else."""
         self.reader.buffer += data
         try:
             while self.on_data == self.parse and not self.transport.is_closing():
-                event = self.reader.next(self.room())
+                event = self.reader.next()
                 if event is None:
                     break
-                is_command, parts = event
-                self.on_command(parts[0]) if is_command else self.on_message(parts)
+                self.on_event(*event)
         except PeerError:
             self.transport.abort()
-
-    def room(self) -> int | None:
-        """Return how large a frame may be; None for any size."""
-        return None
-
-    def on_command(self, body: bytes) -> None:
-        """Take a command of ZMTP's.  Raises PeerError."""
-
-    def on_message(self, parts: list[bytes]) -> None:
-        """Take a message.  Raises PeerError."""
 
 
 async def relay(left: Any, right: Any) -> None:
@@ -8281,18 +8261,14 @@ async def relay(left: Any, right: Any) -> None:
 
 
 class KernelProfile(Record):
-    """What the front knows of the kernel that it stands in for.
-
-    name: the kernelspec's.  debugger: whether the kernel has one.  cache: file with its last
-    kernel_info_reply.  log: of this launch.  Empty for none.  state: what the launch waits for.
-    """
+    """What the front knows of the kernel that it stands in for."""
 
     name: str
     language: str = ""
-    debugger: bool = False
-    cache: str = ""
-    log: str = ""
-    state: str = ""
+    debugger: bool = False  # whether it has one
+    cache: str = ""  # file with its last kernel_info_reply
+    log: str = ""  # of this launch
+    state: str = ""  # what the launch waits for
 
 
 def kernel_profile(launch: Launch, environ: Mapping[str, str]) -> KernelProfile:
@@ -8304,12 +8280,10 @@ def kernel_profile(launch: Launch, environ: Mapping[str, str]) -> KernelProfile:
     roots = [*environ.get("JUPYTER_PATH", "").split(os.pathsep), data, prefix + "/share/jupyter"]
     spec: Any = {}
     for root in [*filter(None, roots), "/usr/local/share/jupyter", "/usr/share/jupyter"]:
-        try:
+        if name and os.path.exists(f"{root}/kernels/{name}/kernel.json"):
             with open(f"{root}/kernels/{name}/kernel.json", encoding="utf-8") as file:
                 spec = json.load(file)
             break
-        except (OSError, ValueError):
-            continue
     language = spec.get("language") or ("python" if "ipykernel" in " ".join(launch.command) else "")
     debugger = bool((spec.get("metadata") or {}).get("debugger"))
     directory, prefix = log_place(name, environ)
@@ -8317,23 +8291,12 @@ def kernel_profile(launch: Launch, environ: Mapping[str, str]) -> KernelProfile:
     return KernelProfile(name, language, debugger, cache, launch.options.get("log", ""))
 
 
-FAILURE_NAME = "KernelDidNotStart"
-"""Name of the error that each cell of a notebook gets whose kernel could not start."""
-RED, YELLOW = "#d32f2f", "#f9a825"
-
-_LANGUAGES = {
-    "python": ("text/x-python", ".py"),
-    "r": ("text/x-r-source", ".r"),
-    "bash": ("text/x-sh", ".sh"),
-    "julia": ("text/x-julia", ".jl"),
-}
-
-
 class Failure(Record):
-    """Why a kernel did not start: as the error of a reply, and as the content of a display."""
+    """Why a kernel did not start: as the error of a reply, and as a display.  count: executions so far."""
 
     error: dict[str, Any]
     display: dict[str, Any]
+    count: int = 0
 
 
 def display(text: str, paragraphs: Sequence[str], colour: str) -> dict[str, Any]:
@@ -8370,89 +8333,38 @@ def failure_of(error: UserError, kernel: KernelProfile) -> Failure:
     return Failure(content, display("\n".join([heading, *lines]), html, RED))
 
 
-def kernel_info(kernel: KernelProfile, failure: Failure | None) -> dict[str, Any]:
-    """Return the content of a kernel_info_reply: the kernel's own of an earlier launch, or what is known.
-
-    The language is the real kernel's: JupyterLab writes it into the notebook.
-    """
-    import json
-
-    if failure:
-        banner = failure.display["data"]["text/plain"]
-    else:
-        banner = f"The kernel {kernel.name} has not started yet. {kernel.state}"
-        try:
-            with open(kernel.cache, encoding="utf-8") as file:
-                return dict(json.load(file))
-        except (OSError, ValueError, TypeError):
-            pass
-    mime, extension = _LANGUAGES.get(kernel.language.lower(), ("text/plain", ".txt"))
-    name = kernel.language or "text"
-    debugger = kernel.debugger and not failure
-    return {
-        "status": "ok",
-        "protocol_version": "5.3",
-        "implementation": "envkernel",
-        "implementation_version": __version__,
-        "language_info": {"name": name, "version": "", "mimetype": mime, "file_extension": extension},
-        "banner": banner + "\n",
-        "debugger": debugger,
-        "supported_features": ["debugger"] if debugger else [],
-        "help_links": [],
-    }
-
-
-def save_info(path: str, content: Mapping[str, Any]) -> None:
-    """Remember what a kernel says of itself; a full disk is no reason not to go on."""
+def kernel_info(kernel: KernelProfile, failure: Failure | None) -> Json:
+    """Return the content of a kernel_info_reply: the kernel's own of an earlier launch, or what is known."""
     import json
 
     try:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        temporary = f"{path}.{os.getpid()}"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(content, file)
-        os.replace(temporary, path)
-    except OSError:
-        return
+        if not failure:
+            with open(kernel.cache, encoding="utf-8") as file:
+                return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        pass
+    banner = f"The kernel {kernel.name} has not started yet. {kernel.state}"
+    if failure:
+        banner = failure.display["data"]["text/plain"]
+    name = kernel.language or "text"  # JupyterLab writes the language into the notebook
+    extension = {"python": ".py", "r": ".r", "bash": ".sh", "julia": ".jl"}.get(name.lower(), ".txt")
+    mime = f"text/x-{name}".lower()
+    language = {"name": name, "version": "", "mimetype": mime, "file_extension": extension}
+    info: dict[str, Any] = {"status": "ok", "protocol_version": "5.3", "implementation": "envkernel"}
+    info.update(implementation_version=__version__, language_info=language, banner=f"{banner}\n")
+    debugger = kernel.debugger and not failure
+    return {**info, "debugger": debugger, "supported_features": ["debugger"] * debugger, "help_links": []}
 
 
-def execute_answer(request: Mapping[str, Any], failure: Failure, count: int) -> Answer:
-    """Return the answer to an execution: the failure in text and HTML, and below it only the error's name."""
-    code = request.get("code", "")
-    reply = {"status": "error", "execution_count": count, "payload": [], "user_expressions": {}}
-    if request.get("silent"):
-        return "execute_reply", {**reply, **failure.error}, []
-    if str(code).strip() in ("exit", "exit()", "quit", "quit()", "q()"):  # the way out of jupyter console
-        leave = {"source": "ask_exit", "keepkernel": False}
-        return "execute_reply", {**reply, "status": "ok", "payload": [leave]}, []
-    published = [
-        ("execute_input", {"code": code, "execution_count": count}),
-        ("display_data", failure.display),
-        ("error", {**failure.error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
-    ]
-    return "execute_reply", {**reply, **failure.error}, published
-
-
-def answer(
-    kind: str,
-    request: Mapping[str, Any],
-    kernel: KernelProfile,
-    connection: Mapping[str, Any],
-    failure: Failure | None = None,
-    count: int = 0,
-) -> Answer | None:
-    """Return what the front says to one message; None for what only a kernel can answer, if one may come.
-
-    kind: type of the message; request: its content.  count: the execution's number.
-    """
+def answer(kind: str, request: Json, kernel: KernelProfile, failure: Failure | None) -> Answer | None:
+    """Return what the front says to a message; None for what only a kernel can answer, if one may come."""
     cursor = request.get("cursor_pos", 0)
-    replies: dict[str, dict[str, Any]] = {
+    replies: dict[str, Json] = {
         "complete_request": {"matches": [], "cursor_start": cursor, "cursor_end": cursor, "metadata": {}},
         "inspect_request": {"found": False, "data": {}, "metadata": {}},
         "is_complete_request": {"status": "complete" if failure else "unknown"},
         "history_request": {"history": []},
         "comm_info_request": {"comms": {}},
-        "connect_request": {name: port for name, port in connection.items() if name.endswith("_port")},
         "interrupt_request": {},
         "shutdown_request": {"restart": bool(request.get("restart"))},
     }
@@ -8464,21 +8376,26 @@ def answer(
     if not failure:
         return None
     if kind == "execute_request":
-        return execute_answer(request, failure, count)
+        return execute_answer(request, failure)
     if kind == "comm_open":  # the protocol's answer where nobody is at the other end
         return "", {}, [("comm_close", {"comm_id": request.get("comm_id", ""), "data": {}})]
-    if kind == "debug_request":
-        refused = {"type": "response", "seq": 0, "request_seq": request.get("seq", 0), "success": False}
-        message = failure.error["evalue"]
-        return reply, {**refused, "command": request.get("command", ""), "message": message}, []
-    return (reply, {"status": "error", **failure.error}, []) if reply != kind else ("", {}, [])
+    return ("", {}, []) if reply == kind else (reply, {"status": "error", **failure.error}, [])
 
 
-def refusal(message: Message, name: str, value: str) -> Answer:
-    """Return the reply to a request that is given up, and what is published for it."""
-    error = {"ename": name, "evalue": value, "traceback": [f"\x1b[0;31m{name}\x1b[0m: {value}"]}
-    reply = {"status": "error", "execution_count": 0, **error, "payload": [], "user_expressions": {}}
-    return message.kind.replace("_request", "_reply"), reply, [("error", error)] if message.is_visible else []
+def execute_answer(request: Json, failure: Failure) -> Answer:
+    """Return the answer to an execution: the failure in text and HTML, and below it only the error's name."""
+    code, is_silent = request.get("code", ""), request.get("silent")
+    failure.count += not is_silent and request.get("store_history", True)
+    reply = {"status": "error", "execution_count": failure.count, "payload": [], "user_expressions": {}}
+    if str(code).strip() in ("exit", "exit()", "quit", "quit()", "q()"):  # the way out of jupyter console
+        leave = {"source": "ask_exit", "keepkernel": False}
+        return "execute_reply", {**reply, "status": "ok", "payload": [leave]}, []
+    published: list[tuple[str, Json]] = [
+        ("execute_input", {"code": code, "execution_count": failure.count}),
+        ("display_data", failure.display),
+        ("error", {**failure.error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
+    ]
+    return "execute_reply", {**reply, **failure.error}, [] if is_silent else published
 
 
 class Client(End):
@@ -8489,125 +8406,94 @@ class Client(End):
     """
 
     def __init__(self, front: Front, stream: int) -> None:
-        super().__init__()
+        super().__init__(KEPT_LIMIT)
         self.front = front
         self.stream = stream
-        self.on_data = self.hold
         self.hello = b""
         self.topics: list[bytes] = []
         self.upstream: Upstream | None = None
-        self.is_greeted = self.is_connecting = False
+        self.is_greeted = False
+        self.connecting: Any = None  # a task
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.front.clients.add(self)
-        self.lost.add_done_callback(lambda _: self.front.forget(self))
         self.update()
 
-    def hold(self, data: bytes) -> None:
-        """Collect what comes as it is."""
-        self.reader.buffer += data
-        if self.reader.size > HELD_LIMIT:
-            self.transport.pause_reading()
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self.front.clients.discard(self)
+        if self.upstream:
+            self.upstream.transport.close()
 
     def update(self) -> None:
         """Do what the front's state calls for: be Jupyter's peer, or join the client with the kernel."""
         front, is_live = self.front, self.front.state == "live"
-        if front.state == "holding" or self.is_joined:
+        if front.state == "holding" or self.peer:
             return
         if not self.is_greeted and (not is_live or front.notice):
             self.is_greeted = True
             self.write(GREETING)
             self.read()
         elif is_live and not self.upstream:
-            if (self.hello or not self.is_greeted) and not self.is_connecting:
-                self.is_connecting = True
+            if (self.hello or not self.is_greeted) and not self.connecting and front.handover:
                 self.on_data = self.hold
-                front.spawn(self.reach_kernel())
-        elif self.upstream and is_live and front.notice and self.stream in (SHELL, IOPUB):
-            self.pair_with(self.upstream)
-            self.read()
+                self.connecting = front.loop.create_task(front.handover.connect_client(self))
         elif self.upstream and is_live:
-            self.join(self.upstream)
+            reads_on = front.notice and self.stream in (SHELL, IOPUB)
+            self.read() if reads_on else self.join(self.upstream)
 
     def read(self) -> None:
-        """Read messages, from those on that have come already."""
+        """Read messages, first those that have come already."""
         self.on_data = self.parse
-        if not self.peer:
-            self.transport.resume_reading()
+        self.transport.resume_reading()
         self.parse()
 
-    async def reach_kernel(self) -> None:
-        """Connect a client that is there when the kernel is there already."""
-        assert self.front.handover
-        try:
-            await self.front.handover.connect_client(self)
-        except OSError:
-            self.transport.abort()  # ZeroMQ tries again
-        self.update()
-
-    def room(self) -> int:
-        return self.front.mailbox.room() + len(self.reader.buffer)
-
-    def on_command(self, body: bytes) -> None:
-        """Answer the end of the handshake, or a ping."""
-        if body.startswith(b"\x05READY") and not self.hello:
+    def on_event(self, is_command: bool, parts: list[bytes]) -> None:
+        """Answer a handshake, ping or beat of the heart, note a subscription, hand a request on."""
+        body, front = parts[0], self.front
+        if not self.hello:
+            if not is_command or not body.startswith(b"\x05READY"):
+                raise PeerError("no handshake")
             self.hello = body
             self.write(zmtp_frame(ready_command(SOCKET_TYPES[self.stream]), COMMAND))
             self.update()
-        elif body.startswith(b"\x04PING"):
-            self.write(zmtp_frame(b"\x04PONG" + body[7:], COMMAND))
-        elif not self.hello:
-            raise PeerError("no handshake")
-
-    def on_message(self, parts: list[bytes]) -> None:
-        """Return a beat of the heart, note a subscription, hand a request on."""
-        if not self.hello:
-            raise PeerError("a message before the handshake")
-        if self.stream == HEARTBEAT:
+        elif is_command:
+            if body.startswith(b"\x04PING"):
+                self.write(zmtp_frame(b"\x04PONG" + body[7:], COMMAND))
+        elif self.stream == HEARTBEAT:
             self.write(zmtp_message(parts))
         elif self.stream == IOPUB:
-            topic = parts[0][1:]
-            if parts[0][:1] == b"\1":
-                self.topics.append(topic)
-                self.front.mailbox.on_subscriber(self, topic)
-            elif topic in self.topics:
-                self.topics.remove(topic)
+            if body[:1] == b"\1":
+                self.topics.append(body[1:])
+                front.mailbox.on_subscriber(self, body[1:])
+            elif body[1:] in self.topics:
+                self.topics.remove(body[1:])
             if self.upstream:
                 self.upstream.write(zmtp_message(parts))
         else:
-            self.front.on_message(self, self.front.session.decode(parts))
-
-    def send(
-        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], idents: Sequence[bytes]
-    ) -> None:
-        """Send a message of the front's own."""
-        self.write(zmtp_message(self.front.session.encode(kind, content, parent, idents)))
+            front.mailbox.take(self, front.session.decode(parts))
 
     def drop_upstream(self) -> None:
         """Part from the kernel; a client that was joined with it has to go as well."""
-        upstream, self.upstream, self.peer = self.upstream, None, None
-        if upstream:
-            upstream.peer = None
-            upstream.transport.abort()
-        if self.is_joined:
+        upstream, self.upstream = self.upstream, None
+        if self.peer:
             self.transport.abort()
         elif self.is_greeted:
             self.read()
+        if upstream:
+            upstream.transport.abort()
 
 
 class Upstream(End):
-    """A connection to the kernel, for a client of Jupyter's or for the front itself.
-
-    take: gets each message that comes before the connection is joined with a client's.
-    """
+    """A connection to the kernel, for a client of Jupyter's or the front itself.  take: gets its messages."""
 
     def __init__(self, front: Front, take: Callable[[list[bytes]], object]) -> None:
         import asyncio
 
         super().__init__()
         self.front = front
-        self.on_message = take  # type: ignore[assignment, method-assign]
+        self.take = take
         self.received = 0
         self.ready = asyncio.Event()
         self.lost.add_done_callback(lambda _: self.ready.set())
@@ -8617,8 +8503,8 @@ class Upstream(End):
         self.front.received = max(self.front.received, self.received)
         self.on_data(data)
 
-    def on_command(self, body: bytes) -> None:
-        self.ready.set()
+    def on_event(self, is_command: bool, parts: list[bytes]) -> None:
+        self.ready.set() if is_command else self.take(parts)
 
     async def shake_hands(self, hello: bytes) -> None:
         """Be a client of the kernel; ZeroMQ hangs up on one that sends more before it has answered."""
@@ -8635,7 +8521,7 @@ class Mailbox:
 
     kept: the messages, size: their bytes.  cells: the headers of executions that show what the launch waits
     for.  failure: why there will be no kernel, once that is known.
-    has_subscriber: nothing is answered before, for at most `SUBSCRIBER_PATIENCE`.
+    has_subscriber: nothing but control messages is answered before, for clients connect in any order.
     """
 
     def __init__(self, front: Front) -> None:
@@ -8643,25 +8529,24 @@ class Mailbox:
         self.start = front.loop.time()
         self.kept: list[tuple[Client, Message]] = []
         self.size = 0
-        self.cells: list[Mapping[str, Any]] = []
+        self.cells: list[Json] = []
         self.failure: Failure | None = None
-        self.count = 0
         self.has_subscriber = False
-        self.timer: Any = None
 
     def take(self, client: Client, message: Message) -> None:
-        """Answer a message or keep it."""
-        kind, content = message.kind, message.content
-        if not self.has_subscriber:
-            if not self.kept:
-                self.timer = self.front.loop.call_later(SUBSCRIBER_PATIENCE, self.open)
+        """Answer a message, keep it or hand it to the kernel."""
+        front, kind = self.front, message.kind
+        if front.state == "live":
+            self.forward(client, message)
+            if not front.notice:
+                front.update()
+            return
+        if not self.has_subscriber and client.stream != CONTROL:
             self.keep(client, message)
             return
         if kind == "interrupt_request":
             self.cancel()
-        if self.failure and message.is_visible and content.get("store_history", True):
-            self.count += 1
-        reply = answer(kind, content, self.front.kernel, self.front.connection, self.failure, self.count)
+        reply = answer(kind, message.content, front.kernel, self.failure)
         if reply:
             self.respond(client, message, reply)
         elif self.keep(client, message) and message.is_visible:
@@ -8670,8 +8555,8 @@ class Mailbox:
             self.show_state("display_data", message.header)
         if kind == "shutdown_request":
             self.empty()
-            self.front.restart = bool(content.get("restart"))
-            self.front.shutdown.set()
+            front.restart = bool(message.content.get("restart"))
+            front.shutdown.set()
 
     def respond(self, client: Client, message: Message, answer: Answer) -> None:
         """Answer a message as a kernel does."""
@@ -8680,22 +8565,25 @@ class Mailbox:
         for kind, data in published:
             self.publish(kind, data, message.header)
         if reply:
-            client.send(reply, content, message.header, message.idents)
+            parts = self.front.session.encode(reply, content, message.header, message.idents)
+            client.write(zmtp_message(parts))
         self.publish("status", {"execution_state": "idle"}, message.header)
+
+    def refuse(self, client: Client, message: Message, name: str, value: str) -> None:
+        """Answer a message with an error."""
+        error = {"ename": name, "evalue": value, "traceback": [f"\x1b[0;31m{name}\x1b[0m: {value}"]}
+        content = {"status": "error", "execution_count": 0, **error, "payload": [], "user_expressions": {}}
+        published: list[tuple[str, Json]] = [("error", error)] if message.is_visible else []
+        self.respond(client, message, (message.kind.replace("_request", "_reply"), content, published))
 
     def keep(self, client: Client, message: Message) -> bool:
         """Keep a message for the kernel; return whether there is room."""
-        if self.size + message.size > KEPT_LIMIT // 2:
-            reply = refusal(message, "MemoryError", "Too many messages wait for the kernel.")
-            self.respond(client, message, reply)
+        if self.size + message.size > KEPT_LIMIT:
+            self.refuse(client, message, "MemoryError", "Too many messages wait for the kernel.")
             return False
         self.kept.append((client, message))
         self.size += message.size
         return True
-
-    def room(self) -> int:
-        """Return how many bytes may still be kept."""
-        return KEPT_LIMIT - self.size - sum(client.reader.size for client in self.front.clients)
 
     def empty(self) -> list[tuple[Client, Message]]:
         """Return all that is kept, in order, and forget it; clear the state, also of cells without output."""
@@ -8706,37 +8594,40 @@ class Mailbox:
 
     def open(self) -> None:
         """Answer, or keep for the kernel alone, what has waited for a subscriber or for the failure."""
-        self.has_subscriber = True
-        if self.timer:
-            self.timer.cancel()
         for client, message in self.empty():
             self.take(client, message)
-
-    def fail(self, failure: Failure) -> None:
-        """Answer with a failure what is kept and all that will come."""
-        self.failure = failure
-        if self.has_subscriber:
-            self.open()
 
     def cancel(self) -> None:
         """End the executions that wait as an interrupted kernel would."""
         for client, message in self.empty():
             if message.kind == "execute_request":
-                self.respond(client, message, refusal(message, "KeyboardInterrupt", "It had not started."))
+                self.refuse(client, message, "KeyboardInterrupt", "It had not started.")
             else:
                 self.keep(client, message)
 
     def on_subscriber(self, client: Client, topic: bytes) -> None:
         """Welcome a subscriber (JEP 65); cells that wait show it their state."""
-        client.send("iopub_welcome", {"subscription": topic.decode("utf-8", "replace")}, {}, [topic])
+        welcome = {"subscription": topic.decode("utf-8", "replace")}
+        client.write(zmtp_message(self.front.session.encode("iopub_welcome", welcome, {}, [topic])))
         for header in self.cells:
             self.show_state("display_data", header, [client])
         if not self.has_subscriber:
+            self.has_subscriber = True
             self.open()
 
-    def publish(
-        self, kind: str, content: Mapping[str, Any], parent: Mapping[str, Any], clients: Any = None
-    ) -> None:
+    def forward(self, client: Client, message: Message) -> None:
+        """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
+        front = self.front
+        if front.notice and message.is_visible:
+            heading, notice = "The previous kernel ended; its variables are gone.", printable(front.notice)
+            content = display(f"{heading}\n{notice}", [f"<b>{heading}</b>", html_with_code(notice)], YELLOW)
+            self.publish("display_data", content, message.header)
+            front.notice = ""
+        target = client.upstream or (front.handover and client.stream == SHELL and front.handover.own)
+        if target:
+            target.write(zmtp_message(message.parts))
+
+    def publish(self, kind: str, content: Json, parent: Json, clients: Any = None) -> None:
         """Send a message to all subscribers, or to some."""
         topic = f"kernel.{self.front.session.name}.{kind}".encode()
         data = zmtp_message(self.front.session.encode(kind, content, parent, [topic]))
@@ -8744,7 +8635,7 @@ class Mailbox:
             if any(topic.startswith(wanted) for wanted in client.topics):
                 client.write(data)
 
-    def show_state(self, kind: str, header: Mapping[str, Any], clients: Any = None) -> None:
+    def show_state(self, kind: str, header: Json, clients: Any = None) -> None:
         """Show in a cell what the launch waits for."""
         minutes, seconds = divmod(int(self.front.loop.time() - self.start), 60)
         waited = f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
@@ -8752,22 +8643,12 @@ class Mailbox:
         content = display(text, [html_with_code(text)], YELLOW)
         self.publish(kind, {**content, "transient": {"display_id": header["msg_id"]}}, header, clients)
 
-    def change_state(self, text: str) -> None:
-        """Show another state: as a new display, for jupyter console ignores updates of one."""
-        if text != self.front.kernel.state:
-            self.front.kernel.state = text
-            for header in self.cells:
-                self.publish("clear_output", {"wait": True}, header)
-                self.show_state("display_data", header)
-
-    async def count_time(self) -> None:
-        """Show again and again for how long the cells have waited."""
-        import asyncio
-
-        while self.front.state == "waiting":
-            await asyncio.sleep(PROGRESS_INTERVAL)
-            for header in self.cells:
-                self.show_state("update_display_data", header)
+    def count_time(self) -> None:
+        """Show from time to time for how long the cells have waited."""
+        for header in self.cells:
+            self.show_state("update_display_data", header)
+        if self.front.state == "waiting":
+            self.front.loop.call_later(PROGRESS_INTERVAL, self.count_time)
 
 
 class Handover:
@@ -8780,39 +8661,44 @@ class Handover:
     """
 
     def __init__(self, front: Front, connect: Callable[[int], Any]) -> None:
-        import asyncio
 
         self.front = front
         self.connect = connect
         self.probes: list[str] = []
         self.behind: set[Client] = set()
-        self.replied = asyncio.Event()
+        self.replied: Any = None
         self.own = Upstream(front, self.on_reply)
-        self.own.lost.add_done_callback(lambda _: self.replied.set())
 
     async def run(self) -> None:
         """Pass all on.  Raises OSError where the kernel goes away before; the clients wait as before then."""
         import asyncio
 
+        front, own = self.front, self.own
         try:
-            await self.own.open(await self.connect(SHELL))
-            await self.own.shake_hands(ready_command(b"DEALER"))
+            await own.open(await self.connect(SHELL))
+            await own.shake_hands(ready_command(b"DEALER"))
             for attempt in range(100):
-                late = [client for client in self.front.clients if client.hello and not client.upstream]
+                late = [client for client in front.clients if client.hello and not client.upstream]
                 await asyncio.gather(*map(self.connect_client, late))
                 if attempt and not late and (attempt > 20 or not self.behind):
                     break
-                await self.probe()
+                parts = front.session.encode("kernel_info_request", {}, {})
+                self.probes.append(front.session.decode(parts).header["msg_id"])
+                self.behind = {client for client in front.clients if client.upstream and client.topics}
+                self.replied = front.loop.create_future()
+                own.write(zmtp_message(parts))
+                await asyncio.wait({self.replied, own.lost}, return_when=asyncio.FIRST_COMPLETED)
+                if own.lost.done():
+                    raise ConnectionError("The kernel has closed a connection.")
+                deadline = front.loop.time() + 0.2
+                while self.behind and front.loop.time() < deadline:
+                    await asyncio.sleep(0.002)
         except BaseException:
-            for client in self.front.clients:
+            for client in list(front.clients):
                 client.drop_upstream()
-            self.close()
+            if own.transport:
+                own.transport.abort()
             raise
-
-    def close(self) -> None:
-        """Close the front's own connection."""
-        if self.own.transport:
-            self.own.transport.abort()
 
     async def connect_client(self, client: Client) -> None:
         """Open a client's connection to the kernel; repeat there what the front has answered in its place."""
@@ -8826,83 +8712,42 @@ class Handover:
                 upstream.write(b"".join(zmtp_frame(b"\1" + topic) for topic in client.topics))
         except OSError:
             await asyncio.sleep(0.05)
-            if self.own.transport and self.own.transport.is_closing():
+            if self.front.state != "live" and self.own.transport.is_closing():
                 raise  # the kernel is gone
             client.transport.abort()  # ZeroMQ tries again
         if not client.transport.is_closing():
             client.upstream = upstream
+            client.update()
         elif upstream.transport:
             upstream.transport.abort()
 
-    async def probe(self) -> None:
-        """Send the kernel a request; return when its reply has come, and a moment for iopub has passed."""
-        import asyncio
-
-        parts = self.front.session.encode("kernel_info_request", {}, {})
-        self.probes.append(self.front.session.decode(parts).header["msg_id"])
-        self.behind = {client for client in self.front.clients if client.upstream and client.stream == IOPUB}
-        self.replied.clear()
-        self.own.write(zmtp_message(parts))
-        if not self.own.transport.is_closing():
-            await self.replied.wait()
-        if self.own.transport.is_closing():
-            raise ConnectionError("The kernel has closed a connection.")
-        deadline = self.front.loop.time() + 0.2
-        while self.behind and self.front.loop.time() < deadline:
-            await asyncio.sleep(0.002)
-
     def on_reply(self, parts: list[bytes]) -> None:
-        """Take a reply to a probe; other messages are for clients that have left."""
-        message = self.front.session.decode(parts)
-        if message.kind == "kernel_info_reply" and message.content.get("status", "ok") == "ok":
-            if not self.replied.is_set():
-                save_info(self.front.kernel.cache, message.content)
-            self.replied.set()
+        """Take a reply to a probe, and remember it; other messages are for clients that have left."""
+        import json
+
+        message, path = self.front.session.decode(parts), self.front.kernel.cache
+        if message.parent.get("msg_id") not in self.probes or self.replied.done():
+            return
+        self.replied.set_result(None)
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            temporary = f"{path}.{os.getpid()}"
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(message.content, file)
+            os.replace(temporary, path)
+        except OSError:  # a full disk is no reason not to go on
+            return
 
     def on_message(self, client: Client, parts: list[bytes]) -> None:
         """Hand a message on to Jupyter unless a probe has caused it, or the front has sent it before."""
-        import json
-
-        request = kind = ""
         if client.stream == IOPUB:
-            try:
-                at = parts.index(DELIMITER)
-                header, parent = json.loads(parts[at + 2]), json.loads(parts[at + 3])
-                request, kind = parent.get("msg_id", ""), header["msg_type"]
-            except (ValueError, IndexError, KeyError, TypeError, AttributeError):
-                pass  # Jupyter may know better
-        if request in self.probes:
-            if request == self.probes[-1] and kind == "status" and b'"idle"' in parts[-1]:
+            message = self.front.session.decode(parts)
+            request = message.parent.get("msg_id")
+            if request == self.probes[-1] and message.content.get("execution_state") == "idle":
                 self.behind.discard(client)
-        elif kind != "iopub_welcome":
-            client.write(zmtp_message(parts))
-
-
-def encrypted_relay(connection: Mapping[str, Any]) -> dict[str, Any]:
-    """Let pyzmq listen for an encrypted connection; return the plain one that it is joined with.
-
-    Raises ImportError without pyzmq.
-    """
-    import tempfile
-    import threading
-
-    import_from_here()
-    import zmq
-
-    directory = tempfile.mkdtemp(prefix="envkernel-")
-    context: Any = zmq.Context()
-    colon = "-" if connection.get("transport") == "ipc" else ":"
-    for stream, name in enumerate(STREAMS):
-        outer = context.socket(zmq.XPUB if stream == IOPUB else zmq.ROUTER)
-        outer.curve_secretkey = connection["curve_secretkey"].encode()
-        outer.curve_publickey = connection["curve_publickey"].encode()
-        outer.curve_server = True
-        outer.bind("{transport}://{ip}".format(**connection) + f"{colon}{connection[name + '_port']}")
-        inner = context.socket(zmq.XSUB if stream == IOPUB else zmq.DEALER)
-        inner.connect(f"ipc://{directory}/s-{stream}")
-        threading.Thread(target=zmq.proxy, args=(outer, inner), daemon=True).start()
-    ports = {name + "_port": stream for stream, name in enumerate(STREAMS)}
-    return {**connection, "transport": "ipc", "ip": directory + "/s", **ports}
+            if request in self.probes or message.kind == "iopub_welcome":
+                return
+        client.write(zmtp_message(parts))
 
 
 class Front:
@@ -8910,74 +8755,66 @@ class Front:
 
     state: *holding* (clients are accepted, nothing is answered), *waiting* (the front answers itself, keeps
     what only a kernel can answer and shows the launch's state in the cells), *live* (clients and kernel are
-    joined byte by byte), *failed* (every execution shows why there is no kernel).
-    notice: why the kernel before this one ended, for the first cell; to be set before `listen`.
+    joined byte by byte), *failed* (every execution shows why there is no kernel), *closed*.
+    notice: why the kernel before this one ended, for the first cell.
     shutdown: set when the front itself has answered a shutdown_request; restart: whether a start follows.
     received: how many bytes came from the kernel on the connection that brought most.
     To be created and used in a running loop.
     """
 
-    def __init__(self, connection: Mapping[str, Any], kernel: KernelProfile) -> None:
+    def __init__(self, connection: Json, kernel: KernelProfile, notice: str = "") -> None:
         import asyncio
 
         self.connection = connection
         self.kernel = kernel
         self.state = "holding"
-        self.notice = ""
+        self.is_encrypted = bool(connection.get("curve_secretkey"))  # then all that can be done is to join
+        self.notice = "" if self.is_encrypted else notice
         self.shutdown = asyncio.Event()
         self.restart = False
-        self.is_encrypted = bool(connection.get("curve_secretkey"))
         self.loop = asyncio.get_running_loop()
         self.session = Session(connection)
         self.clients: set[Client] = set()
         self.mailbox = Mailbox(self)
         self.handover: Handover | None = None
         self.received = 0
-        self.servers: list[Any] = []
-        self.tasks: set[Any] = set()
+        self.servers: list[tuple[Any, str]] = []
         self.lacks_files = False
 
     async def listen(self) -> None:
         """Open Jupyter's addresses.  Raises UserError where another program keeps them."""
-        self.loop.set_exception_handler(self.on_exception)
-        await self.open_ports(self.connection)
-        if self.is_encrypted:
-            self.notice = ""
-        elif self.notice:
-            self.wait("")
-
-    async def open_ports(self, connection: Mapping[str, Any]) -> None:
         import asyncio
         from functools import partial
 
-        ip = connection["ip"]
+        self.loop.set_exception_handler(self.on_exception)
+        ip = self.connection["ip"]
         for stream, name in enumerate(STREAMS):
             client: Any = partial(Client, self, stream)
-            port = connection[name + "_port"]
+            port = self.connection[name + "_port"]
+            path = f"{ip}-{port}" if self.connection.get("transport") == "ipc" else ""
             for attempt in range(51):  # a kernel that has just ended may still hold them
                 try:
-                    if connection.get("transport") == "ipc":
-                        server: Any = await self.loop.create_unix_server(client, f"{ip}-{port}")
+                    if path:
+                        server: Any = await self.loop.create_unix_server(client, path)
                     else:
                         server = await self.loop.create_server(client, ip, int(port), reuse_address=True)
                     break
                 except OSError as error:
                     if attempt == 50:
                         self.close_ports()
-                        raise UserError(
-                            f"The ports that Jupyter gave the kernel can't be opened: {error.strerror}.",
-                            "Start the kernel again; if it stays, look who listens on them: ss -ltnp.",
-                        ) from None
+                        what = f"The ports that Jupyter gave the kernel can't be opened: {error.strerror}."
+                        hint = "Start the kernel again; if it stays, look who listens on them: ss -ltnp."
+                        raise UserError(what, hint) from None
                     await asyncio.sleep(0.1)
-            self.servers.append(server)
+            self.servers.append((server, path))
+        if self.notice:
+            self.wait("")
 
     def close_ports(self) -> None:
         """Listen no longer, so that others can have the addresses."""
-        for server in self.servers:
-            paths = [sock.getsockname() for sock in server.sockets or () if sock.family.name == "AF_UNIX"]
+        for server, path in self.servers:
             server.close()
-            for path in paths:
-                remove_tree(path)
+            remove_tree(path)
         self.servers = []
 
     def on_exception(self, loop: Any, context: Any) -> None:
@@ -8994,10 +8831,15 @@ class Front:
 
     def wait(self, text: str) -> None:
         """Answer clients from now on, and show the text in the cells that wait."""
-        self.mailbox.change_state(printable(text).rstrip(".") or "The kernel is starting")
+        state = printable(text).rstrip(".") or "The kernel is starting"
+        if state != self.kernel.state:
+            self.kernel.state = state
+            for header in self.mailbox.cells:  # a new display: jupyter console ignores updates of one
+                self.mailbox.publish("clear_output", {"wait": True}, header)
+                self.mailbox.show_state("display_data", header)
         if self.state == "holding" and not self.is_encrypted:
             self.state = "waiting"
-            self.spawn(self.mailbox.count_time())
+            self.mailbox.count_time()
             self.update()
 
     async def go_live(self, connect: Callable[[int], Any]) -> None:
@@ -9010,25 +8852,20 @@ class Front:
             await handover.run()
         self.handover, self.state = handover, "live"
         for client, message in self.mailbox.empty():
-            self.forward(client, message)
+            self.mailbox.forward(client, message)
         self.update()
 
     def fail(self, error: UserError) -> None:
-        """Be a kernel whose every answer is the error.  Raises ImportError where encryption needs pyzmq."""
-        for task in self.tasks:
-            task.cancel()
-        if self.is_encrypted:
-            self.close_ports()
-            plain = encrypted_relay(self.connection)
-            self.is_encrypted = False
-            self.spawn(self.open_ports(plain))
+        """Be a kernel whose every answer is the error."""
         self.state = "failed"
         for client in list(self.clients):
             client.drop_upstream()
         self.update()
         texts = (error.message, error.hint, error.detail)
         message, hint, detail = (printable(text, self.connection.get("key", "")) for text in texts)
-        self.mailbox.fail(failure_of(UserError(message, hint, detail=detail), self.kernel))
+        self.mailbox.failure = failure_of(UserError(message, hint, detail=detail), self.kernel)
+        if self.mailbox.has_subscriber:
+            self.mailbox.open()
 
     def interrupt(self) -> bool:
         """Do what an interrupt asks for; False where that is the kernel's business."""
@@ -9041,43 +8878,10 @@ class Front:
         probed = self.handover and self.handover.probes
         return bool(probed) or self.received >= (ANSWER if status else 1)
 
-    def on_message(self, client: Client, message: Message) -> None:
-        """Take a message of a client whose bytes are still read."""
-        if self.state != "live":
-            self.mailbox.take(client, message)
-            return
-        self.forward(client, message)
-        if not self.notice:
-            self.update()
-
-    def forward(self, client: Client, message: Message) -> None:
-        """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
-        if self.notice and message.is_visible:
-            heading, notice = "The previous kernel ended; its variables are gone.", printable(self.notice)
-            html = [f"<b>{heading}</b>", html_with_code(notice)]
-            content = display(f"{heading}\n{notice}", html, YELLOW)
-            self.mailbox.publish("display_data", content, message.header)
-            self.notice = ""
-        target = client.upstream or (self.handover and client.stream == SHELL and self.handover.own)
-        if target:
-            target.write(zmtp_message(message.parts))
-
     def update(self) -> None:
         """Do with all clients what the state calls for."""
         for client in list(self.clients):
             client.update()
-
-    def forget(self, client: Client) -> None:
-        """Forget a client that has gone."""
-        self.clients.discard(client)
-        if client.upstream:
-            client.upstream.transport.close()
-
-    def spawn(self, work: Any) -> None:
-        """Run a coroutine alongside."""
-        task = self.loop.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     async def drain(self, seconds: float) -> None:
         """Listen no longer, let clients have what was said to them for at most some seconds, and close."""
@@ -9085,7 +8889,7 @@ class Front:
 
         self.close_ports()
         for client in self.clients:
-            if not client.is_joined:
+            if not client.peer:
                 client.transport.close()
         deadline = self.loop.time() + seconds
         while self.clients and self.loop.time() < deadline:
@@ -9094,24 +8898,13 @@ class Front:
 
     def close(self) -> None:
         """Close everything at once."""
+        self.state = "closed"
         self.close_ports()
         self.mailbox.empty()
-        for task in self.tasks:
-            task.cancel()
         for client in self.clients:
             client.transport.abort()
-        if self.handover:
-            self.handover.close()
-
-
-def import_from_here() -> None:
-    """Make importable what the launching interpreter has: the kernelspec starts it with -I and -S."""
-    import site
-
-    site.main()
-    directory = site.getusersitepackages()
-    if os.path.isdir(directory):
-        site.addsitedir(directory)
+        if self.handover and self.handover.own.transport:
+            self.handover.own.transport.abort()
 
 
 def recover_launch(tokens: Sequence[str]) -> Launch:
@@ -9124,11 +8917,12 @@ def recover_launch(tokens: Sequence[str]) -> Launch:
     return Launch([], [], options)
 
 
-def shows_failure(launch: Launch) -> bool:
-    """Return whether the notebook is to show why the kernel did not start."""
+def shows_failure(launch: Launch, connection: Json) -> bool:
+    """Return whether the notebook is to show why the kernel did not start; a front speaks no CurveZMQ."""
     # nbgrader would take the errors for the student's own and give no points.
     grading = os.environ.get("NBGRADER_EXECUTION") == "autograde"
-    return not (launch.options.get("no-error-kernel") or grading)
+    barred = launch.options.get("no-error-kernel") or launch.options.get("nested") or grading
+    return not (barred or connection.get("curve_secretkey"))
 
 
 def log_failure(error: UserError, launch: Launch) -> None:
@@ -9137,23 +8931,21 @@ def log_failure(error: UserError, launch: Launch) -> None:
 
 
 def become_error_kernel(error: UserError, launch: Launch) -> int:
-    """Say on stderr and in the notebook why the kernel did not start; return the exit status.
+    """Say on stderr, in the log and in the notebook why the kernel did not start; return the exit status.
 
-    Serves Jupyter's connection file until Jupyter shuts this kernel down or is gone.  With
-    ``--no-error-kernel``, or where the connection is encrypted and the launching Python has no pyzmq, only
-    stderr and the log say it.
+    Serves Jupyter's connection file until Jupyter shuts this kernel down or is gone.
     """
     print_error(error)
     log_failure(error, launch)
     status = error.status or 1
     path = launch.options.get("connection-file")
-    if not shows_failure(launch) or not path:
+    if not path:
         return status
     import asyncio
     import json
     import signal
 
-    async def serve(connection: Mapping[str, Any]) -> None:
+    async def serve(connection: Json) -> None:
         parent = os.getppid()
         front = Front(connection, kernel_profile(launch, os.environ))
         await front.listen()
@@ -9167,8 +8959,10 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with open(path, encoding="utf-8") as file:
-            asyncio.run(serve(json.load(file)))
-    except (ImportError, OSError, ValueError, KeyError, UserError) as problem:
+            connection = json.load(file)
+        if shows_failure(launch, connection):
+            asyncio.run(serve(connection))
+    except (OSError, ValueError, KeyError, UserError) as problem:
         sys.stderr.write(f"envkernel: The notebook can't show this: {problem!r}.\n")
     return status
 
@@ -9183,26 +8977,27 @@ def launch_environ(host: Host) -> dict[str, str]:
     """
     environ = dict(os.environ)
     if environ.get("LC_CTYPE", "") in ("C.UTF-8", "C.utf8", "UTF-8"):
-        start = host.read("/proc/self/environ")
-        given = [entry[9:] for entry in (start or b"").split(b"\0") if entry.startswith(b"LC_CTYPE=")]
+        start = (host.read("/proc/self/environ") or b"").split(b"\0")
+        given = [entry[9:] for entry in start if entry.startswith(b"LC_CTYPE=")]
         if given:
             environ["LC_CTYPE"] = os.fsdecode(given[0])
-        elif start is not None:
+        else:
             del environ["LC_CTYPE"]
     return environ
 
 
 def plan_launch(launch: Launch, host: Host, environ: Mapping[str, str]) -> Plan:
-    """Return the plan of a launch: each mode in its turn.
+    """Return the plan of a launch: each mode in its turn.  Raises UserError for what is missing.
 
     environ: the environment the launch starts from; the variables that ``--env`` names are set in it,
-    and set again after the last mode.  A container gets them alone: they could change its engine.
-    Raises UserError for what is missing.
+    and set again after the last mode.  A container gets them alone: its engine needs its own PATH and HOME.
     """
     given = {name: decode_token(environ[name]) for name in launch.options.get("env", ()) if name in environ}
-    here = given
+    here: Mapping[str, str] = given
     if any(MODES[step.mode].container for step in launch.steps):
-        environ, here = engine_environ(environ, given, host), {}
+        usual = {"PATH": os.defpath, "HOME": host.home()}
+        kept = {name: value for name, value in environ.items() if name not in given}
+        environ, here = {**kept, **{name: usual[name] for name in given if name in usual}}, {}
     plan = Plan(launch.command, {**environ, **here}, given=given)
     for index, step in enumerate(launch.steps):
         mode = MODES[step.mode]
@@ -9213,16 +9008,6 @@ def plan_launch(launch: Launch, host: Host, environ: Mapping[str, str]) -> Plan:
         if mode.remote:
             break
     return plan.replace(environ={**plan.environ, **here})
-
-
-def engine_environ(environ: Mapping[str, str], given: Mapping[str, str], host: Host) -> dict[str, str]:
-    """Return the environment for a container engine: without what the user gave for the kernel inside.
-
-    Jupyter has set that already, for it stands in the kernelspec; an engine needs its own PATH and HOME.
-    """
-    usual = {"PATH": os.defpath, "HOME": host.home()}
-    kept = {name: value for name, value in environ.items() if name not in given}
-    return {**kept, **{name: usual[name] for name in given if name in usual}}
 
 
 def finish_plan(plan: Plan, launch: Launch, host: Host) -> Plan:
@@ -9266,10 +9051,7 @@ def run(tokens: Sequence[str]) -> int:
 
 
 def log_launch(launch: Launch, tokens: Sequence[str], plan: Plan | None, environ: Mapping[str, str]) -> None:
-    """Begin the log of a launch; its path becomes the launch's option ``log``.
-
-    That of the start before, where Jupyter starts a kernel again, becomes ``earlier``.
-    """
+    """Begin the log of a launch, its option ``log``; ``earlier`` is that of the start before, if any."""
     import time
 
     text = log_text(tokens, plan, environ, time.time(), os.getpid())
@@ -9287,13 +9069,8 @@ def execute(plan: Plan, launch: Launch, host: Host) -> int:
         return keep(JobProgram(plan, plan.job, launch, host), launch)
     if not plan.supervision and launch.options.get("earlier"):
         plan = watched(plan, launch, host)
-    if not plan.supervision:
-        become(plan)
-    return keep(LocalProgram(plan, plan.supervision, host), launch)
-
-
-def become(plan: Plan) -> NoReturn:
-    """Execute the plan's program in place of this process.  Raises UserError where it can't start."""
+    if plan.supervision:
+        return keep(LocalProgram(plan, plan.supervision, host), launch)
     # the one private module: signal costs each start 70 % of what the bare interpreter needs
     import _signal  # type: ignore[import-not-found]
 
@@ -9305,22 +9082,17 @@ def become(plan: Plan) -> NoReturn:
         raise cannot_start(plan.argv[0], error) from None
 
 
-def prepare_terminal() -> None:
-    """Make a terminal show any text, and its end, like a kill, interrupt what is half done."""
+def setup_or_manage(argv: Sequence[str]) -> int:
+    """Carry out what a user has typed, to the last word that is printed.  Raises UserError."""
     import io
     import signal
 
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the caller has closed it
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # a terminal shows any text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP):  # these interrupt what is half done
         signal.signal(number, signal.default_int_handler)
-
-
-def setup_or_manage(argv: Sequence[str]) -> int:
-    """What a user types, from the first to the last word that is printed.  Raises UserError."""
-    prepare_terminal()
     try:
         status = carry_out(argv, Host())
         sys.stdout.flush()
@@ -9336,14 +9108,10 @@ def setup_or_manage(argv: Sequence[str]) -> int:
         raise UserError(f"The output can't be written: {reason}.", "Send it somewhere else.") from None
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line `argv` (without the program's name); return the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, by default that of this process; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        if sys.version_info < (3, 8):  # noqa: UP036 (a login node may have any)
-            raise UserError(
-                "envkernel needs Python 3.8 or later; this is {}.{}.".format(*sys.version_info),
-                "Call it with another Python.",
-            )
         if len(argv) > 1 and argv[1] == "run" and argv[0] in MODES:
             return run(argv)
         if argv[:2] in (["yarn", "client"], ["yarn", "agent"]):
@@ -9371,10 +9139,5 @@ def print_error(error: UserError) -> None:
     os.write(2, error_text(error))
 
 
-def command() -> int:
-    """Entry point of the installed command ``envkernel``."""
-    return main(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(main())

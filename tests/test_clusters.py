@@ -9,6 +9,7 @@ import resource
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -241,9 +242,11 @@ def test_pending_job_is_explained_by_squeue() -> None:
     def pending(said: bytes) -> str:
         return asyncio.run(job.pending("4", answers({argv: Output(0, said)})))
 
-    assert pending(b"Resources|N/A\n") == "Slurm job 4 waits: Resources (no node has enough room)."
-    later = "Slurm job 4 waits: QOSGrpMem; expected start 2026-11-21 10:00:00."
-    assert pending(b"QOSGrpMem|2026-11-21T10:00:00\n") == later
+    assert pending(b"Resources|N/A\n") == "Slurm job 4 waits: Resources (no node has enough room)"
+    later = "Slurm job 4 waits: QOSGrpMem; expected start 2001-11-21 10:00"
+    assert pending(b"QOSGrpMem|2001-11-21T10:00:00\n") == later
+    today = time.strftime("%Y-%m-%dT12:49:30")
+    assert pending(f"QOSGrpMem|{today}".encode()).endswith("; expected start 12:49")
     assert pending(b"") == ""
     assert asyncio.run(job.pending("4", answers({}))) == ""
 

@@ -31,8 +31,8 @@ class Late:
         self.directory = directory
         self.text = os.environ.get("TEXT", "Slurm job 12 waits: Priority")
         cache = os.environ.get("CACHE", "")
-        self.front = envkernel.Front(connection, envkernel.KernelProfile("late", "python", True, cache))
-        self.front.notice = os.environ.get("NOTICE", "")
+        kernel = envkernel.KernelProfile("late", "python", True, cache)
+        self.front = envkernel.Front(connection, kernel, os.environ.get("NOTICE", ""))
         self.process: Any = None
 
     async def start(self) -> None:
