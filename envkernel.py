@@ -9108,9 +9108,8 @@ def setup_or_manage(argv: Sequence[str]) -> int:
         raise UserError(f"The output can't be written: {reason}.", "Send it somewhere else.") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`, by default that of this process; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: Sequence[str]) -> int:
+    """Run the command line `argv` (without the program's name); return the exit status."""
     try:
         if len(argv) > 1 and argv[1] == "run" and argv[0] in MODES:
             return run(argv)
@@ -9139,5 +9138,10 @@ def print_error(error: UserError) -> None:
     os.write(2, error_text(error))
 
 
+def command() -> int:
+    """Entry point of the installed command ``envkernel``."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

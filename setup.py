@@ -27,5 +27,5 @@ setup(
     python_requires=">=3.8",
     install_requires=["jupyter_client"],
     extras_require={"yarn": ["skein"]},
-    entry_points={"console_scripts": ["envkernel=envkernel:main"]},
+    entry_points={"console_scripts": ["envkernel=envkernel:command"]},
 )
