@@ -8291,14 +8291,6 @@ def kernel_profile(launch: Launch, environ: Mapping[str, str]) -> KernelProfile:
     return KernelProfile(name, language, debugger, cache, launch.options.get("log", ""))
 
 
-class Failure(Record):
-    """Why a kernel did not start: as the error of a reply, and as a display.  count: executions so far."""
-
-    error: dict[str, Any]
-    display: dict[str, Any]
-    count: int = 0
-
-
 def display(text: str, paragraphs: Sequence[str], colour: str) -> dict[str, Any]:
     """Return the content of a display: a text, and paragraphs of HTML in a box with a coloured edge."""
     body = "".join(f'<div style="margin: 0.3em 0">{paragraph}</div>' for paragraph in paragraphs)
@@ -8314,23 +8306,26 @@ def html_with_code(text: str) -> str:
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def failure_of(error: UserError, kernel: KernelProfile) -> Failure:
-    """Return an error as the notebook shows it."""
-    from html import escape
+class Failure:
+    """Why a kernel did not start: as the error of a reply, and as a display.  count: executions so far."""
 
-    heading = f"The kernel {kernel.name} did not start." if kernel.name else "The kernel did not start."
-    lines = [error.message, *filter(None, [error.hint])]
-    html = [f"<b>{escape(heading)}</b>", *map(html_with_code, lines)]
-    if error.detail:
-        lines += ["", "It said:", *("  " + line for line in error.detail.splitlines())]
-        html.append(f'<pre style="max-height: 20em; overflow: auto">{escape(error.detail)}</pre>')
-    if kernel.log:
-        lines += ["", f"Log of this launch: {kernel.log}"]
-        html.append(f"<small>Log of this launch: <code>{escape(kernel.log)}</code></small>")
-    traceback = [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m: {error.message}", *lines[1:]]
-    evalue = f"{error.message} {error.hint}".rstrip()
-    content = {"ename": FAILURE_NAME, "evalue": evalue, "traceback": traceback}
-    return Failure(content, display("\n".join([heading, *lines]), html, RED))
+    def __init__(self, error: UserError, kernel: KernelProfile) -> None:
+        from html import escape
+
+        heading = f"The kernel {kernel.name} did not start." if kernel.name else "The kernel did not start."
+        lines = [error.message, *filter(None, [error.hint])]
+        html = [f"<b>{escape(heading)}</b>", *map(html_with_code, lines)]
+        if error.detail:
+            lines += ["", "It said:", *("  " + line for line in error.detail.splitlines())]
+            html.append(f'<pre style="max-height: 20em; overflow: auto">{escape(error.detail)}</pre>')
+        if kernel.log:
+            lines += ["", f"Log of this launch: {kernel.log}"]
+            html.append(f"<small>Log of this launch: <code>{escape(kernel.log)}</code></small>")
+        traceback = [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m: {error.message}", *lines[1:]]
+        evalue = f"{error.message} {error.hint}".rstrip()
+        self.error = {"ename": FAILURE_NAME, "evalue": evalue, "traceback": traceback}
+        self.display = display("\n".join([heading, *lines]), html, RED)
+        self.count = 0
 
 
 def kernel_info(kernel: KernelProfile, failure: Failure | None) -> Json:
@@ -8661,7 +8656,6 @@ class Handover:
     """
 
     def __init__(self, front: Front, connect: Callable[[int], Any]) -> None:
-
         self.front = front
         self.connect = connect
         self.probes: list[str] = []
@@ -8731,10 +8725,8 @@ class Handover:
         self.replied.set_result(None)
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            temporary = f"{path}.{os.getpid()}"
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 json.dump(message.content, file)
-            os.replace(temporary, path)
         except OSError:  # a full disk is no reason not to go on
             return
 
@@ -8743,7 +8735,7 @@ class Handover:
         if client.stream == IOPUB:
             message = self.front.session.decode(parts)
             request = message.parent.get("msg_id")
-            if request == self.probes[-1] and message.content.get("execution_state") == "idle":
+            if request in self.probes[-1:] and message.content.get("execution_state") == "idle":
                 self.behind.discard(client)
             if request in self.probes or message.kind == "iopub_welcome":
                 return
@@ -8863,7 +8855,7 @@ class Front:
         self.update()
         texts = (error.message, error.hint, error.detail)
         message, hint, detail = (printable(text, self.connection.get("key", "")) for text in texts)
-        self.mailbox.failure = failure_of(UserError(message, hint, detail=detail), self.kernel)
+        self.mailbox.failure = Failure(UserError(message, hint, detail=detail), self.kernel)
         if self.mailbox.has_subscriber:
             self.mailbox.open()
 

@@ -21,11 +21,12 @@ ERROR = envkernel.UserError(
     detail="line one\nline <two>",
 )
 KERNEL = envkernel.KernelProfile("science", "python", log="/home/me/launch.log")
-FAILURE = envkernel.failure_of(ERROR, KERNEL)
+FAILURE = envkernel.Failure(ERROR, KERNEL)
 
 
 def ask(kind, **content):
-    return envkernel.answer(kind, content, KERNEL, FAILURE.replace(count=2))
+    FAILURE.count = 2
+    return envkernel.answer(kind, content, KERNEL, FAILURE)
 
 
 REQUESTS = {
@@ -102,7 +103,7 @@ def test_there_is_a_way_out_of_jupyter_console(code):
 
 
 def test_backticks_become_code_in_the_message_too():
-    failure = envkernel.failure_of(envkernel.UserError("`module load <x>` failed."), KERNEL)
+    failure = envkernel.Failure(envkernel.UserError("`module load <x>` failed."), KERNEL)
     assert "<code>module load &lt;x&gt;</code> failed." in failure.display["data"]["text/html"]
 
 
@@ -152,7 +153,7 @@ def test_the_banner_says_it_all():
 
 
 def test_without_hint_detail_or_log_there_is_only_the_message():
-    failure = envkernel.failure_of(envkernel.UserError("Broken."), envkernel.KernelProfile(""))
+    failure = envkernel.Failure(envkernel.UserError("Broken."), envkernel.KernelProfile(""))
     assert failure.display["data"]["text/plain"] == "The kernel did not start.\nBroken."
     assert failure.error["evalue"] == "Broken."
     assert "<pre" not in failure.display["data"]["text/html"]
