@@ -8784,12 +8784,12 @@ class Front:
             client: Any = partial(Client, self, stream)
             port = self.connection[name + "_port"]
             path = f"{ip}-{port}" if self.connection.get("transport") == "ipc" else ""
+            create: Any = partial(self.loop.create_server, client, ip, int(port), reuse_address=True)
+            if path:
+                create = partial(self.loop.create_unix_server, client, path)
             for attempt in range(51):  # a kernel that has just ended may still hold them
                 try:
-                    if path:
-                        server: Any = await self.loop.create_unix_server(client, path)
-                    else:
-                        server = await self.loop.create_server(client, ip, int(port), reuse_address=True)
+                    self.servers.append((await create(), path))
                     break
                 except OSError as error:
                     if attempt == 50:
@@ -8798,7 +8798,6 @@ class Front:
                         hint = "Start the kernel again; if it stays, look who listens on them: ss -ltnp."
                         raise UserError(what, hint) from None
                     await asyncio.sleep(0.1)
-            self.servers.append((server, path))
         if self.notice:
             self.wait("")
 
@@ -8969,12 +8968,9 @@ def launch_environ(host: Host) -> dict[str, str]:
     """
     environ = dict(os.environ)
     if environ.get("LC_CTYPE", "") in ("C.UTF-8", "C.utf8", "UTF-8"):
-        start = (host.read("/proc/self/environ") or b"").split(b"\0")
-        given = [entry[9:] for entry in start if entry.startswith(b"LC_CTYPE=")]
-        if given:
-            environ["LC_CTYPE"] = os.fsdecode(given[0])
-        else:
-            del environ["LC_CTYPE"]
+        del environ["LC_CTYPE"]
+        start = os.fsdecode(host.read("/proc/self/environ") or b"").split("\0")
+        environ.update(entry.partition("=")[::2] for entry in start if entry.startswith("LC_CTYPE="))
     return environ
 
 
@@ -9003,10 +8999,7 @@ def plan_launch(launch: Launch, host: Host, environ: Mapping[str, str]) -> Plan:
 
 
 def finish_plan(plan: Plan, launch: Launch, host: Host) -> Plan:
-    """Return the plan with its program found and Jupyter's paths in their places.
-
-    Raises UserError where the kernel's program or module is missing.
-    """
+    """Return the plan with Jupyter's paths in their places and its program found.  Raises UserError."""
     argv = plan.argv
     for placeholder, name in _PLACEHOLDERS:
         if name in launch.options:
@@ -9032,10 +9025,9 @@ def run(tokens: Sequence[str]) -> int:
         log_launch(launch, tokens, plan, before)
         return execute(plan, launch, host)
     except UserError as error:
-        if launch is None:
-            launch = recover_launch(tokens)
-            if not launch.options:
-                raise  # no kernelspec: somebody has typed this
+        launch = launch or recover_launch(tokens)
+        if not launch.options:
+            raise  # no kernelspec: somebody has typed this
         error.name_kernel(launch.options.get("name", "NAME"))
         if "log" not in launch.options:
             log_launch(launch, tokens, plan, before)
@@ -9075,7 +9067,7 @@ def execute(plan: Plan, launch: Launch, host: Host) -> int:
 
 
 def setup_or_manage(argv: Sequence[str]) -> int:
-    """Carry out what a user has typed, to the last word that is printed.  Raises UserError."""
+    """Carry out what a user has typed.  Raises UserError."""
     import io
     import signal
 
