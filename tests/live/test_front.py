@@ -327,8 +327,9 @@ def test_jupyterlab_shows_the_state_in_the_cells(late, chromium, screenshots):
         for number in range(3):
             notebook.wait_for(number, environ["TEXT"])
         page.screenshot(path=screenshots / "waiting.png")
+        notebook.wait_for(0, "42")
+        notebook.output(2).filter(has_text="waits").wait_for(state="detached")
         notebook.wait_for(2, "2")
-        notebook.output(0).filter(has_text="waits").wait_for(state="detached")
         assert [notebook.output(number).all_inner_texts() for number in range(3)] == [["42\n"], [], ["2"]]
     finally:
         context.close()
