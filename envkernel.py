@@ -6758,14 +6758,11 @@ def keep(program: Program, launch: Launch) -> int:
 ANNOUNCES = b"envkernel-agent "
 """How the line begins that says where an agent listens, or which error there was on the way to it."""
 
-PING, LOST = 5.0, 20.0
-"""Seconds between two heartbeats, and without one until the other side counts as lost."""
+PING, LOST, GRACE = 5.0, 20.0, 3.0
+"""Seconds between two heartbeats, without one until the other side counts as lost, for a kernel's end."""
 
 PATIENCE, SLOW_PATIENCE = 8.0, 30.0
 """Seconds in which the keeper has to come, the latter behind ssh or Skein: srun may have been killed."""
-
-GRACE = 3.0
-"""Seconds that a kernel has for ending after it was asked to with a signal."""
 
 ORDERS = len(STREAMS)
 """Number of the connection that carries orders to the agent, after those of the kernel's five streams."""
@@ -6866,13 +6863,13 @@ def agent_main(stdin: Any) -> int:
     if place != 1:
         os.close(place)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # this file was there
-    channel, agent_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel, agent_end = map(Channel, socket.socketpair())
     stderr, stderr_end = os.pipe()
 
     def serve() -> int:
         import asyncio
 
-        channel.close()
+        channel.sock.close()
         os.close(stderr_end)
         agent = Agent(orders, listener, agent_end, stderr)
         # not asyncio.run, which would wait for a thread that writes to a blocked stderr
@@ -6881,7 +6878,7 @@ def agent_main(stdin: Any) -> int:
     agent = os.fork()
     if not agent:
         exit_with(serve)
-    for end in (listener, agent_end):
+    for end in (listener, agent_end.sock):
         end.close()
     os.close(stderr)
     return Starter(orders, channel, agent, stderr_end).run()
@@ -6890,14 +6887,12 @@ def agent_main(stdin: Any) -> int:
 class Starter:
     """The process that the cluster runs: parent of the agent, and of the kernel, which the agent asks for.
 
-    It sleeps until a signal comes; the agent rings with SIGUSR1 for its messages.  The kernel's unix sockets
-    are bound in a private directory, which no other user of the node can enter, and the connection
-    file is in memory only: whatever kills this process, nothing stays on the node.
-
-    orders: see `JobProgram`.  channel: messages from and to the agent.  stderr: what the kernel writes to.
+    It sleeps until a signal comes; the agent rings with SIGUSR1 for its messages.  The kernel's connection
+    file is in memory only.  orders: see `JobProgram`.  channel: to the agent.  stderr: for the kernel.
     """
 
-    def __init__(self, orders: Mapping[str, Any], channel: socket.socket, agent: int, stderr: int) -> None:
+    def __init__(self, orders: Mapping[str, Any], channel: Channel, agent: int, stderr: int) -> None:
+        channel.sock.setblocking(False)
         self.orders, self.channel, self.agent, self.stderr = orders, channel, agent, stderr
         self.kernel = self.launch = 0
         self.file = self.lock = -1
@@ -6905,36 +6900,26 @@ class Starter:
 
     def run(self) -> int:
         """Serve until the agent has ended; return its exit status."""
-        import contextlib
         import signal
-        import socket
 
         self.start(0)
         while True:
             number = signal.sigwait(starter_signals())
             if number == signal.SIGUSR1:
-                with contextlib.suppress(BlockingIOError, ValueError):  # none left; the agent has ended
-                    while True:
-                        self.start(from_json(self.channel.recv(1 << 16, socket.MSG_DONTWAIT))["start"])
+                for message in self.channel.receive() or ():
+                    self.start(message["start"])
             elif number != signal.SIGCHLD:
                 os.kill(self.agent, number)
             pid, status = os.waitpid(-1, os.WNOHANG)
             while pid and pid != self.agent:
                 if pid == self.kernel:
                     self.end(is_reaped=True)
-                    self.send(ended=exit_status(status))
+                    self.channel.send({"ended": exit_status(status)})
                 pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:
                 self.end()
                 status = exit_status(status)
                 return status if status >= 0 else 128 - status
-
-    def send(self, **message: Any) -> None:
-        """Send the agent a message."""
-        try:
-            self.channel.send(to_json(message))
-        except OSError:  # it has ended
-            return
 
     def start(self, launch: int) -> None:
         """Start a kernel; one that still runs is killed first."""
@@ -6956,7 +6941,8 @@ class Starter:
 
         os.setsid()
         place = {name: connection[name] for name in connection if name.endswith(("transport", "_port"))}
-        self.send(started=self.launch, pid=os.getpid(), directory=self.directory, **place)
+        place.update(started=self.launch, pid=os.getpid(), directory=self.directory)
+        self.channel.send(place)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, starter_signals())
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -6976,7 +6962,7 @@ class Starter:
                 plan = plan.replace(search=path_entries(environ), where=where, install=install)
             return execute(finish_plan(plan, launch, host), launch, host)
         except UserError as error:
-            self.send(problem=vars(error))
+            self.channel.send({"problem": vars(error)})
             return error.status
 
     def end(self, is_reaped: bool = False) -> None:
@@ -7047,8 +7033,7 @@ class NodeKernel:
     """A kernel as the agent knows it: where it listens, and what went wrong before it was started.
 
     place: what its connection file says of addresses; ``started``: the number of its launch; ``pid``;
-    ``directory``: that of its unix sockets.  Their inodes are opened as soon as all five are there, and
-    the directory is removed: from then on they have no name.
+    ``directory``: that of its unix sockets, which are opened and lose their names as soon as all are there.
     """
 
     def __init__(self, place: Mapping[str, Any]) -> None:
@@ -7108,7 +7093,7 @@ class Agent(Children):
     """
 
     def __init__(
-        self, orders: Mapping[str, Any], listener: socket.socket, starter: socket.socket, stderr: int
+        self, orders: Mapping[str, Any], listener: socket.socket, starter: Channel, stderr: int
     ) -> None:
         super().__init__()
         self.orders, self.listener, self.starter, self.stderr = orders, listener, starter, stderr
@@ -7129,9 +7114,8 @@ class Agent(Children):
         for number in (signal.SIGTERM, signal.SIGHUP):
             self.loop.add_signal_handler(number, self.stop, int(number))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, starter_signals())
-        for sock in (self.starter, self.listener):
-            sock.setblocking(False)
-        self.loop.add_reader(self.starter, self.on_starter)
+        self.listener.setblocking(False)
+        self.loop.add_reader(self.starter.sock, self.on_starter)
         if "place" not in self.orders:
             self.loop.add_reader(0, self.end)  # nothing comes on stdin but its end, when srun is gone
         slow = self.orders["tunnel"] or "place" in self.orders
@@ -7175,22 +7159,23 @@ class Agent(Children):
 
     def on_starter(self) -> None:
         """Follow what the starter and its kernel report."""
-        message = from_json(self.starter.recv(1 << 18) or b"{}")
-        kernel = self.kernel
-        if "started" in message:
-            self.kernel = NodeKernel(message)
-            self.start_task(self.await_kernel(self.kernel))
-        elif kernel and "problem" in message:
-            kernel.problem = message["problem"]
-        elif kernel and "ended" in message:
-            self.kernel = None
-            self.start_task(self.report_end(kernel, message["ended"]))
-        elif not message:  # the starter was killed
-            if kernel:
-                kernel.signal(9)
+        messages = self.starter.receive()
+        if messages is None:  # it was killed
+            if self.kernel:
+                self.kernel.signal(9)
             self.finish()
-        if kernel and self.kernel is not kernel:
-            kernel.close()
+        for message in messages or ():
+            kernel = self.kernel
+            if "started" in message:
+                self.kernel = NodeKernel(message)
+                self.start_task(self.await_kernel(self.kernel))
+            elif kernel and "problem" in message:
+                kernel.problem = message["problem"]
+            elif kernel:
+                self.kernel = None
+                self.start_task(self.report_end(kernel, message["ended"]))
+            if kernel and self.kernel is not kernel:
+                kernel.close()
 
     async def await_kernel(self, kernel: NodeKernel) -> None:
         """Report when a kernel can be connected."""
@@ -7242,7 +7227,7 @@ class Agent(Children):
                     self.kernel.signal(message["signal"])
                 if "start" in message:
                     self.tail = b""  # not when it has started: it may have said why it ends by then
-                    self.starter.send(line)
+                    self.starter.send(message)
                     send_signals([self.parent], signal.SIGUSR1)
         except (OSError, asyncio.TimeoutError):
             pass
@@ -7381,23 +7366,16 @@ class Submission:
         self.input = job.feed(orders, self.host)
 
     def follow(self) -> None:
-        """Begin to feed the program and to hear what it says."""
+        """Begin to feed the program, whose stdin stays open while the job is wanted, and to hear it."""
+        import asyncio
+
         task = self.keeper.loop.create_task
         self.agent: asyncio.Future[dict[str, Any]] = self.keeper.loop.create_future()
         self.exit = task(self.keeper.exited(self.pid))
-        self.feeding = task(self.feed())
+        stdin = open(self.stdin, "wb", 0)
+        self.feeding = task(self.keeper.loop.connect_write_pipe(asyncio.BaseProtocol, stdin))
         out = task(self.keeper.copy(self.out, 1, self.on_stdout))
         self.copies = {out, task(self.keeper.copy(self.err, 2, self.on_stderr))}
-
-    async def feed(self) -> asyncio.WriteTransport:
-        """Give the program what it wants on stdin, which stays open for as long as the job is wanted."""
-        import asyncio
-
-        file = open(self.stdin, "wb", 0)
-        pipe, _ = await self.keeper.loop.connect_write_pipe(asyncio.BaseProtocol, file)
-        pipe.write(self.input)
-        self.input = b""
-        return pipe
 
     def on_stdout(self, text: bytes) -> bytes:
         """Return what to pass on: all but the line on which the agent says where it is."""
@@ -7420,7 +7398,7 @@ class Submission:
     def on_stderr(self, text: bytes) -> bytes:
         """Learn from the program's stderr how the job stands; return it, to be passed on."""
         self.keeper.on_stderr(text)
-        number, waits, state = self.job.read_state(self.said(), self.id)
+        number, waits, state = self.job.read_state(self.keeper.tail.decode(errors="replace"), self.id)
         if number != self.id:
             self.note_id(number)
         if waits and not self.waits:
@@ -7430,10 +7408,6 @@ class Submission:
             self.state = state
             self.keeper.front.wait(state)
         return text
-
-    def said(self) -> str:
-        """Return the end of what the program said on stderr."""
-        return self.keeper.tail.decode(errors="replace")
 
     def note_id(self, number: str) -> None:
         """Write the job's id into the launch log, and have the job cancelled by it."""
@@ -7475,7 +7449,8 @@ class Submission:
 
     async def explain(self, message: str) -> UserError:
         """Return why the job is over.  message: what is seen of it here."""
-        return await self.job.explain(message.replace("  ", " "), self.said(), self.id, self.ask)
+        said = self.keeper.tail.decode(errors="replace")
+        return await self.job.explain(message.replace("  ", " "), said, self.id, self.ask)
 
     async def end(self, link: AgentLink) -> None:
         """End the program: first by the end of stdin, then by a signal.
@@ -7484,7 +7459,7 @@ class Submission:
         """
         import asyncio
 
-        stdin = await self.feeding
+        stdin, _ = await self.feeding
         if not stdin.is_closing():
             stdin.abort()
         seconds = self.job.grace
@@ -7529,7 +7504,12 @@ class AgentLink:
         self.place = place
         if self.job.tunnel:
             await self.open_tunnel()
-        self.warn()
+        encrypted = any(name.startswith("curve") for name in self.keeper.connection)
+        if not encrypted and not place["address"].startswith(("127.", "::1")):
+            text = f"What this kernel says is signed, but crosses the network to {place['node']} readable."
+            text += " Set it up with --tunnel=ssh to encrypt it."
+            self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
+            append_log(self.keeper.launch.options.get("log", ""), text)
         for pause in (1, 2, 3, 0):
             try:
                 sock = await self.connect(ORDERS)
@@ -7588,16 +7568,6 @@ class AgentLink:
         message = "The ssh tunnel to the node could not be opened, or broke."
         hint = "Check that `ssh -o BatchMode=yes NODE true` works from here, or leave --tunnel out."
         return UserError(message, hint, detail=self.keeper.tail.decode(errors="replace").strip())
-
-    def warn(self) -> None:
-        """Say that the cluster's network sees what the kernel says, where it does."""
-        encrypted = any(name.startswith("curve") for name in self.keeper.connection)
-        if not encrypted and not self.place["address"].startswith(("127.", "::1")):
-            node = self.place["node"]
-            text = f"What this kernel says is signed, but crosses the network to {node} readable."
-            text += " Set it up with --tunnel=ssh to encrypt it."
-            self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
-            append_log(self.keeper.launch.options.get("log", ""), text)
 
     def send(self, **message: Any) -> None:
         """Send the agent an order; one that can't be sent any more is dropped."""
@@ -7752,6 +7722,9 @@ class JobProgram(Program):
         import asyncio
 
         submission = self.submission
+        stdin, _ = await submission.feeding
+        stdin.write(submission.input)
+        submission.input = b""
         program = asyncio.ensure_future(submission.ended())
         steps = asyncio.ensure_future(self.follow_agent())
         ends: set[asyncio.Future[Any]] = {program, steps}
@@ -7892,6 +7865,7 @@ def submit_application(skein: Any, client: Any) -> None:
     When stdin ends before that is done, nobody waits any more: the application is killed.
     """
     import threading
+    import time
 
     asked = from_json(sys.stdin.buffer.readline())
     spec, number, submitting = asked["spec"], "", threading.Lock()
@@ -7914,25 +7888,6 @@ def submit_application(skein: Any, client: Any) -> None:
         hint = "See what it said; --queue, --memory and --vcores may have to change."
         raise UserError("YARN did not take the application.", hint, detail=str(error)) from None
     say_yarn(f"application {number} was submitted.")
-    await_running(client, number)
-    try:
-        running = client.connect(number)
-        running.kv[ORDERS_KEY] = to_json(asked["orders"])
-        write_patiently(1, running.kv.wait(AGENT_KEY))
-    except Exception as error:
-        raise application_end(client, number, str(error)) from None
-    os._exit(0)  # without waiting for the thread
-
-
-def say_yarn(text: str) -> None:
-    """Say something of the application on stderr, as the keeper reads it."""
-    write_patiently(2, f"{YARN_SAYS} {text}\n".encode(errors="replace"))
-
-
-def await_running(client: Any, number: str) -> None:
-    """Wait until an application runs, and say what it waits for.  Raises UserError where it ends instead."""
-    import time
-
     said = state = ""
     while state != "RUNNING":
         report = client.application_report(number)
@@ -7945,6 +7900,18 @@ def await_running(client: Any, number: str) -> None:
             say_yarn(now)
             said = now
         time.sleep(0.2)
+    try:
+        running = client.connect(number)
+        running.kv[ORDERS_KEY] = to_json(asked["orders"])
+        write_patiently(1, running.kv.wait(AGENT_KEY))
+    except Exception as error:
+        raise application_end(client, number, str(error)) from None
+    os._exit(0)  # without waiting for the thread
+
+
+def say_yarn(text: str) -> None:
+    """Say something of the application on stderr, as the keeper reads it."""
+    write_patiently(2, f"{YARN_SAYS} {text}\n".encode(errors="replace"))
 
 
 def application_end(client: Any, number: str, said: str) -> UserError:

@@ -481,10 +481,10 @@ def test_wrong_secret_gets_nothing() -> None:
 def serving_agent() -> tuple[envkernel.Agent, socket.socket]:
     """An agent without a kernel, and the socket on which it listens."""
     listener = envkernel.listen_on_node({"tunnel": "ssh", "node-ports": ""}, {})
-    channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near, far = map(envkernel.Channel, socket.socketpair())
     orders = {"secret": b"s".hex() * 32, "tunnel": "", "place": 0}
-    agent = envkernel.Agent(orders, listener, channel[0], os.pipe()[0])
-    agent.far = channel[1]  # it stays open
+    agent = envkernel.Agent(orders, listener, near, os.pipe()[0])
+    agent.far = far  # it stays open
     return agent, listener
 
 
