@@ -6758,8 +6758,9 @@ def keep(program: Program, launch: Launch) -> int:
 ANNOUNCES = b"envkernel-agent "
 """How the line begins that says where an agent listens, or which error there was on the way to it."""
 
-PING, LOST, GRACE = 5.0, 20.0, 3.0
-"""Seconds between two heartbeats, without one until the other side counts as lost, for a kernel's end."""
+PING, LOST, GRACE = 5.0, 20.0, 2.5
+"""Seconds between two heartbeats, without one until the other side counts as lost, for a kernel's end (a
+cluster that ends a job may kill after 3)."""
 
 PATIENCE, SLOW_PATIENCE = 8.0, 30.0
 """Seconds in which the keeper has to come, the latter behind ssh or Skein: srun may have been killed."""
