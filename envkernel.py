@@ -1,18 +1,13 @@
 #!/usr/bin/env python3
-"""Make a Jupyter kernel run somewhere else.
-
-In a conda environment or virtualenv, under Lmod modules, in a Docker, Podman, Singularity or
-Apptainer container, on a Slurm or YARN node.
+"""Make a Jupyter kernel run somewhere else: in a conda environment or virtualenv, under Lmod modules, in a
+Docker, Podman, Singularity or Apptainer container, on a Slurm or YARN node.
 
 Two phases.  *Setup* (``envkernel conda --name=x /path/to/env``) writes a kernelspec that re-invokes
 this file.  *Run* (``... conda run ... -- python -m ipykernel_launcher -f FILE``, called by Jupyter)
 builds the environment and executes the kernel.
 
-The file reads top to bottom: constants, errors, records with the registry of modes, kernelspec tokens,
-command line, environment modes, container modes, cluster modes, kernelspecs, logos, completion, managing,
-host (the only access to the world), launch log, keeper, agent on a node, YARN, front, main.
-Planning is apart from effect: a mode is a function from options, `Host` and environment to a `Plan`;
-only the last sections touch the world.
+The sections read top to bottom.  Planning is apart from effect: a mode is a function from options, `Host`
+(the only access to the world) and environment to a `Plan`; only the last sections touch the world.
 
 Imports are few on purpose.  Jupyter starts this file before each kernel, and every module costs:
 ``re`` 4 ms, ``json`` 5 ms, ``argparse`` 6 ms, ``subprocess`` 7 ms beside an interpreter that needs 5.
@@ -34,8 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, dataclass_transform
 else:
 
-    def dataclass_transform() -> Any:
-        """Report type checkers that `Record` builds constructors from annotations (PEP 681)."""
+    def dataclass_transform() -> Any:  # for type checkers (PEP 681)
         return lambda cls: cls
 
 # ---- constants ----------------------------------------------------------------------------------
@@ -45,20 +39,15 @@ __version__ = "2.1.0"
 FORMAT = "2"
 """Version of the form in which a launch is written into a kernelspec."""
 
-CONNECTION_FILE = "{connection_file}"
-"""Jupyter's placeholder, and ours: stands in a kernel command until the path is known."""
-
-RESOURCE_DIR = "{resource_dir}"
-"""Jupyter's placeholder for the directory of the kernelspec."""
+CONNECTION_FILE, RESOURCE_DIR = "{connection_file}", "{resource_dir}"
+"""Jupyter's placeholders in a kernel command: its connection file, and the kernelspec's directory."""
 
 LOADER = (
     "import sys,importlib.machinery as i;m=type(sys)('envkernel');m.__file__=f=sys.argv.pop(1);"
     "i.SourceFileLoader(m.__name__,f).exec_module(m);sys.exit(m.command())"
 )
 """What the kernelspec gives to ``python -c``: import the file that the next argument names, whatever its
-name, and run its `command`.  Python keeps the bytecode of what it imports, but of no script.
-"""
-
+name, and run its `command`.  Python keeps the bytecode of what it imports, but of no script."""
 
 STREAMS = ("shell", "iopub", "stdin", "control", "hb")
 """The five sockets of a kernel, in the order of their numbers."""
@@ -265,8 +254,8 @@ class Option(Record):
     """One option of envkernel's own: the definition that setup, run, help and completion share.
 
     spelling: ``"--bind -B"``, the long flag first.  metavar: empty for a flag that takes no value.
-    many: may be given more than once.  run: is written into the kernelspec, for the run phase.
-    setup: may be typed by a user.  group: its title in the help; empty: the mode's own.
+    many: may be given more than once.  run: is written into the kernelspec.  setup: may be typed by a user.
+    group: its title in the help; empty: the mode's own.
     """
 
     spelling: str
@@ -280,12 +269,10 @@ class Option(Record):
 
     @property
     def flags(self) -> list[str]:
-        """The flags, the long one first."""
         return self.spelling.split()
 
     @property
     def name(self) -> str:
-        """The long flag without its dashes."""
         return self.flags[0][2:]
 
 
@@ -338,7 +325,7 @@ class Plan(Record):
 
 
 class Output(Record):
-    """What a program said: exit status (negative: the signal), stdout and stderr as bytes."""
+    """What a program said; status: its exit status, negative for a signal."""
 
     status: int
     out: bytes = b""
@@ -425,9 +412,8 @@ def broken_kernelspec(reason: str) -> UserError:
 def decode_command_token(token: str, known: Sequence[tuple[str, str]]) -> str:
     """Return the text of a token of the kernel command, with Jupyter's placeholders in it again.
 
-    A placeholder that is a whole token is written as it is, for the clients that look for it; inside of a
-    longer token it is encoded, so that the path can hold any character (2.1.0 wrote ``%(connection_file)``).
-    known: pairs (placeholder, what Jupyter put in its place).
+    known: pairs (placeholder, what Jupyter put in its place).  Only a whole token is left to Jupyter; inside
+    of one a placeholder is encoded, for a path may hold any character (2.1.0 wrote ``%(connection_file)``).
     """
     for placeholder, value in known:
         if token == value:
@@ -448,8 +434,7 @@ def launch_to_argv(launch: Launch) -> list[str]:
             tokens += ["run", "--format=" + FORMAT, "--connection-file", CONNECTION_FILE]
             if any(RESOURCE_DIR in token for token in launch.command):
                 tokens += ["--resource-dir", RESOURCE_DIR]
-            names = ("format", "connection-file", "resource-dir")
-            shared = [option for option in COMMON_OPTIONS if option.run and option.name not in names]
+            shared = [option for option in COMMON_OPTIONS if option.run and option.setup]
             tokens += option_tokens(shared, launch.options, encode_token)
         tokens += option_tokens([option for option in mode.options if option.run], step.options, encode_token)
         tokens += ["--pass=" + encode_token(token) for token in step.engine]
@@ -469,24 +454,19 @@ def option_tokens(
     for option in options:
         value = values.get(option.name)
         for one in value or () if option.many else [value]:
-            tokens += ["--" + option.name] if one is True else []
-            tokens += [f"--{option.name}={encode(one)}"] if isinstance(one, str) else []
+            flag = "--" + option.name
+            tokens += [flag] if one is True else [f"{flag}={encode(one)}"] if isinstance(one, str) else []
     return tokens
 
 
 def split_chain(tokens: Sequence[str]) -> tuple[list[str], list[str] | None]:
     """Return what is before the first ``--`` and what is after it; None where there is no ``--``."""
-    if "--" not in tokens:
-        return list(tokens), None
-    place = list(tokens).index("--")
-    return list(tokens[:place]), list(tokens[place + 1 :])
+    place = list(tokens).index("--") if "--" in tokens else len(tokens)
+    return list(tokens[:place]), list(tokens[place + 1 :]) if place < len(tokens) else None
 
 
 def launch_from_argv(tokens: Sequence[str]) -> Launch:
-    """Return the launch that a kernelspec describes (the inverse of `launch_to_argv`).
-
-    Raises UserError for tokens that envkernel did not write, or another version did.
-    """
+    """Return the launch that a kernelspec describes (the inverse of `launch_to_argv`).  Raises UserError."""
     if not tokens:
         raise broken_kernelspec("its argv is not envkernel's")
     if not any(token.startswith("--format=") for token in tokens[2:3]):
@@ -500,7 +480,7 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
         mode = MODES[rest[0]]
         own, rest = split_chain(rest[1:])
         steps.append(_read_step(mode, own, common))
-        check_targets(mode, steps[-1], {})
+        check_targets(mode, steps[-1])
     known = [(placeholder, common[name]) for placeholder, name in _PLACEHOLDERS if name in common]
     if not rest and not mode.container:  # an image may have a command of its own
         raise broken_kernelspec("the kernel command is missing")
@@ -602,9 +582,7 @@ def find_mode(name: str) -> Mode:
 
 
 class Request(Record):
-    """What a user asked setup for: options of the kernel by name, the chain as typed, and the kernel command
-    after the last ``--`` (None where there is none).
-    """
+    """What a user typed: options of the kernel, the chain, the kernel command (None where there is none)."""
 
     common: dict[str, Any]
     steps: list[Step]
@@ -614,55 +592,42 @@ class Request(Record):
 def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | None = None) -> Request:
     """Read ``MODE [options] TARGET [-- MODE ... ] [-- KERNEL COMMAND]`` as a user types it.
 
-    Each mode is read in the environment that the modes before it make: its engine may exist only there.
     Raises UserError (status 2) for what neither envkernel nor the engine knows.
     """
     start = launch_environ(host) if environ is None else environ
-    common: dict[str, Any] = {}
-    steps: list[Step] = []
-
-    def before() -> Mapping[str, str]:
-        near = [step for step in steps if not (MODES[step.mode].remote or MODES[step.mode].container)]
-        return setup_steps(Request(common, near), host, start)[1]
-
+    request = Request({}, [])
     rest: list[str] | None = list(tokens)
-    while rest and (not steps or rest[0] in MODES):
+    while rest and (not request.steps or rest[0] in MODES):
         mode = find_mode(rest[0])
         own, rest = split_chain(rest[1:])
-        step = parse_step(mode, own, host, before, common, first=not steps)
-        check_targets(mode, step, common, first=not steps)
-        steps.append(step)
+        request.steps.append(parse_step(mode, own, host, request, start))
     if rest == []:
         hint = "Give the kernel command or another mode after it, or leave the -- out."
         raise usage_error("Nothing follows the --.", hint)
-    if rest and rest[0].startswith("-") and common.get("kernel") != "image":  # an image has its entrypoint
+    if rest and rest[0].startswith("-") and request.common.get("kernel") != "image":  # it has its entrypoint
         hint = f"Put its program first: -- python {' '.join(map(quoted, rest))}"
         raise usage_error(f"The kernel command begins with an option, {rest[0]}.", hint)
-    return Request(common, steps, rest)
+    return request.replace(command=rest)
 
 
-def check_targets(mode: Mode, step: Step, common: Mapping[str, Any], first: bool = True) -> None:
+def check_targets(mode: Mode, step: Step, name: str = "", first: bool = True) -> None:
     """Raise UserError (status 2) unless `step` has as many targets as `mode` takes.
 
-    common: the kernel's options, to explain what is no target.  first: the first mode of a chain.
+    name: the kernel's, where it was given.  first: the first mode of a chain.
     """
-    least, most = mode.targets
     usage = "Usage: " + usage_line(mode, first)
     if "" in step.targets:
         raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", usage)
-    if len(step.targets) < least:
-        if "name" in common and first:
-            usage = f"--name={common['name']} is the name that the kernel gets. {usage}"
-        if "env" in common:
-            usage = f"--env was read as {common['env'][-1]}. {usage}"
-        raise usage_error(f"{mode.name} needs {mode.target}.", usage)
-    surplus = step.targets[most:]
+    if len(step.targets) < mode.targets[0]:
+        explained = f"--name={name} is the name that the kernel gets. " if name and first else ""
+        raise usage_error(f"{mode.name} needs {mode.target}.", explained + usage)
+    surplus = step.targets[mode.targets[1] :]
     if surplus:
-        message = f"{mode.name} takes {mode.target or 'no argument'} and nothing more: "
         chained = [name for name in surplus if name in MODES]
         hint = f"Put -- before the next mode: envkernel {mode.name} ... -- {' '.join(chained[:1])} ..."
         hint = hint if chained else usage + ". A kernel command follows --."
-        raise usage_error(f"{message}{' '.join(surplus)} is too much.", hint)
+        takes = f"{mode.name} takes {mode.target or 'no argument'} and nothing more"
+        raise usage_error(f"{takes}: {' '.join(surplus)} is too much.", hint)
 
 
 def derive_name(request: Request, host: Host) -> str:
@@ -684,33 +649,30 @@ def derive_name(request: Request, host: Host) -> str:
 
 
 def parse_step(
-    mode: Mode,
-    tokens: Sequence[str],
-    host: Host,
-    environ: Callable[[], Mapping[str, str]],
-    common: dict[str, Any],
-    first: bool = True,
+    mode: Mode, tokens: Sequence[str], host: Host, request: Request, start: Mapping[str, str]
 ) -> Step:
-    """Read one mode's part of a command line; the options of the kernel go into `common`.
+    """Read one mode's part of a command line; the options of the kernel go into `request`.
 
-    environ: returns the environment in which its engine is found; called when the engine has to be asked.
-    first: the first mode of a chain; after another one only ``--env`` of the kernel's options has a place,
-    because an engine's own would show the value in its argv.
+    Its engine may exist only in the environment that the request's modes make of `start`.  After another mode
+    only ``--env`` of the kernel's options has a place: an engine's own would show the value in its argv.
     """
     import functools
 
     @functools.lru_cache(maxsize=None)
     def engine() -> EngineOptions:
-        around = environ() if mode.engine else {}
-        commands = mode.engine(mode.name, tokens, around, host) if mode.engine else []
-        return EngineOptions(commands, host, around)
+        near = [step for step in request.steps if not (MODES[step.mode].remote or MODES[step.mode].container)]
+        environ = setup_steps(request.replace(steps=near), host, start)[1] if mode.engine else {}
+        commands = mode.engine(mode.name, tokens, environ, host) if mode.engine else []
+        return EngineOptions(commands, host, environ)
 
+    first = not request.steps
     options = [option for option in COMMON_OPTIONS if first or option.name == "env"] + mode.options
     step = Step(mode.name)
     names = {option.name for option in mode.options}
     for name, value in read_options(mode.name, tokens, options, engine, step).items():
-        values = step.options if name in names else common
+        values = step.options if name in names else request.common
         values[name] = [*values.get(name, []), *value] if isinstance(value, list) else value
+    check_targets(mode, step, request.common.get("name", ""), first)
     return step
 
 
@@ -730,17 +692,12 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def read_options(
-    name: str,
-    tokens: Sequence[str],
-    options: Sequence[Option],
-    engine: Callable[[], EngineOptions],
-    step: Step,
+    name: str, tokens: Sequence[str], options: list[Option], engine: Callable[[], EngineOptions], step: Step
 ) -> dict[str, Any]:
     """Return the values of envkernel's own options; targets and the engine's options go into `step`.
 
     argparse gets each option as ``--flag`` or ``--flag=value``: by itself it would let ``--user`` take the
-    image, and refuse -MODULE and values that begin with ``-``.
-    name: the mode or command.  Raises UserError (status 2) for an option that nobody knows.
+    image, and refuse -MODULE and values that begin with ``-``.  name: the mode or command.
     """
     flags = {flag: option for option in options for flag in option.flags}
     unloads = name in MODES and MODES[name].minus
@@ -766,10 +723,7 @@ def read_options(
 
 
 def read_option(option: Option, token: str, queue: list[str]) -> str:
-    """Return an option in its normal form, with its value taken from `queue` where it is not in `token`.
-
-    Raises UserError (status 2) where a value is missing, or is given to a flag.
-    """
+    """Return an option in its normal form, with its value taken from `queue` where it is not in `token`."""
     flag = "--" + option.name
     _, equals, text = token.partition("=")
     if not option.metavar:
@@ -793,15 +747,12 @@ def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: En
     """Return the error for an option that neither envkernel nor the engine knows."""
     if any(flag in option.flags for option in COMMON_OPTIONS) and name in MODES:
         return usage_error(f"{flag} belongs to the kernel and not to {name}.", "Put it before the first --.")
-    known = [one for one, option in flags.items() if option.setup and one.startswith("--")]
-    known += [one for one in engine.known if one.startswith("--")]
+    known = [one for one in [*flags, *engine.known] if one.startswith("--")]
     hint = similar_names("-" * (flag[:2] != "--") + flag, known) if len(flag) > 2 else ""
-    modes = {mode.name for mode in MODES.values() for option in mode.options if flag in option.flags}
-    if modes:
-        hint = f"It is an option of {', '.join(sorted(modes))}. {hint}".strip()
+    modes = sorted({mode.name for mode in MODES.values() for one in mode.options if flag in one.flags})
+    hint = f"It is an option of {', '.join(modes)}. {hint}".strip() if modes else hint
     message = f"envkernel {name} has no option {flag}."
-    if engine.commands:
-        message = f"Neither envkernel nor {name} knows the option {flag}."
+    message = f"Neither envkernel nor {name} knows the option {flag}." if engine.commands else message
     return usage_error(message, hint or f"See: envkernel {name} -h")
 
 
@@ -809,11 +760,9 @@ class EngineOptions:
     """The options of a mode's engine (docker run, apptainer exec, srun): asks the installed program for them.
 
     First its ``--help``; an option that this does not list is tried, together with ``--help``.
-    Raises UserError where the program does not answer.
     """
 
     UNKNOWN = ("unknown flag", "unknown shorthand", "unrecognized option", "invalid option", "is ambiguous")
-    """How engines refuse an option that they don't know."""
 
     def __init__(self, commands: Sequence[Sequence[str]], host: Host, environ: Mapping[str, str]) -> None:
         self.commands = commands
@@ -840,16 +789,12 @@ class EngineOptions:
         return self.known.get(flag)
 
     def read(self, token: str, queue: list[str], found: list[str]) -> bool:
-        """Append an option to `found` as ``--flag`` or ``--flag=value``; return whether the engine knows it.
-
-        token: ``--long``, ``--long=value``, ``-x``, ``-xvalue`` or several such as ``-it``.
-        """
+        """Append an option to `found` as ``--flag`` or ``--flag=value``; return whether it is known."""
         short = not token.startswith("--")
         flag, equals, value = (token[:2], token[2:3], token[2:]) if short else token.partition("=")
-        known = self.find(flag)
-        if known is None:
+        long, takes = self.find(flag) or ("", "")
+        if not long:
             return False
-        long, takes = known
         if short and equals not in ("", "=") and not takes:
             found.append(long)
             return self.read("-" + value, queue, found)
@@ -864,10 +809,9 @@ class EngineOptions:
 
 
 def read_engine_help(text: str) -> dict[str, tuple[str, str]]:
-    """Return the options that a program's ``--help`` lists: each flag's long name and how it takes a value.
-
-    Empty: it takes none; ``=``: in the same argument or the next one; ``[``: only in the same.
-    ``  -v, --volume list   Bind``, ``  -p, --partition=name partition``, ``  --exclusive[=user]   alone``.
+    """Return the options that a program's ``--help`` lists: each flag's long name and how it takes a value:
+    empty: it takes none; ``=``: in the same argument or the next one; ``[``: only in the same
+    (``  -v, --volume list   Bind``, ``  -p, --partition=name partition``, ``  --exclusive[=user]   alone``).
     """
     import re
 
@@ -890,53 +834,51 @@ def legacy_launch(tokens: Sequence[str], host: Host | None = None) -> Launch:
 
     There the kernel command is literal and the rest is as a user would have typed it.
     """
-    mode, host = find_mode(tokens[0]), host or Host()
-    common: dict[str, Any] = {}
+    mode, host, request = find_mode(tokens[0]), host or Host(), Request({}, [])
     own, command = split_chain(tokens[2:])
-    step = parse_step(mode, own, host, lambda: launch_environ(host), common)
-    check_targets(mode, step, common)
+    step = parse_step(mode, own, host, request, launch_environ(host))
     if not command:
         hint = f"Make the kernel again: envkernel {mode.name} -h."
         raise usage_error("The kernel command is missing after --.", hint)
-    file = common.get("connection-file")
+    file = request.common.get("connection-file")
     command = [CONNECTION_FILE if token == file else token for token in command]
-    return Launch([step], command, common, legacy=True)
+    return Launch([step], command, request.common, legacy=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all modes and commands; it reads what `read_options` gives it."""
     import argparse
+    import functools
+    import shutil
+    import textwrap
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise usage_error(message[:1].upper() + message[1:] + ".", f"See: {self.prog} -h")
 
-    def layout(prog: str) -> argparse.HelpFormatter:
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28)
-
+    modes = {mode.name: mode for mode in MODES.values()}
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
     style: dict[str, Any] = {"formatter_class": layout, "add_help": False, "allow_abbrev": False}
     style["argument_default"] = argparse.SUPPRESS
-    modes = {mode.name: mode for mode in MODES.values()}
-    lines = ["Make a Jupyter kernel run somewhere else.", "", "modes (each has a help of its own):"]
-    for name, mode in modes.items():
-        lines.append(fill(mode.summary, " ".join([name, *(f"({alias})" for alias in mode.aliases)])))
-    lines += ["", "commands for existing kernels:"]
-    lines += [fill(command.summary, f"{name} {command.argument}") for name, command in COMMANDS.items()]
+    about = "Make a Jupyter kernel run somewhere else."
     examples = "\n  ".join(["examples:", *(mode.example for mode in modes.values())])
-    top = Parser("envkernel", usage=USAGE, description="\n".join(lines), epilog=examples, **style)
+    top = Parser("envkernel", usage=USAGE, description=about, epilog=examples, **style)
+    about = "modes, then commands for existing kernels (each has a help of its own)"
+    verbs = top.add_subparsers(title=about, metavar="MODE ... | COMMAND ...", prog="envkernel")
     version = top.add_argument_group("options")
     version.add_argument("-V", "--version", action="version", version=__version__, help="Show the version.")
     version.add_argument("-h", "--help", action="help", help="Show this help.")
-    verbs = top.add_subparsers(prog="envkernel", help=argparse.SUPPRESS, parser_class=Parser)
-    for name, mode in MODES.items():
-        epilog = f"example:\n  {mode.example}"
-        about = fill(mode.summary + f" Also called {' '.join(mode.aliases)}." * bool(mode.aliases))
-        parser = verbs.add_parser(name, usage=usage_line(mode), description=about, epilog=epilog, **style)
-        add_options(parser, f"options of {name}", [*mode.options, *COMMON_OPTIONS])
+
+    def add(row: Mode | Command, name: str, title: str, options: Sequence[Option], **more: Any) -> None:
+        about = textwrap.fill(row.summary, shutil.get_terminal_size().columns - 2)
+        parser = verbs.add_parser(name, help=row.summary, description=about, **more, **style)
+        add_options(parser, title, options)
+
+    for name, mode in modes.items():
+        more = {"aliases": mode.aliases, "usage": usage_line(mode), "epilog": f"example:\n  {mode.example}"}
+        add(mode, name, f"options of {name}", [*mode.options, *COMMON_OPTIONS], **more)
     for name, command in COMMANDS.items():
-        about = fill(command.summary)
-        parser = verbs.add_parser(name, usage=command_usage(name), description=about, **style)
-        add_options(parser, "options", command.options)
+        add(command, name, "options", command.options, usage=command_usage(name))
     return top
 
 
@@ -974,26 +916,12 @@ def command_usage(name: str) -> str:
     return f"envkernel {name} [options] {command.argument}{' | --all' * command.optional}".rstrip()
 
 
-def fill(text: str, name: str = "") -> str:
-    """Return a text in lines that fit the terminal; name: what is in the column before it."""
-    import shutil
-    import textwrap
-
-    indent = " " * 20 if name else ""
-    width = shutil.get_terminal_size().columns - 2
-    return textwrap.fill(text, width, initial_indent=f"  {name:18}" * bool(name), subsequent_indent=indent)
-
-
 def called_as() -> str:
     """Return how to call this program, for command lines to paste: by its name where that is on PATH."""
     import shutil
 
-    program = os.path.abspath(sys.argv[0])
-    if shutil.which("envkernel"):
-        return "envkernel"
-    if os.path.basename(program) == "envkernel" and os.access(program, os.X_OK):
-        return quoted(program)
-    return f"{quoted(sys.executable)} {quoted(os.path.abspath(__file__))}"
+    own = f"{quoted(sys.executable)} {quoted(os.path.abspath(__file__))}"
+    return "envkernel" if shutil.which("envkernel") else own
 
 
 def carry_out(argv: Sequence[str], host: Host) -> int:
@@ -1024,7 +952,7 @@ IGNORED_BY_PYTHON = (13, 25)
 """SIGPIPE and SIGXFSZ, which Python ignores for itself; a kernel must not inherit that."""
 
 SHELL_OWN = frozenset(("_", "SHLVL", "PWD", "OLDPWD", "PS1", "OPTIND"))
-"""Variables that bash itself rewrites, no script of an environment (ACTIVATION.md, *When bash is needed*)."""
+"""Variables that bash itself rewrites, no script of an environment."""
 
 
 def path_entries(environ: Mapping[str, str]) -> list[str]:
@@ -1033,10 +961,7 @@ def path_entries(environ: Mapping[str, str]) -> list[str]:
 
 
 def conda_root(prefix: str, host: Host, environ: Mapping[str, str]) -> str:
-    """Return the root prefix that belongs to a conda environment, empty where it can't be found.
-
-    By CONDA_EXE, the parent of ``envs/`` or the commands in ``conda-meta/history``.
-    """
+    """Return the root prefix that belongs to a conda environment, empty where it can't be found."""
     candidates = [environ.get("CONDA_EXE", ""), prefix + "/bin/conda"]
     parent, directory = os.path.split(os.path.dirname(prefix))
     candidates += [parent + "/bin/conda"] if directory == "envs" else []
@@ -1051,26 +976,17 @@ def conda_root(prefix: str, host: Host, environ: Mapping[str, str]) -> str:
 
 
 def conda_state(prefix: str, host: Host) -> dict[str, str]:
-    """Return the variables that a conda environment sets: ``env_vars.d``, then ``conda-meta/state``.
-
-    PATH and what is marked as unset are left out.  Raises UserError for a file that is not JSON.
-    """
+    """Return the variables that a conda environment sets: ``env_vars.d``, then ``conda-meta/state``."""
     directory, state = prefix + "/etc/conda/env_vars.d/", prefix + "/conda-meta/state"
     variables: dict[str, Any] = {}
     for path in [*(directory + name for name in sorted(host.listdir(directory))), state]:
         text = host.read(path)
-        if text is None:
-            continue
         try:
-            values = from_json(text)
+            values = {} if text is None else from_json(text)
             variables.update(values.get("env_vars", {}) if path == state else values.items())
-            if b"\0" in os.fsencode("".join(map(str, variables.values()))):
-                raise ValueError("a variable can't hold a NUL")
         except (ValueError, AttributeError, TypeError, RecursionError):
-            raise UserError(
-                f"The file {path} of the conda environment is broken.",
-                "Repair it with `conda env config vars`, or remove it.",
-            ) from None
+            hint = "Repair it with `conda env config vars`, or remove it."
+            raise UserError(f"The file {path} of the conda environment is broken.", hint) from None
     return {
         name: "" if value is None else str(value)
         for name, value in variables.items()
@@ -1079,13 +995,13 @@ def conda_state(prefix: str, host: Host) -> dict[str, str]:
 
 
 def conda_variables(
-    prefix: str, root: str, state: Mapping[str, str], environ: Mapping[str, str]
+    prefix: str, root: str, level: int, state: Mapping[str, str], environ: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return what ``conda activate PREFIX`` sets, scripts aside (ACTIVATION.md, *conda*).
+    """Return what ``conda activate PREFIX`` sets, scripts aside.
 
-    root: the root prefix, empty where unknown.  state: what `conda_state` found.
+    root: the root prefix, empty where unknown.  level: how many environments are active already.
     """
-    level, old = conda_level(environ)
+    old = environ.get("CONDA_PREFIX", "") if level else ""
     entries = path_entries(environ)
     if root and not level and not any(entry.endswith("condabin") for entry in entries):
         entries.insert(0, root + "/condabin")
@@ -1113,27 +1029,20 @@ def conda_variables(
     return variables
 
 
-def conda_level(environ: Mapping[str, str]) -> tuple[int, str]:
-    """Return how many conda environments are active on top of each other, and the topmost one's prefix."""
-    try:
-        level = int(environ.get("CONDA_SHLVL", "").strip() or 0)
-    except ValueError:
-        level = 0
-    return level, environ.get("CONDA_PREFIX", "") if level else ""
-
-
 def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan what ``conda activate PREFIX`` does.  Raises UserError where there is no environment."""
     prefix = os.path.normpath(step.targets[0])  # envkernel 1.x wrote it as it was typed
     if not host.isdir(prefix + "/conda-meta"):
         hint = f"Create it (conda create --prefix {quoted(prefix)} ipykernel), or give another one."
         raise no_environment("conda environment", prefix, host, hint)
-    environ = plan.environ
-    _, old = conda_level(environ)
+    environ, text = plan.environ, plan.environ.get("CONDA_SHLVL", "").strip()
+    level = int(text) if text.isdecimal() else 0
+    old = environ.get("CONDA_PREFIX", "") if level else ""
     leave = shell_scripts(old + "/etc/conda/deactivate.d", host) if old else []
     enter = shell_scripts(prefix + "/etc/conda/activate.d", host)
     root = step.options.get("root", "") or conda_root(prefix, host, environ)
-    variables = conda_variables(prefix, root, {} if old == prefix else conda_state(prefix, host), environ)
+    state = {} if old == prefix else conda_state(prefix, host)
+    variables = conda_variables(prefix, root, level, state, environ)
     if leave or enter:
         actions = [("source", script, "") for script in reversed(leave)]
         actions += [("export", name, value) for name, value in variables.items()]
@@ -1141,13 +1050,9 @@ def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         environ = host.source(actions, environ)
     else:
         environ = {**environ, **variables}
-    where, install = f"the conda environment {prefix}", f"conda install --prefix {as_format(prefix)} %s"
+    install = f"conda install --prefix {quoted(prefix).replace('%', '%%')} %s"
+    where = f"the conda environment {prefix}"
     return plan.replace(environ=environ, search=[prefix + "/bin"], where=where, install=install)
-
-
-def as_format(path: str) -> str:
-    """Return a path as it stands in a shell command with a ``%s`` in it (`Plan.install`)."""
-    return quoted(path).replace("%", "%%")
 
 
 def shell_scripts(directory: str, host: Host) -> list[str]:
@@ -1156,17 +1061,13 @@ def shell_scripts(directory: str, host: Host) -> list[str]:
 
 
 def conda_prefix(name: str, host: Host, environ: Mapping[str, str]) -> str:
-    """Return the prefix that a name or path of a conda environment means (ACTIVATION.md, *resolve*).
-
-    Raises UserError with a suggestion where there is no environment of that name.
-    """
+    """Return the prefix that a name or path of a conda environment means.  Raises UserError."""
     if "/" in name or name in (".", "..") or name.startswith("~"):
         return host.absolute(os.path.expandvars(name))
-    listed = os.fsdecode(host.read(host.absolute("~/.conda/environments.txt")) or b"").splitlines()
-    prefixes = [line.strip() for line in listed if line.strip()]
-    active = list(filter(None, [environ.get("CONDA_PREFIX"), *prefixes]))
+    prefixes = os.fsdecode(host.read(host.absolute("~/.conda/environments.txt")) or b"").split("\n")
     roots = [os.path.dirname(os.path.dirname(environ.get("CONDA_EXE", "")))]
-    roots = list(filter(None, [*roots, *(conda_root(prefix, host, environ) for prefix in active)]))
+    roots += [conda_root(prefix, host, environ) for prefix in [environ.get("CONDA_PREFIX", ""), *prefixes]]
+    roots = [root for root in roots if root]
     if name in ("base", "root") and roots:
         return roots[0]
     homes = [home for home in environ.get("CONDA_ENVS_PATH", "").split(":") if home]
@@ -1174,9 +1075,9 @@ def conda_prefix(name: str, host: Host, environ: Mapping[str, str]) -> str:
     for prefix in [f"{home}/{name}" for home in homes] + prefixes:
         if os.path.basename(prefix) == name and host.isdir(prefix + "/conda-meta"):
             return host.absolute(prefix)
-    names = {*map(os.path.basename, prefixes), *(found for home in homes for found in host.listdir(home))}
-    known = sorted({*names, "base"} if roots else names)
-    hint = suggestion(name, known) if names else "Give its path instead."
+    known = {*map(os.path.basename, prefixes), *(found for home in homes for found in host.listdir(home))}
+    known = known - {""} | ({"base"} if roots else set())
+    hint = suggestion(name, sorted(known)) if known else "Give its path instead."
     hint = no_environment("conda environment", host.absolute(name), host, hint).hint
     raise UserError(f"There is no conda environment named {name}.", hint)
 
@@ -1205,7 +1106,7 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     if not environ.get("VIRTUAL_ENV"):
         message = f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV."
         raise UserError(message, "Repair what you have edited in it, or create the virtualenv again.")
-    python = as_format(path + "/bin/python")
+    python = quoted(path + "/bin/python").replace("%", "%%")
     install = python + " -m pip install %s"
     if b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b""):  # it has no pip
         install = f"uv pip install --python {python} %s"
@@ -1214,10 +1115,7 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
 
 
 def holds_code(script: bytes, path: bytes) -> bool:
-    """Return whether a shell would run a part of the path that is written in a ``bin/activate``.
-
-    Older creators did not quote it: sourcing the script of a directory ``$(date)`` would run ``date``.
-    """
+    """Return whether a shell would run a part of the path, which older creators wrote without quoting it."""
     in_double = any(c in path for c in b'$`"') or path.endswith(b"\\")
     in_single = b"'" in path
     script = script.replace(os.fsencode(quoted(os.fsdecode(path))), b"")
@@ -1227,10 +1125,7 @@ def holds_code(script: bytes, path: bytes) -> bool:
 
 
 def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
-    """Make the path absolute; with ``--create`` make the environment and install ipykernel into it.
-
-    Raises UserError where that fails; then nothing is left of the environment.
-    """
+    """Make the path absolute; with ``--create`` make the environment and install ipykernel into it."""
     path = host.absolute(step.targets[0])
     if step.options.get("create"):
         if common.get("dry-run"):
@@ -1263,10 +1158,7 @@ def module_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
-    """Return the start of a module command line, empty where there is no module system.
-
-    By ``LMOD_CMD``, ``MODULES_CMD``, ``LMOD_PKG``, ``MODULESHOME``, then well-known places.
-    """
+    """Return the start of a module command line, empty where there is no module system."""
     lmod, tcl, home = (environ.get(name, "") for name in ("LMOD_CMD", "MODULES_CMD", "MODULESHOME"))
     usual = ("/usr/share/lmod/lmod", "/opt/apps/lmod/lmod", "/usr/local/lmod/lmod", "/opt/lmod/lmod")
     homes = (environ.get("LMOD_PKG", ""), home, *usual) if not tcl else ()
@@ -1285,7 +1177,7 @@ def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
 def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
     """Return what ``modulecmd python`` printed: changes (None: unset the variable) and status values.
 
-    The text is read, never executed: a modulefile may print anything into it (ACTIVATION.md, *Lmod*).
+    The text is read, never executed: a modulefile may print anything into it.
     """
     changes: dict[str, str | None] = {}
     states: list[bool] = []
@@ -1313,8 +1205,8 @@ _LUA_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
     r"""Read a quoted string; return its value and the place after it (0: there is none).
 
-    Environment Modules write ``\'`` for a quote and all else as it is, so a value that ends in a backslash
-    is told by the statement after it.  Lmod quotes as Lua's ``%q``: ``\`` and three digits or a character.
+    Environment Modules escape the quote alone, so that only the next statement tells ``\'`` from a value that
+    ends in a backslash.  Lmod quotes as Lua's ``%q`` does: ``\`` and up to three digits or a character.
     """
     quote, value = text[at : at + 1], b""
     at += 1
@@ -1339,24 +1231,19 @@ def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
 def run_modules(
     words: Sequence[str], command: Sequence[str], environ: Mapping[str, str], host: Host
 ) -> dict[str, str]:
-    """Return the environment after ``module WORDS``.
+    """Return the environment after ``module WORDS``.  Raises UserError with what the module system said.
 
-    command: what `module_command` found.  Raises UserError with what the module system said where
-    it failed; a warning of Lmod's (exit 1, but assignments) is no failure, as bash applies it.
+    A warning of Lmod's (exit 1, but assignments) is no failure: bash applies it too.
     """
     said = host.output([*command, "python", *words], environ)
     changes, states = parse_modules(said.out)
     is_tcl = command[-1].endswith(".tcl")
     if (said.status or not all(states)) and (is_tcl or not changes):
-        raise UserError(
-            f"`module {' '.join(words)}` failed.",
-            "See what there is with `module avail`; set the kernel up again where a module has another name "
-            f"now (MODULEPATH is {environ.get('MODULEPATH', 'not set')}).",
-            detail=os.fsdecode(said.err or said.out).strip(),
-        )
+        hint = f"See `module avail` for what there is (MODULEPATH is {environ.get('MODULEPATH', 'not set')})."
+        detail = os.fsdecode(said.err or said.out).strip()
+        raise UserError(f"`module {' '.join(words)}` failed.", hint, detail=detail)
     host.warn(said.err)
-    merged = {**environ, **changes}
-    result = {name: value for name, value in merged.items() if value is not None}
+    result = {name: value for name, value in {**environ, **changes}.items() if value is not None}
     # Lmod's `execute` prints commands for a shell only; bash runs them, as it does after `module load`
     before, after = (set(variables.get("_LMFILES_", "").split(":")) for variables in (environ, result))
     if is_tcl or host.quiet or not any(b"execute" in (host.read(path) or b"") for path in before ^ after):
@@ -1366,12 +1253,8 @@ def run_modules(
 
 
 def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
-    """Return the ``module`` command lines that a step stands for, in order: unloads before loads.
-
-    A purge with nothing loaded changes nothing and is left out.
-    """
-    is_purged = step.options.get("purge") and environ.get("LOADEDMODULES", "")
-    calls = [["purge"]] if is_purged else []
+    """Return the ``module`` command lines that a step stands for; a purge with nothing loaded is left out."""
+    calls = [["purge"]] if step.options.get("purge") and environ.get("LOADEDMODULES", "") else []
     calls += [["use", directory] for directory in step.options.get("use", [])]
     calls += [["restore", step.options["restore"]]] if "restore" in step.options else []
     unload = [target[1:] for target in step.targets if target.startswith("-")]
@@ -1382,8 +1265,7 @@ def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
 def with_modules(step: Step, environ: Mapping[str, str], host: Host) -> tuple[dict[str, str], list[str]]:
     """Return an environment in which the module system is found, and its command.
 
-    First by the environment, then by what setup recorded, last by a login shell.
-    Raises UserError where there is none.
+    By the environment, then by what setup recorded, last by a login shell.  Raises UserError.
     """
     recorded = dict(entry.partition("=")[::2] for entry in step.options.get("recorded", []))
     found = {**environ, **{name: environ.get(name) or value for name, value in recorded.items()}}
@@ -1392,19 +1274,13 @@ def with_modules(step: Step, environ: Mapping[str, str], host: Host) -> tuple[di
         found = {**module_variables(host.login_environ(found)), **found}
         command = module_command(found, host)
     if not command:
-        raise UserError(
-            "There is no module system (Lmod or Environment Modules) on this machine.",
-            "Install one, or set LMOD_CMD and MODULEPATH where Jupyter starts.",
-            127,
-        )
+        hint = "Install one, or set LMOD_CMD and MODULEPATH where Jupyter starts."
+        raise UserError("There is no module system (Lmod, Environment Modules) on this machine.", hint, 127)
     return found, command
 
 
 def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
-    """Plan what ``module purge|use|restore|load`` make of the environment.
-
-    Raises UserError for a module that can't be loaded.
-    """
+    """Plan what ``module purge|use|restore|load`` make of the environment.  Raises UserError."""
     start, command = with_modules(step, plan.environ, host)
     environ = start
     for words in module_calls(step, environ):
@@ -1424,8 +1300,7 @@ def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         host.warn(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
         search = entries
     where = f"the modules {' '.join(step.targets)}".rstrip()
-    install = "load a module that has %s too, chain another mode (-- virtualenv PATH), or choose a program "
-    install += "outright (--python=/usr/bin/python3)"
+    install = "load a module with %s, chain a mode (-- virtualenv PATH), or give --python=/usr/bin/python3"
     return plan.replace(environ=environ, search=search, where=where, install=install)
 
 
@@ -1447,11 +1322,10 @@ def search_program(name: str, directories: Sequence[str], host: Host) -> str:
 
 
 def resolve_program(plan: Plan, host: Host) -> Plan:
-    """Make the kernel program of a plan absolute.
+    """Make the kernel program of a plan absolute.  Raises UserError (status 127).
 
     A bare name is looked for in what the modes brought, never in what else is on PATH: that would be
     another environment's Python.  An absolute path is the user's own choice.
-    Raises UserError (status 127) where there is no such program.
     """
     program, search = plan.argv[0], plan.search or []
     if "/" in program:
@@ -1462,7 +1336,6 @@ def resolve_program(plan: Plan, host: Host) -> Plan:
     found = search_program(program, search, host)
     if found:
         return plan.replace(argv=[found, *plan.argv[1:]])
-    hint = f"Install {program} there, or give its absolute path as the kernel command, after --."
     pythons = sorted({name for place in search for name in host.listdir(place) if is_python(name)})
     pythons = [name for name in pythons if search_program(name, search, host)]
     if is_python(program) and pythons:
@@ -1471,10 +1344,10 @@ def resolve_program(plan: Plan, host: Host) -> Plan:
         was, path = host.real_path(f"{search[0]}/{program}"), quoted(os.path.dirname(search[0]))
         again = f"python3 -m venv --clear {path} && {plan.install % 'ipykernel'}"
         hint = f"Its Python is gone (it was {was}); create it again: `{again}`."
-    elif is_python(program):
-        hint = f"Try: {plan.install % 'ipykernel'}."
-    elif program in PACKAGES and plan.install.startswith("conda "):
-        hint = f"Try: {plan.install % PACKAGES[program]}."
+    elif is_python(program) or (program in PACKAGES and plan.install.startswith("conda ")):
+        hint = f"Try: {plan.install % PACKAGES.get(program, 'ipykernel')}."
+    else:
+        hint = f"Install {program} there, or give its absolute path as the kernel command, after --."
     raise UserError(f"There is no {program} in {plan.where}.", hint, 127)
 
 
@@ -1490,8 +1363,7 @@ def is_python(program: str) -> bool:
 def check_kernel_module(plan: Plan, host: Host) -> None:
     """Raise UserError unless the module of ``python -m MODULE`` can be imported.
 
-    A look into site-packages answers in microseconds where the module is in its usual place; only
-    elsewhere the Python itself is asked, at the price of starting it.
+    The Python itself is only asked, at the price of starting it, where the module is not in its usual place.
     """
     python = plan.argv[0]
     if "-m" not in plan.argv[1:-1] or not is_python(python):
@@ -1507,9 +1379,10 @@ def check_kernel_module(plan: Plan, host: Host) -> None:
     detail = os.fsdecode(said.err).strip()
     if said.status == MODULE_MISSING:
         is_ours = host.host is not host or os.path.dirname(python) in (plan.search or ())
-        install = plan.install if is_ours else as_format(python) + " -m pip install %s"
+        package = PACKAGES.get(top, top)
+        install = plan.install % package if is_ours else f"{quoted(python)} -m pip install {package}"
         message = f"There is no {top} in {plan.where}: {python} can't import it."
-        raise UserError(message, f"Try: {install % PACKAGES.get(top, top)}.", detail=detail)
+        raise UserError(message, f"Try: {install}.", detail=detail)
     if said.status:
         message = f"{python} does not work: it ended with status {said.status}."
         raise UserError(message, f"Repair {plan.where}, or create it again.", detail=detail)

@@ -241,7 +241,7 @@ def setup(host: FakeHost, mode: str, *tokens: str, common: dict[str, Any] | None
     """Return what setup makes of the tokens of one mode."""
     row = envkernel.MODES[mode]
     environ = {"PATH": "/usr/bin:/opt/bin", "HOME": "/home/me"}
-    step = envkernel.parse_step(row, tokens, host, lambda: environ, {})
+    step = envkernel.parse_step(row, tokens, host, envkernel.Request({}, []), environ)
     return row.setup(step, host, environ, common or {})
 
 

@@ -302,12 +302,6 @@ def test_a_name_that_no_directory_can_have_is_refused():
     assert "300 characters" in caught.value.message
 
 
-def test_env_that_takes_the_target_is_told():
-    error = refused("virtualenv", "--env", "FOO", "/v")
-    assert error.message == "virtualenv needs PATH."
-    assert error.hint.startswith("--env was read as FOO=/v. Usage: envkernel virtualenv ")
-
-
 def test_a_later_mode_without_its_target_is_not_told_of_a_name():
     error = refused("slurm", "--name=x", "--", "conda")
     assert error.message == "conda needs PREFIX-OR-NAME."
