@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from typing import Any, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, NoReturn, Sequence
 
     from typing_extensions import Self, dataclass_transform
+
+    Environ = Mapping[str, str]
 else:
 
     def dataclass_transform() -> Any:  # for type checkers (PEP 681)
@@ -306,9 +308,8 @@ class Plan(Record):
     """What a launch will do: nothing has been done yet.
 
     argv, environ: the program that takes this process's place, or runs below it where there is `supervision`
-    (what the keeper needs to know) or a `job` (what runs it on a cluster).
-    search: the directories in which a bare program name has to be found; None where it is not looked up on
-    this host.  where: what these belong to, explained.  install: how to install something there (``%s``).
+    (for the keeper) or a `job` (on a cluster).  search: the directories in which a bare program name has to
+    be found; None: not on this host.  where: their name in messages.  install: how to install ``%s`` there.
     given: variables of the user's for the kernel (``--env``), for modes that start with a clean environment.
     inside: how a command is run once inside of a container, without its private directory; empty for none.
     """
@@ -339,8 +340,7 @@ class Mode(Record):
     plan: ``(step, plan, host, rest) -> Plan``: one fold of the launch; rest: the `Launch` after this step.
     target: metavar of what follows the options; empty for none.  targets: ``(least, most)`` of them.
     minus: a target may begin with a minus.  remote: it takes the rest of the chain along: the fold ends here.
-    engine: ``(name, tokens, environ, host) -> [[program, subcommand], ...]``: the commands of the engine
-    whose options may be given; None where there is no engine.
+    engine: ``(name, tokens, environ, host) -> [[program, subcommand], ...]``, whose options may be given.
     """
 
     name: str
@@ -648,9 +648,7 @@ def derive_name(request: Request, host: Host) -> str:
     return "".join(c if (c.isascii() and c.isalnum()) or c in "._-" else "-" for c in name).strip(".-")
 
 
-def parse_step(
-    mode: Mode, tokens: Sequence[str], host: Host, request: Request, start: Mapping[str, str]
-) -> Step:
+def parse_step(mode: Mode, tokens: Sequence[str], host: Host, request: Request, start: Environ) -> Step:
     """Read one mode's part of a command line; the options of the kernel go into `request`.
 
     Its engine may exist only in the environment that the request's modes make of `start`.  After another mode
@@ -869,34 +867,26 @@ def make_parser() -> argparse.ArgumentParser:
     version.add_argument("-V", "--version", action="version", version=__version__, help="Show the version.")
     version.add_argument("-h", "--help", action="help", help="Show this help.")
 
-    def add(row: Mode | Command, name: str, title: str, options: Sequence[Option], **more: Any) -> None:
+    rows: list[tuple[str, Mode | Command, list[Option], dict[str, Any]]] = []
+    for name, mode in modes.items():
+        more: dict[str, Any] = {"usage": usage_line(mode), "epilog": f"example:\n  {mode.example}"}
+        rows.append((name, mode, [*mode.options, *COMMON_OPTIONS], {**more, "aliases": mode.aliases}))
+    rows += [(name, row, row.options, {"usage": command_usage(name)}) for name, row in COMMANDS.items()]
+    for name, row, options, more in rows:
         about = textwrap.fill(row.summary, shutil.get_terminal_size().columns - 2)
         parser = verbs.add_parser(name, help=row.summary, description=about, **more, **style)
-        add_options(parser, title, options)
-
-    for name, mode in modes.items():
-        more = {"aliases": mode.aliases, "usage": usage_line(mode), "epilog": f"example:\n  {mode.example}"}
-        add(mode, name, f"options of {name}", [*mode.options, *COMMON_OPTIONS], **more)
-    for name, command in COMMANDS.items():
-        add(command, name, "options", command.options, usage=command_usage(name))
+        titles = dict.fromkeys([option.group for option in options] or [""])
+        groups = {title: parser.add_argument_group(title or f"options of {name}") for title in titles}
+        for option in options:
+            keywords: dict[str, Any] = {"action": "store_true"}
+            if option.metavar:
+                keywords = {"action": "append" if option.many else "store", "metavar": option.metavar}
+            if option.choices:
+                keywords.update(choices=option.choices, metavar=None)
+            text = option.help.replace("%", "%%") if option.setup else argparse.SUPPRESS
+            groups[option.group].add_argument(*option.flags, dest=option.name, help=text, **keywords)
+        list(groups.values())[-1].add_argument("-h", "--help", action="help", help="Show this help.")
     return top
-
-
-def add_options(parser: argparse.ArgumentParser, title: str, options: Sequence[Option]) -> None:
-    """Add options to a parser, by their groups.  title: of those that name no group."""
-    import argparse
-
-    titles = dict.fromkeys([option.group for option in options] or [""])
-    groups = {name: parser.add_argument_group(name or title) for name in titles}
-    for option in options:
-        keywords: dict[str, Any] = {"action": "store_true"}
-        if option.metavar:
-            keywords = {"action": "append" if option.many else "store", "metavar": option.metavar}
-        if option.choices:
-            keywords.update(choices=option.choices, metavar=None)
-        text = option.help.replace("%", "%%") if option.setup else argparse.SUPPRESS
-        groups[option.group].add_argument(*option.flags, dest=option.name, help=text, **keywords)
-    list(groups.values())[-1].add_argument("-h", "--help", action="help", help="Show this help.")
 
 
 USAGE = """envkernel MODE [--name=NAME] [options] TARGET [-- KERNEL COMMAND | -- MODE ...]
@@ -994,13 +984,8 @@ def conda_state(prefix: str, host: Host) -> dict[str, str]:
     }
 
 
-def conda_variables(
-    prefix: str, root: str, level: int, state: Mapping[str, str], environ: Mapping[str, str]
-) -> dict[str, str]:
-    """Return what ``conda activate PREFIX`` sets, scripts aside.
-
-    root: the root prefix, empty where unknown.  level: how many environments are active already.
-    """
+def conda_variables(prefix: str, root: str, level: int, state: Environ, environ: Environ) -> dict[str, str]:
+    """Return what ``conda activate PREFIX`` sets, scripts aside.  level: how many are active already."""
     old = environ.get("CONDA_PREFIX", "") if level else ""
     entries = path_entries(environ)
     if root and not level and not any(entry.endswith("condabin") for entry in entries):
@@ -1098,10 +1083,8 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         hint = f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create)."
         raise no_environment("virtualenv", path, host, hint)
     if any(holds_code(text, os.fsencode(place)) for place in (path, host.real_path(path))):
-        raise UserError(
-            f"{script} does not quote the name of its directory: bash would run a part of that name.",
-            "Create the virtualenv again in a directory without $ ` \" and ' in its name.",
-        )
+        hint = "Create the virtualenv again in a directory without $ ` \" and ' in its name."
+        raise UserError(f"{script} does not quote the name of its directory: bash would run that.", hint)
     environ = host.source([("source", script, "")], plan.environ)
     if not environ.get("VIRTUAL_ENV"):
         message = f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV."
@@ -1161,7 +1144,7 @@ def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
     """Return the start of a module command line, empty where there is no module system."""
     lmod, tcl, home = (environ.get(name, "") for name in ("LMOD_CMD", "MODULES_CMD", "MODULESHOME"))
     usual = ("/usr/share/lmod/lmod", "/opt/apps/lmod/lmod", "/usr/local/lmod/lmod", "/opt/lmod/lmod")
-    homes = (environ.get("LMOD_PKG", ""), home, *usual) if not tcl else ()
+    homes = () if tcl else (environ.get("LMOD_PKG", ""), home, *usual)
     for place in (lmod, *(directory + "/libexec/lmod" for directory in homes)):
         if host.is_executable(place):
             return [place]
@@ -1228,9 +1211,7 @@ def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
     return b"", 0
 
 
-def run_modules(
-    words: Sequence[str], command: Sequence[str], environ: Mapping[str, str], host: Host
-) -> dict[str, str]:
+def run_modules(words: list[str], command: list[str], environ: Environ, host: Host) -> dict[str, str]:
     """Return the environment after ``module WORDS``.  Raises UserError with what the module system said.
 
     A warning of Lmod's (exit 1, but assignments) is no failure: bash applies it too.
@@ -1287,14 +1268,11 @@ def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         environ = run_modules(words, command, environ, host)
     entries = environ.get("PATH", "").split(":")
     program = plan.argv[0] if plan.argv else ""
-
-    def brought(bare: Mapping[str, str]) -> list[str]:
-        others = bare.get("PATH", "").split(":")
-        return [entry for entry in entries if entry not in others or entry in (plan.search or ())]
-
-    search = brought(plan.environ)
+    outside, kept = plan.environ.get("PATH", "").split(":"), plan.search or []
+    search = [entry for entry in entries if entry not in outside or entry in kept]
     if start.get("LOADEDMODULES") and program and not search_program(program, search, host):
-        search = brought(run_modules(["purge"], command, environ, host))
+        outside = run_modules(["purge"], command, environ, host).get("PATH", "").split(":")
+        search = [entry for entry in entries if entry not in outside or entry in kept]
     lacks = program and not search_program(program, search, host)
     if rest.legacy and lacks and search_program(program, entries, host):
         host.warn(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
@@ -1328,12 +1306,10 @@ def resolve_program(plan: Plan, host: Host) -> Plan:
     another environment's Python.  An absolute path is the user's own choice.
     """
     program, search = plan.argv[0], plan.search or []
-    if "/" in program:
-        if not host.is_executable(program):
-            hint = "Install it, or set the kernel up again with another command."
-            raise UserError(f"There is no program {program}.", hint, 127)
-        return plan
-    found = search_program(program, search, host)
+    if "/" in program and not host.is_executable(program):
+        hint = "Install it, or set the kernel up again with another command."
+        raise UserError(f"There is no program {program}.", hint, 127)
+    found = program if "/" in program else search_program(program, search, host)
     if found:
         return plan.replace(argv=[found, *plan.argv[1:]])
     pythons = sorted({name for place in search for name in host.listdir(place) if is_python(name)})
