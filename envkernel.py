@@ -222,10 +222,7 @@ def usage_error(message: str, hint: str = "") -> UserError:
 
 @dataclass_transform()
 class Record:
-    """Plain data, compared by value: the annotated names of a class are its fields, in that order.
-
-    A field without a default has to be given; lists and dicts are copied.  (``dataclasses`` takes 10 ms.)
-    """
+    """Plain data, compared by value: its annotated names are the fields.  (``dataclasses`` takes 10 ms.)"""
 
     def __init__(self, *values: Any, **named: Any) -> None:
         fields = type(self).__annotations__
@@ -255,9 +252,8 @@ class Record:
 class Option(Record):
     """One option of envkernel's own: the definition that setup, run, help and completion share.
 
-    spelling: ``"--bind -B"``, the long flag first.  metavar: empty for a flag that takes no value.
-    many: may be given more than once.  run: is written into the kernelspec.  setup: may be typed by a user.
-    group: its title in the help; empty: the mode's own.
+    spelling: ``"--bind -B"``, the long flag first.  metavar: empty where it takes no value.  many: may be
+    repeated.  run: is written into the kernelspec.  setup: may be typed.  group: its title in the help.
     """
 
     spelling: str
@@ -279,9 +275,8 @@ class Option(Record):
 
 
 class Step(Record):
-    """One mode of a chain with what was said of it.
+    """One mode of a chain with its options by name (True for a flag, a list where one may be repeated).
 
-    options: by name; True for a flag, a list where the option may be repeated.
     engine: tokens that go to the engine (docker run, apptainer exec, srun) as they stand.
     """
 
@@ -369,7 +364,6 @@ def register(*modes: Mode) -> None:
 
 
 # ---- kernelspec tokens --------------------------------------------------------------------------
-
 
 _ESCAPE = "%:"
 _PLACEHOLDERS = ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-dir"))
@@ -469,10 +463,11 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
     """Return the launch that a kernelspec describes (the inverse of `launch_to_argv`).  Raises UserError."""
     if not tokens:
         raise broken_kernelspec("its argv is not envkernel's")
-    if not any(token.startswith("--format=") for token in tokens[2:3]):
+    form = tokens[2] if len(tokens) > 2 else ""
+    if not form.startswith("--format="):
         return legacy_launch(tokens)
-    if tokens[2] != "--format=" + FORMAT:
-        raise broken_kernelspec(f"another version of envkernel wrote it ({tokens[2]})")
+    if form != "--format=" + FORMAT:
+        raise broken_kernelspec(f"another version of envkernel wrote it ({form})")
     common: dict[str, Any] = {}
     steps: list[Step] = []
     rest: list[str] | None = [find_mode(tokens[0]).name, *tokens[2:]]
@@ -537,9 +532,7 @@ _GROUPS = {
         Option("--replace", "Replace the kernel that has this name."),
         Option("--self-contained", "Copy envkernel.py into the kernelspec."),
     ],
-    "environment": [
-        Option("--env", "Set a variable for the kernel (repeatable).", "NAME=VALUE", many=True, run=True),
-    ],
+    "environment": [Option("--env", "Set a variable (repeatable).", "NAME=VALUE", many=True, run=True)],
     "other": [
         Option("--no-error-kernel", "If the kernel can't start, don't show why in the notebook.", run=True),
         Option("--check", "Test the new kernel, as `envkernel check` does."),
@@ -556,17 +549,13 @@ COMMON_OPTIONS = [option.replace(group=group) for group, options in _GROUPS.item
 # ---- command line -------------------------------------------------------------------------------
 
 
-def similar_names(name: str, known: Sequence[str]) -> str:
-    """Return a question that names what is most similar among the known names, empty if nothing is."""
+def suggestion(name: str, known: Sequence[str], otherwise: str | None = None) -> str:
+    """Return a hint that names what is most similar among the known names; else `otherwise`, or them all."""
     import difflib
 
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), 3, 0.6)
-    return f"Did you mean {' or '.join(near)}?" if near else ""
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """Return a hint that names what is most similar among the known names, or lists them all."""
-    return similar_names(name, known) or f"Known are: {', '.join(known)}."
+    listed = f"Known are: {', '.join(known)}." if otherwise is None else otherwise
+    return f"Did you mean {' or '.join(near)}?" if near else listed
 
 
 def find_mode(name: str) -> Mode:
@@ -590,10 +579,7 @@ class Request(Record):
 
 
 def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | None = None) -> Request:
-    """Read ``MODE [options] TARGET [-- MODE ... ] [-- KERNEL COMMAND]`` as a user types it.
-
-    Raises UserError (status 2) for what neither envkernel nor the engine knows.
-    """
+    """Read ``MODE [options] TARGET [-- MODE ... ] [-- KERNEL COMMAND]``.  Raises UserError (status 2)."""
     start = launch_environ(host) if environ is None else environ
     request = Request({}, [])
     rest: list[str] | None = list(tokens)
@@ -611,10 +597,7 @@ def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | 
 
 
 def check_targets(mode: Mode, step: Step, name: str = "", first: bool = True) -> None:
-    """Raise UserError (status 2) unless `step` has as many targets as `mode` takes.
-
-    name: the kernel's, where it was given.  first: the first mode of a chain.
-    """
+    """Raise UserError (status 2) unless `step` has as many targets as `mode` takes.  name: the kernel's."""
     usage = "Usage: " + usage_line(mode, first)
     if "" in step.targets:
         raise usage_error(f"{mode.name} was given an empty {mode.target.rstrip('.')}.", usage)
@@ -652,7 +635,7 @@ def parse_step(mode: Mode, tokens: Sequence[str], host: Host, request: Request, 
     """Read one mode's part of a command line; the options of the kernel go into `request`.
 
     Its engine may exist only in the environment that the request's modes make of `start`.  After another mode
-    only ``--env`` of the kernel's options has a place: an engine's own would show the value in its argv.
+    only ``--env`` of the kernel's options is taken: an engine's own would show the value in its argv.
     """
     import functools
 
@@ -680,7 +663,7 @@ def parse_command(name: str, tokens: Sequence[str]) -> dict[str, Any]:
     own, rest = split_chain(tokens)
     step = Step(name)
     values = read_options(name, own, command.options, lambda: EngineOptions([], Host(), {}), step)
-    usage = "Usage: " + command_usage(name)
+    usage = f"See: envkernel {name} -h"
     surplus = step.targets[1 if command.argument else 0 :] + (rest or [] if name != "completion" else [])
     if surplus:
         raise usage_error(f"envkernel {name} can't do anything with {surplus[0]!r}.", usage)
@@ -746,7 +729,7 @@ def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: En
     if any(flag in option.flags for option in COMMON_OPTIONS) and name in MODES:
         return usage_error(f"{flag} belongs to the kernel and not to {name}.", "Put it before the first --.")
     known = [one for one in [*flags, *engine.known] if one.startswith("--")]
-    hint = similar_names("-" * (flag[:2] != "--") + flag, known) if len(flag) > 2 else ""
+    hint = suggestion("-" * (flag[:2] != "--") + flag, known, "") if len(flag) > 2 else ""
     modes = sorted({mode.name for mode in MODES.values() for one in mode.options if flag in one.flags})
     hint = f"It is an option of {', '.join(modes)}. {hint}".strip() if modes else hint
     message = f"envkernel {name} has no option {flag}."
@@ -755,10 +738,7 @@ def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: En
 
 
 class EngineOptions:
-    """The options of a mode's engine (docker run, apptainer exec, srun): asks the installed program for them.
-
-    First its ``--help``; an option that this does not list is tried, together with ``--help``.
-    """
+    """The options of a mode's engine: those in its ``--help``, and those that it takes next to ``--help``."""
 
     UNKNOWN = ("unknown flag", "unknown shorthand", "unrecognized option", "invalid option", "is ambiguous")
 
@@ -828,10 +808,7 @@ def typed_value(tokens: Sequence[str], flag: str) -> str:
 
 
 def legacy_launch(tokens: Sequence[str], host: Host | None = None) -> Launch:
-    """Return the launch of a kernelspec that envkernel 1.x wrote: ``MODE run [options] TARGET -- COMMAND``.
-
-    There the kernel command is literal and the rest is as a user would have typed it.
-    """
+    """Return the launch of a kernelspec of 1.x: ``MODE run [options] TARGET -- COMMAND``, as it is typed."""
     mode, host, request = find_mode(tokens[0]), host or Host(), Request({}, [])
     own, command = split_chain(tokens[2:])
     step = parse_step(mode, own, host, request, launch_environ(host))
@@ -871,7 +848,9 @@ def make_parser() -> argparse.ArgumentParser:
     for name, mode in modes.items():
         more: dict[str, Any] = {"usage": usage_line(mode), "epilog": f"example:\n  {mode.example}"}
         rows.append((name, mode, [*mode.options, *COMMON_OPTIONS], {**more, "aliases": mode.aliases}))
-    rows += [(name, row, row.options, {"usage": command_usage(name)}) for name, row in COMMANDS.items()]
+    for name, command in COMMANDS.items():
+        usage = f"envkernel {name} [options] {command.argument}{' | --all' * command.optional}".rstrip()
+        rows.append((name, command, command.options, {"usage": usage}))
     for name, row, options, more in rows:
         about = textwrap.fill(row.summary, shutil.get_terminal_size().columns - 2)
         parser = verbs.add_parser(name, help=row.summary, description=about, **more, **style)
@@ -898,12 +877,6 @@ def usage_line(mode: Mode, first: bool = True) -> str:
     start = f"envkernel {mode.name} [--name=NAME]" if first else f"envkernel ... -- {mode.name}"
     target = " " + mode.target if mode.target else ""
     return f"{start} [options]{target} [-- KERNEL COMMAND | -- MODE ...]"
-
-
-def command_usage(name: str) -> str:
-    """Return the one-line usage of a management command."""
-    command = COMMANDS[name]
-    return f"envkernel {name} [options] {command.argument}{' | --all' * command.optional}".rstrip()
 
 
 def called_as() -> str:
@@ -936,7 +909,6 @@ def carry_out(argv: Sequence[str], host: Host) -> int:
 
 
 # ---- environment modes --------------------------------------------------------------------------
-
 
 IGNORED_BY_PYTHON = (13, 25)
 """SIGPIPE and SIGXFSZ, which Python ignores for itself; a kernel must not inherit that."""
@@ -1090,9 +1062,8 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         message = f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV."
         raise UserError(message, "Repair what you have edited in it, or create the virtualenv again.")
     python = quoted(path + "/bin/python").replace("%", "%%")
-    install = python + " -m pip install %s"
-    if b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b""):  # it has no pip
-        install = f"uv pip install --python {python} %s"
+    is_uvs = b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b"")  # without pip
+    install = f"uv pip install --python {python} %s" if is_uvs else python + " -m pip install %s"
     where = f"the virtualenv {path}"
     return plan.replace(environ=environ, search=[path + "/bin"], where=where, install=install)
 
@@ -1121,9 +1092,9 @@ def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common:
             found = python if "/" in python else search_program(python, path_entries(environ), host)
             has, wanted = (host.output([name, *ask], environ).out for name in (inside, found or python))
             if has != wanted:
-                message = f"{path} is there already and has Python {os.fsdecode(has).partition(' ')[0]}, "
-                hint = "Give a directory that does not exist yet, or leave --python out."
-                raise UserError(message + f"which is not that of --python={python}.", hint)
+                has_version = os.fsdecode(has).partition(" ")[0]
+                message = f"{path} is there already and has Python {has_version}, not that of {python}."
+                raise UserError(message, "Give a directory that does not exist yet, or leave --python out.")
         host.create_virtualenv(path, python)
     options = {name: value for name, value in step.options.items() if name != "create"}
     step = step.replace(targets=[path], options=options)
@@ -1158,14 +1129,11 @@ def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
 
 
 def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
-    """Return what ``modulecmd python`` printed: changes (None: unset the variable) and status values.
-
-    The text is read, never executed: a modulefile may print anything into it.
-    """
+    """Return what ``modulecmd python`` printed: changes (None: unset the variable) and status values."""
     changes: dict[str, str | None] = {}
     states: list[bool] = []
     at = 0
-    while at < len(text):
+    while at < len(text):  # read, never executed: a modulefile may print anything
         if text.startswith(b"_mlstatus = ", at):
             states.append(text.startswith(b"True", at + 12))
         deletes = text.startswith(b"del os.environ[", at)
@@ -1212,14 +1180,11 @@ def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
 
 
 def run_modules(words: list[str], command: list[str], environ: Environ, host: Host) -> dict[str, str]:
-    """Return the environment after ``module WORDS``.  Raises UserError with what the module system said.
-
-    A warning of Lmod's (exit 1, but assignments) is no failure: bash applies it too.
-    """
+    """Return the environment after ``module WORDS``.  Raises UserError with what the module system said."""
     said = host.output([*command, "python", *words], environ)
     changes, states = parse_modules(said.out)
     is_tcl = command[-1].endswith(".tcl")
-    if (said.status or not all(states)) and (is_tcl or not changes):
+    if (said.status or not all(states)) and (is_tcl or not changes):  # Lmod's warnings are no failures
         hint = f"See `module avail` for what there is (MODULEPATH is {environ.get('MODULEPATH', 'not set')})."
         detail = os.fsdecode(said.err or said.out).strip()
         raise UserError(f"`module {' '.join(words)}` failed.", hint, detail=detail)
@@ -1244,10 +1209,7 @@ def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
 
 
 def with_modules(step: Step, environ: Mapping[str, str], host: Host) -> tuple[dict[str, str], list[str]]:
-    """Return an environment in which the module system is found, and its command.
-
-    By the environment, then by what setup recorded, last by a login shell.  Raises UserError.
-    """
+    """Return an environment in which the module system is found, and its command.  Raises UserError."""
     recorded = dict(entry.partition("=")[::2] for entry in step.options.get("recorded", []))
     found = {**environ, **{name: environ.get(name) or value for name, value in recorded.items()}}
     command = module_command(found, host)
@@ -3171,11 +3133,9 @@ def choose_kernel(request: Request, plan: Plan, host: Host) -> Kernel:
         if "kernel" not in common and "kernel-template" not in common:
             kernel = Kernel(command)
     if not any(CONNECTION_FILE in token for token in command):
-        raise usage_error(
-            "The kernel command has no {connection_file}, so Jupyter could not talk to the kernel.",
-            similar_names(command[0], sorted(MODES))
-            or "Put {connection_file} where the kernel expects the path of its connection file.",
-        )
+        message = "The kernel command has no {connection_file}, so Jupyter could not talk to the kernel."
+        hint = "Put {connection_file} where the kernel expects the path of its connection file."
+        raise usage_error(message, suggestion(command[0], sorted(MODES), hint))
     if common.get("kernel-make-path-relative"):
         command = [os.path.basename(command[0]), *command[1:]]
     if "python" in common and is_python(command[0]) and request.command is None:

@@ -291,7 +291,7 @@ def test_a_mistyped_command_line_exits_with_2_and_says_so_on_stderr(capfd):
 
 
 def test_a_name_is_suggested_once():
-    assert envkernel.similar_names("--nmae", ["--name", "--name", "--net"]) == "Did you mean --name or --net?"
+    assert envkernel.suggestion("--nmae", ["--name", "--name", "--net"]) == "Did you mean --name or --net?"
 
 
 def test_a_name_that_no_directory_can_have_is_refused():

@@ -695,14 +695,11 @@ def test_list_and_show_print_no_terminal_codes(call, world):
 
 def test_how_it_was_called_can_be_pasted(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["envkernel.py"])
     assert envkernel.called_as() == f"{sys.executable} {os.path.abspath(envkernel.__file__)}"
     program = tmp_path / "my bin" / "envkernel"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    monkeypatch.setattr(sys, "argv", [str(program)])
-    assert envkernel.called_as() == f"'{program}'"
     monkeypatch.setenv("PATH", str(program.parent))
     assert envkernel.called_as() == "envkernel"
 
