@@ -3756,7 +3756,6 @@ def own_logos(path: str, data: bytes | None) -> dict[str, bytes]:
 
 SHELLS = {
     "bash": """\
-# bash completion for envkernel; in ~/.bashrc: source <(envkernel completion bash)
 _envkernel() {
     local IFS=$'\\n'
     COMPREPLY=($(envkernel completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2> /dev/null))
@@ -3766,7 +3765,6 @@ complete -o default -F _envkernel envkernel
 """,
     "zsh": """\
 #compdef envkernel
-# zsh completion for envkernel; in ~/.zshrc, after compinit: source <(envkernel completion zsh)
 _envkernel() {
     local -a found open closed
     found=(${(f)"$(envkernel completion zsh -- "${(@)words[2,CURRENT]}" 2> /dev/null)"})
@@ -3778,7 +3776,6 @@ _envkernel() {
 compdef _envkernel envkernel
 """,
     "fish": """\
-# fish completion for envkernel; in config.fish: envkernel completion fish | source
 function __envkernel
     set -l arguments (commandline -opc) (commandline -ct)
     envkernel completion fish -- $arguments[2..-1] 2> /dev/null
@@ -3924,16 +3921,14 @@ def launch_logs(name: str, host: Host) -> list[tuple[str, str, dict[str, str]]]:
     logs = []
     directory, prefix = log_place(name, os.environ)
     for file in sorted(host.listdir(directory), reverse=True):
-        data = host.read(f"{directory}/{file}") if file.startswith(prefix) else None
-        if data is not None:
-            text = os.fsdecode(data)
-            lines = dict(line.partition(": ")[::2] for line in text.splitlines())
-            if not {"ended", "not started"} & lines.keys():  # its process may be the kernel now
-                words = os.fsdecode(host.read(f"/proc/{lines.get('process')}/cmdline") or b"").split("\0")
-                runs = any(word.endswith(".json") and word in text for word in words)
-                lost = "no (what it said and its exit status are in the log of Jupyter)"
-                lines["running"] = "yes" if runs else lost
-            logs.append((f"{directory}/{file}", text, lines))
+        text = os.fsdecode(host.read(f"{directory}/{file}") or b"") if file.startswith(prefix) else ""
+        lines = dict(line.partition(": ")[::2] for line in text.splitlines())
+        if text and not {"ended", "not started"} & lines.keys():  # its process may be the kernel now
+            words = os.fsdecode(host.read(f"/proc/{lines.get('process')}/cmdline") or b"").split("\0")
+            runs = any(word.endswith(".json") and word in text for word in words)
+            lost = "no (what it said and its exit status are in the log of Jupyter)"
+            lines["running"] = "yes" if runs else lost
+        logs += [(f"{directory}/{file}", text, lines)] if text else []
     return logs
 
 
@@ -3951,18 +3946,15 @@ def listed(found: Sequence[Running]) -> list[str]:
     return [one.what for one in found if one.what]
 
 
-def run_processes(host: Host) -> dict[str, list[int]]:
-    """Return this user's run processes, and keepers without one, that run something, by kernel name."""
-    found: dict[str, dict[int, int]] = {}
+def run_processes(host: Host) -> dict[int, tuple[list[str], int]]:
+    """Return the command lines and parents of this user's run processes and keepers."""
+    found: dict[int, tuple[list[str], int]] = {}
     for pid in sorted(map(int, filter(str.isdigit, host.listdir("/proc")))):
         words = os.fsdecode(host.read(f"/proc/{pid}/cmdline") or b"").split("\0")[:-1]
-        names = [token[7:].lower() for token in run_tokens(words) if token.startswith("--name=")]
-        if names and host.read(f"/proc/{pid}/environ") is not None:  # that of others can't be read
-            parents = found.setdefault(names[0], {})
-            if host.read(f"/proc/{pid}/task/{pid}/children"):
-                stat = (host.read(f"/proc/{pid}/stat") or b") ? 0").rpartition(b")")[2]
-                parents[pid] = int(stat.split()[1])
-    return {name: [pid for pid in pids if pids[pid] not in pids] for name, pids in found.items()}
+        status = host.read(f"/proc/{pid}/status") or b""
+        if run_tokens(words) and b"\nUid:\t%d\t" % host.ids()[0] in status:
+            found[pid] = (words, int(status.partition(b"\nPPid:\t")[2].split()[0]))
+    return found
 
 
 def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Running]]:
@@ -3998,14 +3990,23 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
             ones += [] if one.what in listed(ones) else [one]  # podman and docker may be one program
     processes = run_processes(host)
     for kernel in kernels:
-        jobs = dict.fromkeys(processes.pop(kernel.name, ()), "")
+        argv = kernel.spec["argv"]
+        same = [
+            pid
+            for pid, (words, _) in processes.items()
+            if len(words) == len(argv) and all(CONNECTION_FILE in a or a == b for a, b in zip(argv, words))
+        ]
+        first = [pid for pid in same if processes[pid][1] not in same]  # a keeper is a copy of its parent
+        jobs = {pid: "" for pid in first if host.read(f"/proc/{pid}/task/{pid}/children")}
         for _, _, log in launch_logs(kernel.name, host):
             jobs.update({int(log["process"]): log.get("job", "")} if log.get("running") == "yes" else {})
         contained = any(what.startswith("envkernel-") for what in listed(runs.get(kernel.name, ())))
         for pid, job in jobs.items():
             what = f"job {job}" if job else f"process {pid}" * (not contained)
             runs.setdefault(kernel.name, []).append(Running(what, [], pid, job))
-    return {name: ones for name, ones in runs.items() if name not in processes}  # another Jupyter runs these
+    tokens = {token.lower() for words, _ in processes.values() for token in run_tokens(words)}
+    ours = [kernel.name for kernel in kernels]  # what another Jupyter runs is not ours, nor is it left
+    return {name: ones for name, ones in runs.items() if name in ours or "--name=" + name not in tokens}
 
 
 def one_line(text: str) -> str:
@@ -4071,7 +4072,7 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
         "directory": kernel.directory,
         "command": ["envkernel", *kernel.command] if kernel.command else [],
         "state": f"{error.message} {error.hint}" if error else "ok",
-        "running": listed(find_running([kernel], host).get(kernel.name, ())),
+        "running": listed(find_running([kernel], TimedHost()).get(kernel.name, ())),
         **(stages[0] if stages else {"argv": [], "environment": {}}),
         **({"node": stages[1]} if stages[1:] else {}),
     }
@@ -4103,8 +4104,7 @@ def update_command(options: Mapping[str, Any], host: Host) -> int:
                 if flag == "--name" or (flag == "--kernel-template" and value not in installed_kernels()):
                     command[index] = f"{flag}={kernel.name}"  # was copied; or this is the template's clone
                 elif flag == "--logo" and not host.exists(value):
-                    copies = [f"{kernel.directory}/{file}" for file in (LOGO_PNGS[0], LOGO_SVG)]
-                    command[index] = "--logo=" + next(filter(host.exists, copies), value)
+                    command[index] = f"--logo={kernel.directory}/{LOGO_SVG}"
             entries = [entry for step in kernel.launch.steps for entry in step.options.get("recorded", [])]
             setup(command, host, kernel.directory, dict(entry.partition("=")[::2] for entry in entries))
         except UserError as error:
@@ -4160,7 +4160,7 @@ def stop_command(options: Mapping[str, Any], host: Host) -> int:
     import time
 
     name, kernels = options["NAME"].lower(), our_kernels(host)
-    found = find_running(kernels, host).get(name, [])
+    found = find_running(kernels, TimedHost()).get(name, [])
     if not found:
         our_kernel(name, host)
     pids = [one.pid for one in found if one.pid]
@@ -4177,9 +4177,9 @@ def stop_command(options: Mapping[str, Any], host: Host) -> int:
         argv = plans[0].job.cancel(0, job) if plans and plans[0].job else []
         if argv:
             host.output(argv, plans[0].environ)
-    end_containers(find_running(kernels, host).get(name, ()), host)
+    end_containers(find_running(kernels, TimedHost()).get(name, ()), host)
     deadline = time.monotonic() + 10
-    while (left := listed(find_running(kernels, host).get(name, ()))) and time.monotonic() < deadline:
+    while (left := listed(find_running(kernels, TimedHost()).get(name, ()))) and time.monotonic() < deadline:
         time.sleep(0.2)
     if left:
         raise UserError(f"Still running: {', '.join(left)}.", "Try it once more, or end it by hand.")
@@ -4208,10 +4208,10 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
         message = f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}."
         raise UserError(message, "Ask the user who installed it.") from None
     print(f"Removed the kernel {kernel.name} from {kernel.directory}")
-    found = find_running([kernel], host).get(kernel.name, [])
+    found = find_running([kernel], TimedHost()).get(kernel.name, [])
     if not any(one.pid for one in found):
         end_containers([one for one in found if "-shared-" in one.what], host)
-        found = find_running([kernel], host).get(kernel.name, [])
+        found = find_running([kernel], TimedHost()).get(kernel.name, [])
     if found:
         print("Still running, until their notebooks are shut down: " + ", ".join(listed(found)))
     elif kernel.name not in installed_kernels():

@@ -394,10 +394,13 @@ def test_what_runs_is_reported_by_process_and_instance(host: FakeHost, monkeypat
     started = "\0".join([*argv, ""]).replace("{connection_file}", FILE).encode()
     host.files.update({f"/proc/{pid}/cmdline": started for pid in (9, 10, 700, 701)})
     host.files["/proc/8/cmdline"] = started.replace(b"--name=x", b"--name=y")
-    host.files.update({f"/proc/{pid}/environ": b"" for pid in (8, 9, 10, 700, 701)})
+    status = b"Name:\tpython3\nPPid:\t%d\nUid:\t%d\t%d\n"
+    host.files.update({f"/proc/{pid}/status": status % (1, 1000, 1000) for pid in (8, 9, 10, 700)})
     host.files.update({f"/proc/{pid}/task/{pid}/children": b"11 " for pid in (8, 10, 700, 701)})
     host.files["/proc/9/task/9/children"] = b""  # it only waits to clean up
-    host.files["/proc/701/stat"] = b"701 (py (3)) S 700 701"  # the keeper of 700
+    host.files["/proc/701/status"] = status % (700, 1000, 1000)  # the keeper of 700
+    host.files.update({"/proc/11/cmdline": started, "/proc/11/status": status % (1, 1001, 1001)})
+    host.files["/proc/11/task/11/children"] = b"12 "  # another user's
     kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens)
     launch = envkernel.launch_from_argv(tokens)
     name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, host)
