@@ -7039,8 +7039,8 @@ class Agent(Children):
                     self.tail = b""  # not when it has started: it may have said why it ends by then
                     self.starter.send(message)
                     send_signals([self.parent], signal.SIGUSR1)
-        except (OSError, asyncio.TimeoutError):
-            pass
+        except (OSError, asyncio.TimeoutError, ValueError, TypeError):
+            pass  # it is gone, or is no keeper
         if self.control is control:
             self.control = None
             self.end()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import resource
 import socket
 import subprocess
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any, Sequence
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 import envkernel
@@ -529,6 +533,80 @@ def test_stranger_learns_nothing_and_is_dropped() -> None:
         await serving
 
     asyncio.run(scenario())
+
+
+def run_agent_with(steps: Any) -> int:
+    """Return the status of an agent that serves while steps are taken; its loop must not complain."""
+
+    async def scenario() -> int:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        agent, listener = serving_agent()
+        serving = asyncio.ensure_future(agent.run())
+        await steps(listener)
+        if not serving.done():
+            assert await send_ping(listener) == b'{"pong": 1}\n'
+        status = await asyncio.wait_for(serving, 5)
+        assert complaints == []
+        return status
+
+    return asyncio.run(scenario())
+
+
+REPLAY = envkernel.HANDSHAKE + bytes((envkernel.ORDERS,)) + b"n" * 32
+FUZZ = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+@FUZZ
+@hypothesis.given(st.lists(st.binary(max_size=80), max_size=4), st.booleans())
+@hypothesis.example([REPLAY, b"p" * 32], True)
+@hypothesis.example([REPLAY[:-1]], False)
+@hypothesis.example([envkernel.HANDSHAKE + b"\xff" + b"n" * 32], False)
+def test_any_bytes_at_the_agents_port(chunks: list[bytes], is_shut: bool) -> None:
+    async def stranger(listener: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        for chunk in chunks:
+            writer.write(chunk)
+            await asyncio.sleep(0)
+        if is_shut:
+            writer.write_eof()
+        with contextlib.suppress(asyncio.TimeoutError, OSError):
+            said = await asyncio.wait_for(reader.read(), 0.02)
+            assert said == b"" or len(said) == 64  # at most its own proof
+        writer.close()
+
+    assert run_agent_with(stranger) == 0
+
+
+ORDER = st.dictionaries(
+    st.sampled_from(["ping", "signal", "start", "x"]),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2),
+    max_size=3,
+)
+
+
+@FUZZ
+@hypothesis.given(st.lists(ORDER.map(json.dumps).map(str.encode) | st.binary(max_size=60), max_size=4))
+@hypothesis.example([b"[" * 100_000])
+@hypothesis.example([b"1"])
+@hypothesis.example([b'{"signal": "x"}', b'{"start": null}'])
+def test_any_order_to_the_agent(lines: list[bytes]) -> None:
+    """Garbage ends the connection, as the keeper's death would; nothing is raised."""
+
+    async def keeper(listener: socket.socket) -> None:
+        sock = socket.create_connection(listener.getsockname())
+        sock.setblocking(False)
+        await envkernel.shake_hands(sock, b"s" * 32, envkernel.ORDERS)
+        reader, writer = await asyncio.open_connection(sock=sock)
+        for line in lines:
+            writer.write(line + b"\n")
+        with contextlib.suppress(asyncio.TimeoutError, OSError):
+            await asyncio.wait_for(reader.read(), 0.02)
+        writer.close()
+        await asyncio.sleep(0.02)
+
+    with unittest.mock.patch.object(envkernel, "send_signals"):  # would reach the test's own parent
+        assert run_agent_with(keeper) == 0
 
 
 def test_agent_ends_when_no_keeper_comes(monkeypatch: pytest.MonkeyPatch) -> None:
