@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import socket
-    from typing import Any, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, NoReturn, Sequence
+    from typing import (
+        Any,
+        Awaitable,
+        Callable,
+        Collection,
+        Coroutine,
+        Iterator,
+        Mapping,
+        NoReturn,
+        Sequence,
+        Union,
+    )
 
     from typing_extensions import Self, dataclass_transform
 
@@ -2534,9 +2545,10 @@ SRUN_REFUSED = ("--multi-prog", "--ntasks", "--nodes", "--pty", "--input", "--ou
 if TYPE_CHECKING:
     Ask = Callable[[Sequence[str]], Awaitable["Output"]]
     """Runs a command of the cluster's; its status is 127 where it can't be run, or says nothing for long."""
+    Job = Union["SlurmJob", "YarnJob"]
 
 
-class Job(Record):
+class ClusterJob(Record):
     """A kernel that another machine runs: the program that holds the job, and what travels to the node.
 
     argv, environ: that program, for as long as the job lives.  launch: the rest of the chain.
@@ -2567,34 +2579,6 @@ class Job(Record):
         self.tunnel = options.get("tunnel-program", "")
         self.node_ports = options.get("node-ports", "")
         self.transport = options.get("node-transport", "ipc")
-
-    def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
-        """Return what the program gets on stdin.  Raises UserError."""
-        raise NotImplementedError
-
-    def directories(self, notebook: str) -> list[str]:
-        """Return where the kernel may start on its node, the best first; where the agent does if empty."""
-        raise NotImplementedError
-
-    def read_state(self, said: str, known: str) -> tuple[str, bool, str]:
-        """Return the job's id, whether `pending` knows more, and what it waits for, from stderr."""
-        raise NotImplementedError
-
-    async def pending(self, known: str, ask: Ask) -> str:
-        """Return what the job waits for; empty where that is not known."""
-        return ""
-
-    def cancel(self, session: int, known: str) -> list[str]:
-        """Return the command that ends a job; it has to succeed for one that has ended.
-
-        session: that of the program that submits it.  known: its id; while that is empty, so may be the
-        command.
-        """
-        raise NotImplementedError
-
-    async def explain(self, message: str, said: str, known: str, ask: Ask) -> UserError:
-        """Return why the job is over.  message: what is seen of it here.  said: the end of stderr."""
-        raise NotImplementedError
 
 
 def read_seconds(options: Mapping[str, Any], name: str, default: float) -> float:
@@ -2628,19 +2612,22 @@ def cluster_environ(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith(("JPY_", "JUPYTERHUB_"))}
 
 
-class SlurmJob(Job):
+class SlurmJob(ClusterJob):
     """A job of Slurm, held by srun."""
 
     what = "Slurm job"
 
     def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
+        """Return what the program gets on stdin.  Raises UserError."""
         return own_code(host) + to_json(orders) + b"\n"
 
     def directories(self, notebook: str) -> list[str]:
+        """Return where the kernel may start on its node, the best first; where the agent does if empty."""
         given = any(token.startswith("--chdir") for token in self.argv)
         return [] if given or "SLURM_WORKING_DIR" in self.environ else [notebook, os.path.expanduser("~")]
 
     def read_state(self, said: str, known: str) -> tuple[str, bool, str]:
+        """Return the job's id, whether `pending` knows more, and what it waits for, from stderr."""
         import re
 
         found = re.findall(r"^srun: job (\d+) (queued|has been allocated)", said, re.M)
@@ -2648,6 +2635,7 @@ class SlurmJob(Job):
         return number, word == "queued", ""
 
     async def pending(self, number: str, ask: Ask) -> str:
+        """Return what the job waits for; empty where that is not known."""
         import time
 
         said = await ask([self.tool("squeue"), "-h", "-j", number, "-t", "PENDING", "-o", "%r|%S"])
@@ -2661,7 +2649,11 @@ class SlurmJob(Job):
         return f"{text}; expected start {day}{clock[:5]}" if clock else text
 
     def cancel(self, session: int, number: str) -> list[str]:
-        """A job stays when its srun is killed.  Slurm knows the session and the time of its submission."""
+        """Return the command that ends a job; it has to succeed for one that has ended.
+
+        A job stays when its srun is killed before its number is known.  Slurm knows the session and the time
+        of its submission.
+        """
         import time
 
         if any(token.startswith("--jobid") for token in self.argv):
@@ -2673,6 +2665,7 @@ class SlurmJob(Job):
         return ["/bin/sh", "-c", CANCEL_OF_SESSION, "sh", *tools, str(os.getuid()), str(session), since]
 
     async def explain(self, message: str, said: str, number: str, ask: Ask) -> UserError:
+        """Return why the job is over.  message: what is seen of it here.  said: the end of stderr."""
         import asyncio
 
         error = slurm_error(said, number)
@@ -2779,7 +2772,7 @@ def plan_slurm(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     )
 
 
-class YarnJob(Job):
+class YarnJob(ClusterJob):
     """An application of YARN, submitted with Skein by a helper process that ends once the agent is there."""
 
     what = "YARN application"
@@ -2800,6 +2793,9 @@ class YarnJob(Job):
         known = (re.findall(f"^{YARN_SAYS} application (application_\\w+)", said, re.M) or [known])[-1]
         waits = re.findall(r"^envkernel: (YARN application \w+ waits: .*)", said, re.M)
         return known, False, waits[-1] if waits else ""
+
+    async def pending(self, known: str, ask: Ask) -> str:
+        return ""  # the helper says it
 
     def cancel(self, session: int, known: str) -> list[str]:
         return [*self.argv[:-1], "kill", known] if known else []
@@ -6630,9 +6626,11 @@ async def shake_hands(sock: socket.socket, secret: bytes, number: int = -1) -> i
     return number
 
 
-def exit_with(steps: Callable[[], int]) -> NoReturn:
-    """End a forked process with the status that `steps` returns; a bug is written to stderr."""
-    status = 1
+def fork(steps: Callable[[], int]) -> int:
+    """Return the pid of a new process, which ends with the status that `steps` returns there."""
+    pid, status = os.fork(), 1
+    if pid:
+        return pid
     try:
         status = steps()
     except BaseException:
@@ -6685,9 +6683,7 @@ def agent_main(stdin: Any) -> int:
         # not asyncio.run, which would wait for a thread that writes to a blocked stderr
         return asyncio.new_event_loop().run_until_complete(agent.run())
 
-    agent = os.fork()
-    if not agent:
-        exit_with(serve)
+    agent = fork(serve)
     for end in (listener, agent_end.sock):
         end.close()
     os.close(stderr)
@@ -6741,9 +6737,7 @@ class Starter:
         self.launch, self.file = launch, os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
         os.write(self.file, to_json(own))
-        self.kernel = os.fork()
-        if not self.kernel:
-            exit_with(lambda: self.become_kernel(own))
+        self.kernel = fork(lambda: self.become_kernel(own))
 
     def become_kernel(self, connection: Mapping[str, Any]) -> int:
         """In the child: run the rest of the chain on the node.  An error goes to the agent."""
@@ -7757,10 +7751,24 @@ def yarn_agent() -> NoReturn:
     """
     orders, orders_end = os.pipe()
     place_end, place = os.pipe()
-    if not os.fork():
+
+    def bring_orders() -> int:
+        """Fetch the orders from the key-value store and leave the agent's place there."""
+        import importlib
+        import signal
+
         os.close(place)
-        os.close(orders)
-        exit_with(lambda: bring_orders(orders_end, place_end))
+        signal.alarm(120)  # nobody came
+        store = importlib.import_module("skein").ApplicationClient.from_current().kv
+        text = store.wait(ORDERS_KEY)
+        store.pop(ORDERS_KEY)  # the secret has been delivered
+        write_patiently(orders_end, text)
+        os.close(orders_end)
+        signal.alarm(0)
+        store[AGENT_KEY] = b"".join(iter(lambda: os.read(place_end, 1 << 16), b""))
+        return 0
+
+    fork(bring_orders)
     os.close(orders_end)
     os.close(place_end)
     text = b"".join(iter(lambda: os.read(orders, 1 << 16), b""))
@@ -7772,23 +7780,6 @@ def yarn_agent() -> NoReturn:
     os.dup2(file, 0)
     os.set_inheritable(place, True)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", NODE_BOOT])
-
-
-def bring_orders(orders_end: int, place_end: int) -> int:
-    """Fetch the orders from the key-value store and leave the agent's place there."""
-    import importlib
-    import signal
-
-    signal.alarm(120)  # nobody came
-    skein = importlib.import_module("skein")
-    store = skein.ApplicationClient.from_current().kv
-    text = store.wait(ORDERS_KEY)
-    store.pop(ORDERS_KEY)  # the secret has been delivered
-    write_patiently(orders_end, text)
-    os.close(orders_end)
-    signal.alarm(0)
-    store[AGENT_KEY] = b"".join(iter(lambda: os.read(place_end, 1 << 16), b""))
-    return 0
 
 
 # ---- front --------------------------------------------------------------------------------------
