@@ -7958,10 +7958,8 @@ class End:
 
     async def open(self, sock: Any) -> None:
         """Make a connected socket the transport."""
-        import asyncio
-
         protocol: Any = self
-        await asyncio.get_running_loop().create_connection(lambda: protocol, sock=sock)
+        await self.lost.get_loop().create_connection(lambda: protocol, sock=sock)
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -8048,10 +8046,12 @@ def kernel_profile(launch: Launch, environ: Mapping[str, str]) -> KernelProfile:
     roots = [*environ.get("JUPYTER_PATH", "").split(os.pathsep), data, prefix + "/share/jupyter"]
     spec: Any = {}
     for root in [*filter(None, roots), "/usr/local/share/jupyter", "/usr/share/jupyter"]:
-        if name and os.path.exists(f"{root}/kernels/{name}/kernel.json"):
+        try:
             with open(f"{root}/kernels/{name}/kernel.json", encoding="utf-8") as file:
                 spec = json.load(file)
             break
+        except (OSError, ValueError):
+            continue
     language = spec.get("language") or ("python" if "ipykernel" in " ".join(launch.command) else "")
     debugger = bool((spec.get("metadata") or {}).get("debugger"))
     directory, prefix = log_place(name, environ)
@@ -8162,18 +8162,14 @@ def execute_answer(request: Json, failure: Failure) -> Answer:
 
 
 class Client(End):
-    """A connection of Jupyter's to one of the five ports.
-
-    hello: the command that ended its handshake, empty before.  topics: what it has subscribed to.
-    upstream: its connection to the kernel, where there is one.
-    """
+    """A connection of Jupyter's to one of the five ports."""
 
     def __init__(self, front: Front, stream: int) -> None:
         super().__init__(KEPT_LIMIT)
         self.front = front
         self.stream = stream
-        self.hello = b""
-        self.topics: list[bytes] = []
+        self.hello = b""  # the command that ended its handshake
+        self.topics: list[bytes] = []  # of its subscriptions
         self.upstream: Upstream | None = None
         self.is_greeted = False
         self.connecting: Any = None  # a task
@@ -8280,21 +8276,16 @@ class Upstream(End):
 
 
 class Mailbox:
-    """What Jupyter sends to a kernel that is not there: answered, kept for it, or answered with the failure.
-
-    kept: the messages, size: their bytes.  cells: the headers of executions that show what the launch waits
-    for.  failure: why there will be no kernel, once that is known.
-    has_subscriber: nothing but control messages is answered before, for clients connect in any order.
-    """
+    """What Jupyter sends to a kernel that is not there: answered, kept for it, or refused."""
 
     def __init__(self, front: Front) -> None:
         self.front = front
         self.start = front.loop.time()
         self.kept: list[tuple[Client, Message]] = []
-        self.size = 0
-        self.cells: list[Json] = []
+        self.size = 0  # of what is kept
+        self.cells: list[Json] = []  # headers of executions that show what the launch waits for
         self.failure: Failure | None = None
-        self.has_subscriber = False
+        self.has_subscriber = False  # before, only control is answered: clients connect in any order
 
     def take(self, client: Client, message: Message) -> None:
         """Answer a message, keep it or hand it to the kernel."""
@@ -8415,12 +8406,11 @@ class Mailbox:
 
 
 class Handover:
-    """Passes Jupyter's clients on to the kernel.
+    """Passes Jupyter's clients on to the kernel.  connect: (async) returns a socket, connected with a stream.
 
-    Of clients that have waited the kernel gets handshake and subscriptions, then a kernel_info_request of
-    the front's own.  A subscription is never acknowledged, so this probe is repeated until the end of the
-    last one has arrived on each client's iopub (behind: where it has not).  Then what was kept is delivered,
-    and nothing that the kernel says of it is lost.
+    Of those that have waited it repeats handshake and subscriptions.  These are never acknowledged, so it
+    sends kernel_info_requests of its own (probes) until the end of the last one has arrived on each iopub
+    (behind: where it has not): then nothing is lost of what the kernel says of the messages that were kept.
     """
 
     def __init__(self, front: Front, connect: Callable[[int], Any]) -> None:
@@ -8519,7 +8509,6 @@ class Front:
     notice: why the kernel before this one ended, for the first cell.
     shutdown: set when the front itself has answered a shutdown_request; restart: whether a start follows.
     received: how many bytes came from the kernel on the connection that brought most.
-    To be created and used in a running loop.
     """
 
     def __init__(self, connection: Json, kernel: KernelProfile, notice: str = "") -> None:
@@ -8602,10 +8591,7 @@ class Front:
             self.update()
 
     async def go_live(self, connect: Callable[[int], Any]) -> None:
-        """Join the clients with the kernel.  Raises OSError where it goes away before it has answered once.
-
-        connect: called with a stream's number, returns (async) a connected socket.
-        """
+        """Join the clients with the kernel.  Raises OSError where it goes away before it has answered."""
         handover = Handover(self, connect)
         if self.state == "waiting":
             await handover.run()
@@ -8634,8 +8620,7 @@ class Front:
 
     def answered(self, status: int) -> bool:
         """Return whether a kernel that has ended with a status had ever answered."""
-        probed = self.handover and self.handover.probes
-        return bool(probed) or self.received >= (ANSWER if status else 1)
+        return bool(self.handover and self.handover.probes) or self.received >= (ANSWER if status else 1)
 
     def update(self) -> None:
         """Do with all clients what the state calls for."""
