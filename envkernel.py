@@ -8138,27 +8138,22 @@ def answer(kind: str, request: Json, kernel: KernelProfile, failure: Failure | N
         return reply, {"status": "ok", **replies[kind]}, []
     if not failure:
         return None
-    if kind == "execute_request":
-        return execute_answer(request, failure)
     if kind == "comm_open":  # the protocol's answer where nobody is at the other end
         return "", {}, [("comm_close", {"comm_id": request.get("comm_id", ""), "data": {}})]
-    return ("", {}, []) if reply == kind else (reply, {"status": "error", **failure.error}, [])
-
-
-def execute_answer(request: Json, failure: Failure) -> Answer:
-    """Return the answer to an execution: the failure in text and HTML, and below it only the error's name."""
+    if kind != "execute_request":
+        return ("", {}, []) if reply == kind else (reply, {"status": "error", **failure.error}, [])
     code, is_silent = request.get("code", ""), request.get("silent")
     failure.count += not is_silent and request.get("store_history", True)
-    reply = {"status": "error", "execution_count": failure.count, "payload": [], "user_expressions": {}}
+    content = {"status": "error", "execution_count": failure.count, "payload": [], "user_expressions": {}}
     if str(code).strip() in ("exit", "exit()", "quit", "quit()", "q()"):  # the way out of jupyter console
         leave = {"source": "ask_exit", "keepkernel": False}
-        return "execute_reply", {**reply, "status": "ok", "payload": [leave]}, []
+        return reply, {**content, "status": "ok", "payload": [leave]}, []
     published: list[tuple[str, Json]] = [
         ("execute_input", {"code": code, "execution_count": failure.count}),
         ("display_data", failure.display),
         ("error", {**failure.error, "traceback": [f"\x1b[0;31m{FAILURE_NAME}\x1b[0m"]}),
     ]
-    return "execute_reply", {**reply, **failure.error}, [] if is_silent else published
+    return reply, {**content, **failure.error}, [] if is_silent else published
 
 
 class Client(End):
@@ -8675,10 +8670,7 @@ def log_failure(error: UserError, launch: Launch) -> None:
 
 
 def become_error_kernel(error: UserError, launch: Launch) -> int:
-    """Say on stderr, in the log and in the notebook why the kernel did not start; return the exit status.
-
-    Serves Jupyter's connection file until Jupyter shuts this kernel down or is gone.
-    """
+    """Say why the kernel did not start, in the notebook until Jupyter ends it; return the exit status."""
     print_error(error)
     log_failure(error, launch)
     status = error.status or 1
