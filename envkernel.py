@@ -6,7 +6,7 @@ Two phases.  *Setup* (``envkernel conda --name=x /path/to/env``) writes a kernel
 this file.  *Run* (``... conda run ... -- python -m ipykernel_launcher -f FILE``, called by Jupyter)
 builds the environment and executes the kernel.
 
-The sections read top to bottom.  Planning is apart from effect: a mode is a function from options, `Host`
+The file reads top to bottom.  Planning is apart from effect: a mode is a function from options, `Host`
 (the only access to the world) and environment to a `Plan`; only the last sections touch the world.
 
 Imports are few on purpose.  Jupyter starts this file before each kernel, and every module costs:
@@ -300,8 +300,7 @@ class Step(Record):
 class Launch(Record):
     """What a kernelspec says: the chain of modes, then the kernel command with Jupyter's placeholders in it.
 
-    options: those of the run phase that belong to the kernel and not to a mode, by name: ``name``,
-    ``connection-file``, ``env`` (names of variables), ...  legacy: envkernel 1.x wrote the kernelspec.
+    options: the kernel's (``name``, ``connection-file``, ``env``: names of variables, ...).  legacy: of 1.x.
     """
 
     steps: list[Step]
@@ -316,8 +315,7 @@ class Plan(Record):
     argv, environ: the program that takes this process's place, or runs below it where there is `supervision`
     (for the keeper) or a `job` (on a cluster).  search: the directories in which a bare program name has to
     be found; None: not on this host.  where: their name in messages.  install: how to install ``%s`` there.
-    given: variables of the user's for the kernel (``--env``), for modes that start with a clean environment.
-    inside: how a command is run once inside of a container, without its private directory; empty for none.
+    given: the variables of ``--env``.  inside: how a command is run once in a container; empty for none.
     """
 
     argv: list[str]
@@ -599,8 +597,7 @@ def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | 
         own, rest = split_chain(rest[1:])
         request.steps.append(parse_step(mode, own, host, request, start))
     if rest == []:
-        hint = "Give the kernel command or another mode after it, or leave the -- out."
-        raise usage_error("Nothing follows the --.", hint)
+        raise usage_error("Nothing follows the --.", "Give a kernel command or a mode, or leave the -- out.")
     if rest and rest[0].startswith("-") and request.common.get("kernel") != "image":  # it has its entrypoint
         hint = f"Put its program first: -- python {' '.join(map(quoted, rest))}"
         raise usage_error(f"The kernel command begins with an option, {rest[0]}.", hint)
@@ -739,7 +736,7 @@ def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: En
     """Return the error for an option that neither envkernel nor the engine knows."""
     if any(flag in option.flags for option in COMMON_OPTIONS) and name in MODES:
         return usage_error(f"{flag} belongs to the kernel and not to {name}.", "Put it before the first --.")
-    known = [one for one in [*flags, *engine.known] if one.startswith("--")]
+    known = [one for one, option in flags.items() if option.setup] + list(engine.known)
     hint = suggestion("-" * (flag[:2] != "--") + flag, known, "") if len(flag) > 2 else ""
     modes = sorted({mode.name for mode in MODES.values() for one in mode.options if flag in one.flags})
     hint = f"It is an option of {', '.join(modes)}. {hint}".strip() if modes else hint
@@ -824,8 +821,7 @@ def legacy_launch(tokens: Sequence[str], host: Host | None = None) -> Launch:
     own, command = split_chain(tokens[2:])
     step = parse_step(mode, own, host, request, launch_environ(host))
     if not command:
-        hint = f"Make the kernel again: envkernel {mode.name} -h."
-        raise usage_error("The kernel command is missing after --.", hint)
+        raise usage_error("The kernel command is missing after --.", f"See: envkernel {mode.name} -h")
     file = request.common.get("connection-file")
     command = [CONNECTION_FILE if token == file else token for token in command]
     return Launch([step], command, request.common, legacy=True)
@@ -886,8 +882,7 @@ USAGE = """envkernel MODE [--name=NAME] [options] TARGET [-- KERNEL COMMAND | --
 def usage_line(mode: Mode, first: bool = True) -> str:
     """Return the one-line usage of a mode.  first: of a chain."""
     start = f"envkernel {mode.name} [--name=NAME]" if first else f"envkernel ... -- {mode.name}"
-    target = " " + mode.target if mode.target else ""
-    return f"{start} [options]{target} [-- KERNEL COMMAND | -- MODE ...]"
+    return f"{start} [options]{' ' * bool(mode.target)}{mode.target} [-- KERNEL COMMAND | -- MODE ...]"
 
 
 def called_as() -> str:
@@ -913,8 +908,7 @@ def carry_out(argv: Sequence[str], host: Host) -> int:
     modes = [argument for argument in argv if argument in MODES]
     if name.startswith("-") and modes:
         rest = " ".join(quoted(argument) for argument in argv if argument != modes[0])
-        hint = f"Put the mode first: envkernel {modes[0]} {rest}"
-        raise usage_error(f"{name} comes before the mode.", hint)
+        raise usage_error(f"{name} comes before the mode.", f"Put it first: envkernel {modes[0]} {rest}")
     find_mode(name)
     return 2
 
@@ -987,13 +981,12 @@ def conda_variables(prefix: str, root: str, level: int, state: Environ, environ:
     if old:
         variables[f"CONDA_PREFIX_{level}"] = old
     if root:
-        conda = root + "/bin/conda"
-        variables.update({"CONDA_EXE": conda, "_CONDA_EXE": conda, "_CONDA_ROOT": root})
+        variables.update(dict.fromkeys(("CONDA_EXE", "_CONDA_EXE"), root + "/bin/conda"), _CONDA_ROOT=root)
         variables.update({"CONDA_PYTHON_EXE": root + "/bin/python", "_CE_M": "", "_CE_CONDA": ""})
-    for key in state:
+    for key, value in state.items():
         if key in environ:  # conda looks for the name as it was written, and only then makes it upper-case
             variables[f"__CONDA_SHLVL_{level}_{key.upper()}"] = environ[key]
-    variables.update({key.upper(): value for key, value in state.items()})
+        variables[key.upper()] = value
     return variables
 
 
@@ -1119,7 +1112,7 @@ def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common:
 def module_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables by which Lmod and Environment Modules are found: what a login shell sets."""
     names = ("LMOD_", "MODULEPATH", "MODULES_", "MODULESHOME", "MODULERCFILE")
-    return {name: value for name, value in sorted(environ.items()) if name.startswith(names)}
+    return {name: environ[name] for name in sorted(environ) if name.startswith(names)}
 
 
 def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
@@ -1275,13 +1268,11 @@ def search_program(name: str, directories: Sequence[str], host: Host) -> str:
 def resolve_program(plan: Plan, host: Host) -> Plan:
     """Make the kernel program of a plan absolute.  Raises UserError (status 127).
 
-    A bare name is looked for in what the modes brought, never in what else is on PATH: that would be
-    another environment's Python.  An absolute path is the user's own choice.
+    A bare name is never looked for in what else is on PATH: that would be another environment's Python.
     """
     program, search = plan.argv[0], plan.search or []
     if "/" in program and not host.is_executable(program):
-        hint = "Install it, or set the kernel up again with another command."
-        raise UserError(f"There is no program {program}.", hint, 127)
+        raise UserError(f"There is no program {program}.", "Install it, or give another command.", 127)
     found = program if "/" in program else search_program(program, search, host)
     if found:
         return plan.replace(argv=[found, *plan.argv[1:]])
@@ -1328,10 +1319,9 @@ def check_kernel_module(plan: Plan, host: Host) -> None:
     detail = os.fsdecode(said.err).strip()
     if said.status == MODULE_MISSING:
         is_ours = host.host is not host or os.path.dirname(python) in (plan.search or ())
-        package = PACKAGES.get(top, top)
-        install = plan.install % package if is_ours else f"{quoted(python)} -m pip install {package}"
+        install = plan.install if is_ours else quoted(python).replace("%", "%%") + " -m pip install %s"
         message = f"There is no {top} in {plan.where}: {python} can't import it."
-        raise UserError(message, f"Try: {install}.", detail=detail)
+        raise UserError(message, f"Try: {install % PACKAGES.get(top, top)}.", detail=detail)
     if said.status:
         message = f"{python} does not work: it ended with status {said.status}."
         raise UserError(message, f"Repair {plan.where}, or create it again.", detail=detail)
