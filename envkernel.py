@@ -24,18 +24,7 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import socket
-    from typing import (
-        Any,
-        Awaitable,
-        Callable,
-        Collection,
-        Coroutine,
-        Iterator,
-        Mapping,
-        NoReturn,
-        Sequence,
-        Union,
-    )
+    from typing import Any, Awaitable, Callable, Coroutine, Iterator, Mapping, NoReturn, Sequence, Union
 
     from typing_extensions import Self, dataclass_transform
 
@@ -204,7 +193,7 @@ def no_environment(what: str, path: str, host: Host, hint: str) -> UserError:
 
     what: "conda environment" or "virtualenv".  hint: what to do where nothing is there.
     """
-    closed = host.closed(path + ("/bin/activate" if what == "virtualenv" else "/conda-meta"))
+    closed = unreadable_part(path + ("/bin/activate" if what == "virtualenv" else "/conda-meta"))
     if closed:
         message = f"You may not read {closed}, so the {what} {path} can't be used."
         return UserError(message, f"Ask its owner for the right to (ls -ld {closed}), or take another one.")
@@ -1099,7 +1088,7 @@ def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common:
                 has_version = os.fsdecode(has).partition(" ")[0]
                 message = f"{path} is there already and has Python {has_version}, not that of {python}."
                 raise UserError(message, "Give a directory that does not exist yet, or leave --python out.")
-        host.create_virtualenv(path, python)
+        create_virtualenv(path, python, host)
     options = {name: value for name, value in step.options.items() if name != "create"}
     step = step.replace(targets=[path], options=options)
     active = plan_virtualenv(step, Plan([], dict(environ)), host, Launch([], [])).environ["VIRTUAL_ENV"]
@@ -2810,7 +2799,7 @@ def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mappi
         if not options.get(name, "1").isdigit() or int(options.get(name, "1")) < 1:
             raise usage_error(f"--{name} takes a number, not {options[name]!r}.", f"For example: --{name}=2.")
     path = host.absolute(step.targets[0])
-    names = host.archive_names(path)
+    names = archive_names(path)
     if names is None:
         hint = "Make it: conda pack -o environment.tar.gz, or venv-pack -o environment.tar.gz."
         raise UserError(f"There is no packed environment {path} (a .tar.gz).", hint)
@@ -3297,7 +3286,8 @@ def setup(
     try:
         write_kernel(request, destination, host, environ)
     except BaseException:
-        host.unmake()
+        for path in host.made:
+            remove_tree(path)
         raise
     if common.get("check") and not common.get("dry-run"):
         return check_installed(common["name"], destination, host)
@@ -4157,7 +4147,7 @@ def stop_command(options: Mapping[str, Any], host: Host) -> int:
         deadline = time.monotonic() + seconds
         while pids and time.monotonic() < deadline:
             time.sleep(0.1)
-            pids = [pid for pid in pids if process_start_time(pid)]
+            pids = [pid for pid in pids if process_stat(pid)]
     for job in filter(None, [one.job for one in found]):
         plans, _ = examine(our_kernel(name, host), host)
         argv = plans[0].job.cancel(0, job) if plans and plans[0].job else []
@@ -4455,11 +4445,17 @@ COMMANDS: dict[str, Command] = {
 
 
 class Host:
-    """The one edge through which planning reads the world.  Tests give one that reads dictionaries."""
+    """The one access of planning and setup to the world.  Tests give one that reads dictionaries."""
+
+    quiet = False
+    """No activation script is run, and what programs say on stderr is dropped (for `list`)."""
+
+    made: tuple[str, ...] = ()
+    """What setup has made so far, to be removed where it fails."""
 
     @property
     def host(self) -> Host:
-        """The host about this machine."""
+        """This machine, also where the queries are about the inside of an image."""
         return self
 
     def ids(self) -> tuple[int, int, list[int]]:
@@ -4479,133 +4475,25 @@ class Host:
         """Return eight hexadecimal digits that nobody can guess."""
         return os.urandom(4).hex()
 
-    def show(self, argv: Sequence[str], environ: Mapping[str, str], directory: str | None = None) -> int:
-        """Run a program (in a directory) with its output on the terminal; return its exit status."""
-        import subprocess
-
-        try:
-            done = subprocess.run(argv, env=environ, cwd=directory, stdin=subprocess.DEVNULL, check=False)
-        except OSError as error:
-            raise cannot_start(argv[0], error) from None
-        return done.returncode
-
-    def agrees(self, question: str) -> bool:
-        """Ask the person at the terminal, whose Enter means yes; without a terminal nobody is asked."""
-        if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-            return True
-        print(question + " [Y/n] ", end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")
-
-    def produce(
-        self, argv: Sequence[str], path: str, environ: Mapping[str, str], directory: str | None = None
-    ) -> int:
-        """Run a program that makes a file, named by one of its words; return its exit status.
-
-        The file is made beside its place and put there when it is complete.
-        """
-        part = f"{path}.{self.random()}.part"
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            status = self.show([part if word == path else word for word in argv], environ, directory)
-            if not status:
-                os.replace(part, path)
-        except OSError as error:
-            raise UserError(
-                f"{path} can't be written: {os.strerror(error.errno or 0)}.", "Give another path."
-            ) from None
-        finally:
-            remove_tree(part)
-        return status
-
-    def try_plan(self, plan: Plan) -> Output:
-        """Run a plan's program to its end with its private directory there; nothing is left of either."""
-        assert plan.supervision
-        base = os.path.dirname(plan.supervision.directory)
-        os.makedirs(os.path.dirname(base), exist_ok=True)
-        private_directory(base)
-        try:
-            prepare(plan.supervision)
-            return self.output(plan.argv, plan.environ)
-        finally:
-            remove_tree(plan.supervision.directory)
-            remove_empty(base)
-
-    def listens(self, launch: Launch, environ: Mapping[str, str], seconds: float = 20) -> bool:
-        """Start a kernel as Jupyter does, and return whether all its unix sockets can be connected to.
-
-        It is killed at once, and what it leaves is removed by the processes that are there for that.
-        """
-        import json
-        import shutil
-        import subprocess
-        import tempfile
-        import time
-
-        scratch = tempfile.mkdtemp(prefix="envkernel-")
-        try:
-            path = scratch + "/connection.json"
-            numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
-            key = {"key": os.urandom(16).hex(), "signature_scheme": "hmac-sha256"}
-            with open(path, "w") as file:
-                json.dump({**numbers, **key, "transport": "ipc", "ip": scratch + "/j"}, file)
-            options = {"connection-file": path, "no-error-kernel": True, "env": launch.options.get("env", [])}
-            launch = launch.replace(options={**launch.options, **options})
-            supervision = plan_launch(launch, self, environ).supervision
-            assert supervision
-            words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
-            argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), *words]
-            null = subprocess.DEVNULL
-            logs = {"JUPYTER_DATA_DIR": scratch, "JPY_PARENT_PID": str(os.getpid())}
-            process = subprocess.Popen(
-                argv, env={**environ, **logs}, stdin=null, stdout=null, stderr=null, start_new_session=True
-            )
-            deadline = time.monotonic() + seconds
-            left = set(numbers.values())
-            try:
-                while left and process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                    left = {number for number in left if not _connects(supervision.directory, number)}
-            finally:
-                process.kill()
-                process.wait()
-                deadline = time.monotonic() + 20
-                while os.path.exists(supervision.directory + ".lock") and time.monotonic() < deadline:
-                    time.sleep(0.02)
-            return not left
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
     def exists(self, path: str) -> bool:
-        """Return whether something stands at `path`."""
         return os.path.exists(path)
 
     def isdir(self, path: str) -> bool:
-        """Return whether `path` is a directory."""
         return os.path.isdir(path)
 
     def real_path(self, path: str) -> str:
-        """Return `path` with all links followed."""
         return os.path.realpath(path)
 
     def is_executable(self, path: str) -> bool:
         """Return whether `path` is a file that this user may execute."""
         return os.path.isfile(path) and os.access(path, os.X_OK)
 
-    def closed(self, path: str) -> str:
-        """Return what on the way to `path` this user may not read or enter, empty where nothing is in it."""
-        while not os.path.exists(path) and path not in ("", "/"):
-            path = os.path.dirname(path)
-        return "" if os.access(path, os.X_OK if os.path.isdir(path) else os.R_OK) else path
-
     def absolute(self, path: str) -> str:
         """Return `path` absolute, ``~`` resolved, links kept."""
         try:
             return os.path.abspath(os.path.expanduser(path))
         except FileNotFoundError:
-            raise UserError(
-                f"The current directory is gone, so {path} means nothing.",
-                "Change to another directory, or give it whole.",
-            ) from None
+            raise UserError("The current directory is gone.", "Change to another one.") from None
 
     def read(self, path: str) -> bytes | None:
         """Return what a file holds, None where it can't be read."""
@@ -4613,16 +4501,6 @@ class Host:
             with open(path, "rb") as file:
                 return file.read()
         except OSError:
-            return None
-
-    def archive_names(self, path: str) -> list[str] | None:
-        """Return the names of what is in a tar archive, None where there is none."""
-        import tarfile
-
-        try:
-            with tarfile.open(path) as archive:
-                return archive.getnames()
-        except (OSError, tarfile.TarError):
             return None
 
     def listdir(self, path: str) -> list[str]:
@@ -4633,17 +4511,14 @@ class Host:
             return []
 
     def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
-        """Run a program with no stdin, wait for it (no zombie is left) and return what it said.
-
-        Raises UserError (status 127) where it can't be started.
-        """
-        files = [_scratch_file(), _scratch_file()]
+        """Run a program with no stdin; return what it said.  Raises UserError where it can't be started."""
+        out, err = _scratch_file(), _scratch_file()
         try:
-            status = _spawn(argv, environ, [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)], *files)
-            return Output(exit_status(status), *(_read_all(file) for file in files))
+            status = os.waitpid(spawn(argv, environ, out=out, err=err, own_group=False), 0)[1]
+            return Output(exit_status(status), _read_all(out), _read_all(err))
         finally:
-            for file in files:
-                os.close(file)
+            os.close(out)
+            os.close(err)
 
     def source(self, actions: Sequence[tuple[str, str, str]], environ: Mapping[str, str]) -> dict[str, str]:
         """Let bash source scripts and set variables, in order; return the environment that results.
@@ -4652,120 +4527,169 @@ class Host:
         Only the difference is applied to `environ`, for bash rewrites some variables of its own.
         Raises UserError where a script ended the shell.
         """
+        scripts = [name for kind, name, _ in actions if kind == "source"]
         if self.quiet:
             known = {name: value for kind, name, value in actions if kind == "export"}
-            for kind, name, _ in actions:
-                if kind == "source" and name.endswith("/bin/activate"):
+            for name in scripts:
+                if name.endswith("/bin/activate"):
                     known["VIRTUAL_ENV"] = os.path.dirname(os.path.dirname(name))
             return {**environ, **known}
         names = {"BASH_ENV", "SHELLOPTS", "BASHOPTS", "POSIXLY_CORRECT"}
         clean = {name: value for name, value in environ.items() if name not in names}
         words = [word for action in actions for word in action]
-        after = self._bash_environ(["--noprofile", "--norc", "-c", SOURCING, "bash", *words], clean)
-        if after is None:
-            scripts = ", ".join(name for kind, name, _ in actions if kind == "source")
-            raise UserError(
-                f"An activation script ended the shell ({scripts}).",
-                "Take the `exit` out of it, or the `set -e` and the command that failed.",
-            )
-        result = dict(environ)
-        for name in {*clean, *after} - SHELL_OWN:
-            if name not in after:
-                del result[name]
-            elif clean.get(name) != after[name]:
-                result[name] = after[name]
-        return result
+        after = bash_environ(["--noprofile", "--norc", "-c", SOURCING, "bash", *words], clean, self.quiet)
+        if not after:
+            hint = "Take the `exit` out of it, or the `set -e` and the command that failed."
+            raise UserError(f"An activation script ended the shell ({', '.join(scripts)}).", hint)
+        changed = {name: value for name, value in after.items() if clean.get(name) != value}
+        changed = {name: value for name, value in changed.items() if name not in SHELL_OWN}
+        gone = clean.keys() - after.keys() - SHELL_OWN
+        return {name: value for name, value in {**environ, **changed}.items() if name not in gone}
 
     def login_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of a login shell, empty where there is no bash."""
-        return self._bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&237"], environ) or {}
-
-    quiet = False
-    """No activation script is run, and what programs say on stderr is dropped (for `list`)."""
-
-    def _bash_environ(self, words: Sequence[str], environ: Mapping[str, str]) -> dict[str, str] | None:
-        """Return the environment that bash writes to descriptor 237; None where it wrote none."""
-        file = _scratch_file()
-        before = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, file, 237)]
-        errors = 0 if self.quiet else 2
-        try:
-            _spawn(["/bin/bash", *words], environ, before, errors, errors)
-            entries = os.fsdecode(_read_all(file)).split("\0")
-        finally:
-            os.close(file)
-        return dict(entry.partition("=")[::2] for entry in entries if entry) or None
-
-    made: tuple[str, ...] = ()
-    """What setup has made so far, to be removed where it fails."""
-
-    def unmake(self) -> None:
-        """Remove what a setup has made that then failed."""
-        import shutil
-
-        for path in self.made:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def create_virtualenv(self, path: str, python: str) -> None:
-        """Make a virtualenv with ipykernel, with the tools' own output on the terminal.
-
-        Where there is one already, only ipykernel is installed, if it is missing.
-        Raises UserError where that fails.
-        """
-        import subprocess
-
-        inside = path + "/bin/python"
-        commands = [[inside, "-m", "pip", "install", "ipykernel"]]
-        uv = search_program("uv", path_entries(os.environ), self)
-        if uv and b"\nuv = " in (self.read(path + "/pyvenv.cfg") or b""):  # it has no pip
-            commands = [[uv, "pip", "install", "--python", inside, "ipykernel"]]
-        if not os.path.exists(inside):
-            if os.path.lexists(path):
-                raise UserError(
-                    f"{path} is there already and no virtualenv.",
-                    "Give a directory that does not exist yet, or leave --create out.",
-                )
-            self.made = (first_missing(path),)
-            commands.insert(0, [python, "-m", "venv", path])
-        elif not self.output([inside, "-c", "import ipykernel_launcher"], os.environ).status:
-            return
-        for command in commands:
-            try:
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-            except OSError as error:
-                raise cannot_start(command[0], error) from None
-            if done.returncode:
-                lacking = self.output([command[0], "-c", "import ensurepip"], os.environ).status
-                raise UserError(
-                    f"The virtualenv {path} could not be made: {' '.join(command)} failed.",
-                    "See above." + " On Debian, venv needs: apt install python3-venv." * bool(lacking),
-                )
+        return bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&237"], environ, self.quiet)
 
     def warn(self, text: bytes) -> None:
         """Pass on to stderr what a program said there."""
         if text and not self.quiet:
             os.write(2, text)
 
+    def agrees(self, question: str) -> bool:
+        """Ask the person at the terminal, whose Enter means yes; without a terminal nobody is asked."""
+        if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+            return True
+        print(question + " [Y/n] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")
 
-def _connects(directory: str, number: int) -> bool:
-    """Return whether one of a kernel's unix sockets in its private directory can be connected to."""
-    import socket
+    def show(self, argv: Sequence[str], environ: Mapping[str, str], directory: str | None = None) -> int:
+        """Run a program (in a directory) with its output on the terminal; return its exit status."""
+        import subprocess
+
+        try:
+            return subprocess.run(argv, env=environ, cwd=directory, stdin=subprocess.DEVNULL).returncode
+        except OSError as error:
+            raise cannot_start(argv[0], error) from None
+
+    def produce(
+        self, argv: Sequence[str], path: str, environ: Mapping[str, str], directory: str | None = None
+    ) -> int:
+        """Run a program that makes the file `path`, one of its words, beside its place; move it there."""
+        part = f"{path}.{self.random()}.part"
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            status = self.show([part if word == path else word for word in argv], environ, directory)
+            if not status:
+                os.replace(part, path)
+            return status
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror}.", "Give another path.") from None
+        finally:
+            remove_tree(part)
+
+    def try_plan(self, plan: Plan) -> Output:
+        """Run a plan's program to its end with its private directory there; nothing is left of either."""
+        assert plan.supervision
+        directory = plan.supervision.directory
+        private_directory(os.path.dirname(directory))
+        try:
+            prepare(plan.supervision)
+            return self.output(plan.argv, plan.environ)
+        finally:
+            remove_tree(directory)
+            remove_empty(os.path.dirname(directory))
+
+    def listens(self, launch: Launch, environ: Mapping[str, str]) -> bool:
+        """Start a kernel as Jupyter does, and end it; return whether all its unix sockets were there."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="envkernel-") as scratch:
+            path = scratch + "/connection.json"
+            connection: dict[str, Any] = {"key": os.urandom(16).hex(), "signature_scheme": "hmac-sha256"}
+            connection.update({name + "_port": number for number, name in enumerate(STREAMS, 1)})
+            with open(path, "wb") as file:
+                file.write(to_json({**connection, "transport": "ipc", "ip": scratch + "/j"}))
+            options = {"env": [], **launch.options, "connection-file": path, "no-error-kernel": True}
+            launch = launch.replace(options=options)
+            supervision = plan_launch(launch, self, environ).supervision
+            assert supervision
+            words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
+            argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), *words]
+            environ = {**environ, "JUPYTER_DATA_DIR": scratch, "JPY_PARENT_PID": str(os.getpid())}
+            return try_kernel(argv, environ, supervision)
+
+
+def try_kernel(argv: Sequence[str], environ: Mapping[str, str], supervision: Supervision) -> bool:
+    """Return whether a kernel's unix sockets can be connected to; it is killed, and cleans up."""
+    import subprocess
+    import time
+
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(argv, 0, None, null, null, null, env=environ, start_new_session=True)
+    missing = list(range(len(STREAMS)))
+    end = time.monotonic() + 20
+    while missing and process.poll() is None and time.monotonic() < end:
+        try:
+            connect_ipc(supervision.relay["ip"], missing[0]).close()
+            del missing[0]
+        except OSError:
+            time.sleep(0.02)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while os.path.exists(supervision.directory + ".lock") and time.monotonic() < end:
+        time.sleep(0.02)
+    return not missing
+
+
+def unreadable_part(path: str) -> str:
+    """Return what on the way to `path` this user may not read or enter, empty where nothing is in it."""
+    while not os.path.exists(path) and path not in ("", "/"):
+        path = os.path.dirname(path)
+    return "" if os.access(path, os.X_OK if os.path.isdir(path) else os.R_OK) else path
+
+
+def archive_names(path: str) -> list[str] | None:
+    """Return the names of what is in a tar archive, None where there is none."""
+    import tarfile
 
     try:
-        opened = os.open(directory, os.O_RDONLY)  # the address of a unix socket has room for 107 bytes only
-    except OSError:
-        return False
-    with socket.socket(socket.AF_UNIX) as end:
-        paths = [f"/proc/self/fd/{opened}/s{sign}{number}" for sign in "-:"]
-        failed = [end.connect_ex(path) for path in paths]
-    os.close(opened)
-    return 0 in failed
+        with tarfile.open(path) as archive:
+            return archive.getnames()
+    except (OSError, tarfile.TarError):
+        return None
+
+
+def create_virtualenv(path: str, python: str, host: Host) -> None:
+    """Make a virtualenv with ipykernel; where there is one already, only ipykernel, if it is missing.
+
+    Raises UserError where that fails.
+    """
+    inside = path + "/bin/python"
+    commands = [[inside, "-m", "pip", "install", "ipykernel"]]
+    uv = search_program("uv", path_entries(os.environ), host)
+    if uv and b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b""):  # it has no pip
+        commands = [[uv, "pip", "install", "--python", inside, "ipykernel"]]
+    if os.path.exists(inside):
+        if not host.output([inside, "-c", "import ipykernel_launcher"], os.environ).status:
+            return
+    elif os.path.lexists(path):
+        hint = "Give a directory that does not exist yet, or leave --create out."
+        raise UserError(f"{path} is there already and no virtualenv.", hint)
+    else:
+        host.made = (first_missing(path),)
+        commands.insert(0, [python, "-m", "venv", path])
+    for command in commands:
+        if host.show(command, os.environ):
+            lacking = host.output([command[0], "-c", "import ensurepip"], os.environ).status
+            hint = "See above." + " On Debian, venv needs: apt install python3-venv." * bool(lacking)
+            raise UserError(f"The virtualenv {path} could not be made: {' '.join(command)} failed.", hint)
 
 
 class Inside(Host):
     """The inside of an image: what setup asks there, each time by a short run of it.
 
-    One run lists the programs on the image's PATH and the kernelspecs beside them.  What is not found
-    inside is not there; `host` are the host of this machine.
+    One run lists the programs on the image's PATH and the kernelspecs beside them.
     """
 
     LISTING = (
@@ -4783,38 +4707,30 @@ class Inside(Host):
         path, *lines = os.fsdecode(self.said.out).split("\n")
         self.search = path.split(":")
         self.programs = {line[1:] for line in lines if line.startswith("x")}
-        self.files = {line[1:] for line in lines if line.startswith("f")}
+        self.files = self.programs | {line[1:] for line in lines if line.startswith("f")}
 
     @property
     def host(self) -> Host:
-        """The host about this machine."""
         return self._host
 
     def exists(self, path: str) -> bool:
-        """Return whether a program or a file of a kernelspec is there."""
-        return path in self.programs or path in self.files or self.isdir(path)
+        return path in self.files or self.isdir(path)
 
     def isdir(self, path: str) -> bool:
-        """Return whether one of the files is below `path`."""
         return any(file.startswith(path + "/") for file in self.files)
 
     def is_executable(self, path: str) -> bool:
-        """Return whether a program is there."""
         return path in self.programs or not self.output(["test", "-x", path], {}).status
 
     def listdir(self, path: str) -> list[str]:
-        """Return the names in a directory of a kernelspec or on PATH, none for other directories."""
         start = path + "/"
-        known = self.files | self.programs
-        return sorted({file[len(start) :].split("/")[0] for file in known if file.startswith(start)})
+        return sorted({file[len(start) :].split("/")[0] for file in self.files if file.startswith(start)})
 
     def read(self, path: str) -> bytes | None:
-        """Return what a file holds."""
         said = self.output(["cat", path], {})
         return None if said.status else said.out
 
     def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
-        """Run a program inside."""
         return self._host.output([*self.inside, *argv], self.environ)
 
 
@@ -4856,17 +4772,17 @@ exec /usr/bin/env -0 >&237
 system printed for a shell."""
 
 
-def _spawn(argv: Sequence[str], environ: Mapping[str, str], before: Sequence[Any], out: int, err: int) -> int:
-    """Run a program to its end, with descriptors as its stdout and stderr; return its wait status.
-
-    before: what else is done to its descriptors, first.  Raises UserError where it can't be started.
-    """
-    actions = [*before, (os.POSIX_SPAWN_DUP2, err, 2), (os.POSIX_SPAWN_DUP2, 2 if out == err else out, 1)]
+def bash_environ(words: Sequence[str], environ: Mapping[str, str], quiet: bool) -> dict[str, str]:
+    """Return the environment that bash writes to descriptor 237, empty where it wrote none."""
+    file = _scratch_file()
+    errors = -1 if quiet else 2
     try:
-        pid = os.posix_spawn(argv[0], list(argv), environ, file_actions=actions, setsigdef=IGNORED_BY_PYTHON)
-    except OSError as error:
-        raise cannot_start(argv[0], error) from None
-    return os.waitpid(pid, 0)[1]
+        pid = spawn(["/bin/bash", *words], environ, -1, errors, errors, result=file, own_group=False)
+        os.waitpid(pid, 0)
+        entries = os.fsdecode(_read_all(file)).split("\0")
+    finally:
+        os.close(file)
+    return dict(entry.partition("=")[::2] for entry in entries if entry)
 
 
 def _scratch_file() -> int:
@@ -4894,10 +4810,35 @@ def from_json(text: bytes | str) -> Any:
 
 
 def to_json(value: Any) -> bytes:
-    """Return a value of dicts, lists, strings, numbers, bools and None as JSON, in ASCII."""
+    """Return plain data as JSON, in ASCII."""
     import json
 
     return json.dumps(value).encode()
+
+
+def spawn(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    stdin: int = -1,
+    out: int = 1,
+    err: int = 2,
+    result: int = -1,
+    own_group: bool = True,
+) -> int:
+    """Start a program, in a process group of its own; return its pid.  Raises UserError where it can't be.
+
+    stdin, out, err: its files, -1 for none.  result: what it has as descriptor 237, if that is not -1.
+    """
+    first: Any = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0)
+    if stdin >= 0:
+        first = (os.POSIX_SPAWN_DUP2, stdin, 0)
+    copies = [(result, 237)] * (result >= 0) + [(max(err, 0), 2), (max(out, 0), 1)]
+    more: dict[str, Any] = {"file_actions": [first, *((os.POSIX_SPAWN_DUP2, *copy) for copy in copies)]}
+    more["setpgroup"] = 0 if own_group else os.getpgrp()
+    try:
+        return os.posix_spawn(argv[0], [*argv], environ, setsigmask=(), setsigdef=IGNORED_BY_PYTHON, **more)
+    except OSError as error:
+        raise cannot_start(argv[0], error) from None
 
 
 def exit_status(status: int) -> int:
@@ -4907,12 +4848,9 @@ def exit_status(status: int) -> int:
 
 def cannot_start(program: str, error: OSError) -> UserError:
     """Return the error for a program that the system would not start."""
-    reason = os.strerror(error.errno or 0)
-    return UserError(
-        f"The program {program} can't be started: {reason}.",
-        "Check that it is there, that it is executable, and that the interpreter it names exists.",
-        127 if error.errno == 2 else 126,
-    )
+    hint = "Check that it is there, that it is executable, and that the interpreter it names exists."
+    status = 127 if error.errno == 2 else 126
+    return UserError(f"The program {program} can't be started: {error.strerror}.", hint, status)
 
 
 # ---- launch log ---------------------------------------------------------------------------------
@@ -4942,20 +4880,12 @@ def masked(assignment: str) -> str:
     return name + equals + (masked(value) if "=" in value else value)
 
 
-def environment_difference(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Return what changes between two environments, a line each: ``+ NAME=VALUE`` or ``- NAME``."""
-    lines = [f"- {name}" for name in before if name not in after]
-    lines += ["+ " + masked(f"{name}={value}") for name, value in after.items() if before.get(name) != value]
-    return sorted(lines)
-
-
 def log_text(
     tokens: Sequence[str], plan: Plan | None, before: Mapping[str, str], now: float, pid: int
 ) -> str:
-    """Return what the log of a launch says at its start.
+    """Return what the log of a launch says at its start; plan is None where planning failed.
 
-    tokens: the run phase's command line.  plan: what will be done, None where planning failed.
-    before: the environment that Jupyter gave.  now: seconds since 1970.  pid: of this process.
+    tokens: the run phase's command line.  before: the environment that Jupyter gave.
     """
     import time
 
@@ -4967,8 +4897,10 @@ def log_text(
     if plan:
         lines.append("runs: " + " ".join(quoted(masked(word)) for word in plan.argv))
         own = {name: value for name, value in before.items() if name not in plan.given}  # --env: by Jupyter
-        changes = environment_difference(own, {**plan.environ, **plan.given})
-        lines += ["environment:", *("  " + line for line in changes)]
+        after = {**plan.environ, **plan.given}
+        changes = [f"  - {name}" for name in own if name not in after]
+        changes += [f"  + {masked(f'{name}={new}')}" for name, new in after.items() if own.get(name) != new]
+        lines += ["environment:", *sorted(changes)]
     return "\n".join(lines) + "\n"
 
 
@@ -4986,9 +4918,8 @@ def log_place(name: str, environ: Mapping[str, str]) -> tuple[str, str]:
 def start_log(name: str, text: str, environ: Mapping[str, str], file_name: str = "") -> tuple[str, str]:
     """Write a launch log that only this user can read and forget the oldest.
 
-    file_name: of the connection file.  Returns the new log's path, and that of the last one for such a
-    connection file (Jupyter has started that kernel again), empty for none.  The first is empty where it
-    can't be written: a full disk is no reason not to start a kernel.
+    file_name: of the connection file.  Returns the new log's path (empty where it can't be written), and that
+    of the last one for such a connection file: Jupyter has started that kernel again.
     """
     import time
 
@@ -4997,20 +4928,14 @@ def start_log(name: str, text: str, environ: Mapping[str, str], file_name: str =
     path = f"{directory}/{prefix}{time.time_ns()}{mark}"
     earlier = ""
     try:
-        try:
-            names = os.listdir(directory)
-        except FileNotFoundError:
-            os.makedirs(directory, 0o700)
-            names = []
-        olds = sorted(name for name in names if name.startswith(prefix))
-        for old in olds:
-            if file_name and old.endswith(mark):
-                earlier = f"{directory}/{old}"
+        os.makedirs(directory, 0o700, exist_ok=True)
+        olds = sorted(old for old in os.listdir(directory) if old.startswith(prefix))
+        same = [old for old in olds if file_name and old.endswith(mark)]
+        earlier = f"{directory}/{same[-1]}" if same else ""
         for old in olds[: 1 - LOGS_KEPT]:
             os.unlink(f"{directory}/{old}")
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.write(file, os.fsencode(text))
-        os.close(file)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(os.fsencode(text))
     except OSError:
         return "", earlier
     return path, earlier
@@ -5026,13 +4951,10 @@ def printable(text: str, secret: str = "") -> str:
     return text.replace(secret, "***") if secret else text
 
 
-def log_end(
-    path: str, status: int, reason: UserError | None = None, said: bytes = b"", key: str = ""
-) -> None:
+def log_end(path: str, status: int, reason: UserError | None, said: bytes = b"", key: str = "") -> None:
     """Add to a launch log how the program ended.
 
-    status: as in `Output`.  reason: why a kernel that had answered ended although nobody asked it to; None
-    after a normal end, and before the first answer (then `become_error_kernel` adds why it did not start).
+    status: as in `Output`.  reason: why a kernel that had answered ended although nobody asked it to.
     said: the beginning of what the program said on stderr.  key: never shown.
     """
     lines = printable(said.decode("utf-8", "replace"), key).splitlines()
@@ -5047,9 +4969,8 @@ def log_end(
 def append_log(path: str, text: str) -> None:
     """Add lines to a launch log; an empty path is none."""
     try:
-        file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        os.write(file, os.fsencode(text if text.endswith("\n") else text + "\n"))
-        os.close(file)
+        with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as file:
+            file.write(os.fsencode(text.rstrip("\n") + "\n"))
     except OSError:
         return
 
@@ -5073,17 +4994,15 @@ def private_base(environ: Mapping[str, str], place: str, host: Host) -> str:
     """Return the directory that holds the private directories of this user's kernels.
 
     In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
-    where the engine can't see either.  A home may be on a network, which a rootful daemon can't read.
-    ``tmp``: in /tmp in any case.
+    where the engine can't see either (but a rootful daemon can't read a home on a network), ``tmp``: in /tmp.
     """
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    if place == "tmp":
-        return f"/tmp/envkernel-{host.ids()[0]}"
     if place == "home":
         return os.path.expanduser("~") + "/.cache/envkernel"
-    if runtime and host.isdir(runtime):
+    if not place and runtime and host.isdir(runtime):
         return runtime + "/envkernel"
-    return f"{environ.get('TMPDIR') or '/tmp'}/envkernel-{host.ids()[0]}"
+    temporary = "/tmp" if place == "tmp" else environ.get("TMPDIR") or "/tmp"
+    return f"{temporary}/envkernel-{host.ids()[0]}"
 
 
 def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, Any]]:
@@ -5095,43 +5014,35 @@ def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, A
     path = launch.options.get("connection-file") or CONNECTION_FILE
     if path == CONNECTION_FILE:
         return path, b"", {}
-    text = host.read(path)
+    text = host.read(path) or b""
     try:
-        said = from_json(text or b"")
+        said = from_json(text)
         ports = [said[name + "_port"] for name in STREAMS]
-        texts = [said["ip"], said.get("key", ""), said.get("transport", "tcp")]
-        if not all(type(port) is int and 0 < port < 1 << 16 for port in ports):
-            raise ValueError("no ports")
-        if "\0" in "".join(texts):
-            raise ValueError("an address can't hold a NUL")
+        texts = "".join([said["ip"], said.get("key", ""), said.get("transport", "tcp")])
+        if "\0" in texts or not all(type(port) is int and 0 < port < 1 << 16 for port in ports):
+            raise ValueError("no addresses")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"The connection file {path} can't be read.",
-            "Let Jupyter start this kernel; by hand, give it a connection file.",
-        ) from None
-    return path, text or b"", said
+        hint = "Let Jupyter start this kernel; by hand, give it a connection file."
+        raise UserError(f"The connection file {path} can't be read.", hint) from None
+    return path, text, said
 
 
 class Supervision(Record):
-    """What accompanies a supervised program from before its start until nothing of it is left.
+    """What accompanies a program from before its start until nothing of it is left.
 
     directory: private directory of this kernel (mode 0700), created before all else and removed last;
-    beside it, with ``.lock`` added, lies the lock by which the next start waits for the clean-up.
+    with ``.lock`` added, the lock by which the next start waits for the clean-up.
     files: pairs (path, bytes) to write, mode 0600.  copies: pairs (directory, its copy to make).
     signal: command that passes a signal on to the kernel, ``{signal}`` standing for its name; empty
-    where the program's process group gets it.  leader: the program itself too, and not only the
-    others in its group.  init: command that prints the pid of an init on this host whose one child is
-    the kernel, for engines whose `signal` does not reach what the kernel runs.
-    cleanup: commands to run when the program is gone for whatever reason; one that fails is tried
-    again, so where nothing is left to do it has to succeed.
-    remove: further files and directories to remove.  litter: the program leaves files where it is started,
-    so that is the private directory.  container: the name of that of docker or podman.  shared: one that
-    this and other kernels run in.
+    where the program's process group gets it; leader: the program itself too.  init: command that prints the
+    pid of an init on this host whose one child is the kernel; its process group gets the signal.
+    cleanup: commands to run when the program is gone; they succeed where nothing is left to do.
+    remove: further files and directories to remove.  litter: the program leaves files where it is started.
+    container: its name for docker or podman.  shared: the one of several kernels.
     connection: what Jupyter's connection file says.  relay: where the kernel listens as seen from this
     host, if not there: a connection as well (``transport: ipc``: `ip` and ``-1`` or ``:1`` are the paths).
     owner: number of the user that root gives the private directory to, -1 for nobody.
-    explain: ``(status, said, host) -> UserError or None``: why the program ended, from its exit
-    status and the end of its stderr; None where nothing more than these is known.
+    explain: ``(status, said, host) -> UserError or None``: why the program ended, where that is known.
     """
 
     directory: str
@@ -5152,11 +5063,10 @@ class Supervision(Record):
 
 
 class Shared(Record):
-    """A container that several kernels share.
+    """A container that several kernels share: commands for it, and what is made and removed with it.
 
-    alive: command that prints ``true`` where it runs.  start, stop: commands that start it, and end it
-    when the last kernel is gone (unless it is to be kept).  All kernels' private directories are in one.
-    copies: pairs (directory, its copy), made before it starts and removed with it.
+    alive: prints ``true`` where it runs.  start, stop: when the first kernel comes and, unless keep, the last
+    is gone.  copies: pairs (directory, its copy).
     """
 
     alive: list[str]
@@ -5174,28 +5084,21 @@ class Membership:
     """
 
     def __init__(self, shared: Shared, directory: str, locks: Sequence[int] = ()) -> None:
-        """Join: from now on nobody else is the last.
-
-        directory: that of all the private directories.  locks: those of a membership that is taken over.
-        """
+        """Join, or take over a membership with its locks.  directory: that of all the private directories."""
         import fcntl
 
         self.shared = shared
         self.directory = directory
         if not locks:
-            start = take_lock(directory + "/start.lock", os.path.dirname(directory))
+            start = take_lock(directory + "/start.lock")
             users = os.open(directory + "/users.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             fcntl.flock(users, fcntl.LOCK_SH)
             fcntl.flock(start, fcntl.LOCK_UN)
-            locks = (start, users)
-        self.locks = list(locks)
-        self.start_lock, self.users_lock = self.locks
+            locks = [start, users]
+        self.start_lock, self.users_lock = self.locks = locks
 
     def have_container(self, environ: Mapping[str, str], host: Host) -> Output:
-        """Start the container unless it runs; return what the engine said.
-
-        Raises UserError where a directory can't be copied for it.
-        """
+        """Start the container unless it runs; return what the engine said.  Raises UserError."""
         import fcntl
 
         fcntl.flock(self.start_lock, fcntl.LOCK_EX)
@@ -5210,7 +5113,7 @@ class Membership:
         return said
 
     def leave(self, environ: Mapping[str, str], interrupted: bool) -> None:
-        """Stop the container if nobody else uses it.
+        """Stop the container, unless it is to be kept or others use it.
 
         interrupted: its start may have been, and the engine may be about to create it.
         """
@@ -5235,17 +5138,16 @@ class Membership:
             os.close(lock)
 
 
-def take_lock(path: str, above: str = "") -> int:
+def take_lock(path: str) -> int:
     """Return an open lock file that this process holds alone, made where it is missing.
 
-    above: as for `private_directory`.  Waits for the process that cleans up after the kernel that had the
-    same connection file: its ports and its directory are free from then on.  Raises UserError where the
-    directory is not this user's own.
+    Waits for the process that cleans up after the kernel that had the same connection file: its ports and its
+    directory are free from then on.  Raises UserError where the directory is not this user's own.
     """
     import fcntl
 
     while True:
-        private_directory(os.path.dirname(path), above)
+        private_directory(os.path.dirname(path))
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:  # the last user of the directory has just removed it
@@ -5256,31 +5158,20 @@ def take_lock(path: str, above: str = "") -> int:
         os.close(file)
 
 
-def private_directory(path: str, above: str = "") -> None:
-    """Make a directory that only this user can enter.  Raises UserError where something else is there.
-
-    above: the private directory that it is in, which the last one to use it may be removing just now.
-    """
+def private_directory(path: str) -> None:
+    """Make a directory that only this user can enter.  Raises UserError where something else is there."""
     import stat
 
+    mask = os.umask(0o077)
     try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
+        os.makedirs(path, exist_ok=True)
+        info = os.lstat(path)
     except OSError as error:
-        if above and isinstance(error, FileNotFoundError):
-            private_directory(above)
-            private_directory(path, above)
-            return
-        raise UserError(
-            f"The directory {path} can't be made: {os.strerror(error.errno or 0)}.",
-            "Point XDG_RUNTIME_DIR or TMPDIR at a directory that you can write to.",
-        ) from None
-    try:
-        host = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISDIR(host.st_mode) or host.st_uid != os.geteuid() or host.st_mode & 0o077:
+        hint = "Point XDG_RUNTIME_DIR or TMPDIR at a directory that you can write to."
+        raise UserError(f"The directory {path} can't be made: {error.strerror}.", hint) from None
+    finally:
+        os.umask(mask)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise UserError(
             f"The directory {path} is not yours alone, so connection files are not safe there.",
             f"Remove it, or make it yours: chmod 700 {path}.",
@@ -5297,111 +5188,6 @@ def remove_tree(path: str) -> None:
         import shutil
 
         shutil.rmtree(path, ignore_errors=True)
-
-
-def process_start_time(pid: int) -> bytes:
-    """Return when a process was started, in clock ticks; empty where there is none (or a zombie).
-
-    With the pid it names a process for good: pids are used again.  See proc(5), /proc/pid/stat.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return b""
-    return b"" if fields[0] in b"ZX" else fields[19]
-
-
-def spawn(
-    argv: Sequence[str], environ: Mapping[str, str], stdin: int = -1, out: int = 1, err: int = 2
-) -> int:
-    """Start a program in a process group of its own; return its pid.
-
-    stdin, out, err: its files; no stdin if -1.  Raises UserError (status 127, 126) where it can't be started.
-    """
-    import signal
-
-    actions: list[Any] = [(os.POSIX_SPAWN_DUP2, file, to) for to, file in ((0, stdin), (1, out), (2, err))]
-    if stdin < 0:
-        actions[0] = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-    ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python; a program expects the default
-    try:
-        return os.posix_spawn(
-            argv[0], list(argv), environ, file_actions=actions, setpgroup=0, setsigmask=(), setsigdef=ignored
-        )
-    except OSError as error:
-        raise cannot_start(argv[0], error) from None
-
-
-def process_ids() -> list[int]:
-    """Return the processes of this machine, none where there is no /proc."""
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        return []
-
-
-def process_ranks(pid: int) -> tuple[int, ...]:
-    """Return parent, process group and session of a process, nothing where it is gone (proc(5))."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return tuple(map(int, file.read().rpartition(b")")[2].split()[1:4]))
-    except OSError:
-        return ()
-
-
-def send_signals(pids: Sequence[int], number: int) -> None:
-    """Send a signal to processes, some of which may be gone."""
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except OSError:
-            continue
-
-
-def signal_members(group: int, number: int) -> None:
-    """Send a signal to the members of a process group, but not to its leader.
-
-    Nor to the init of a PID namespace: both would pass it on, and the kernel get it twice.
-    """
-    for pid in process_ids():
-        if pid == group or process_ranks(pid)[1:2] != (group,):
-            continue
-        try:
-            with open(f"/proc/{pid}/status", "rb") as file:
-                line = next((line for line in file if line.startswith(b"NSpid:")), b"")
-        except OSError:
-            continue
-        if line.split()[2:][-1:] != [b"1"]:
-            send_signals([pid], number)
-
-
-def retry(
-    command: Sequence[str],
-    environ: Mapping[str, str],
-    waits: Sequence[float] = (0, 1, 2, 4, 8, 15, 30, 60),
-) -> bool:
-    """Run a command that cleans up until it succeeds or patience ends: a daemon may be restarting.
-
-    waits: seconds before each attempt.  Returns whether it succeeded.
-    """
-    import time
-
-    for wait in waits:
-        time.sleep(wait)
-        try:
-            if os.waitpid(spawn(command, environ), 0)[1] == 0:
-                return True
-        except UserError:
-            continue
-    return False
-
-
-def release_lock(path: str, lock: int) -> None:
-    """Remove a lock file that is held, and its directory if it is the last thing there."""
-    remove_tree(path)
-    remove_empty(os.path.dirname(path))
-    os.close(lock)
 
 
 def remove_empty(directory: str) -> None:
@@ -5424,43 +5210,122 @@ def prepare(supervision: Supervision) -> None:
                 os.fchown(file.fileno(), supervision.owner, -1)
         os.chown(supervision.directory, supervision.owner, -1)
     except OSError as error:
-        raise UserError(
-            f"The directory {supervision.directory} can't be filled: {os.strerror(error.errno or 0)}.",
-            "Free some space there, or point XDG_RUNTIME_DIR or TMPDIR elsewhere.",
-        ) from None
+        hint = "Free some space there, or point XDG_RUNTIME_DIR or TMPDIR elsewhere."
+        raise UserError(f"{supervision.directory} can't be filled: {error.strerror}.", hint) from None
     make_copies(supervision.copies)
 
 
 def make_copies(copies: Sequence[tuple[str, str]]) -> None:
     """Copy directories, each in the place of what may be left of an earlier copy.  Raises UserError."""
+    import subprocess
+
     for source, copy in copies:
         private_directory(os.path.dirname(copy))
         remove_tree(copy)
-        copy_directory(source, copy)
+        done = subprocess.run(["cp", "-a", source, copy], stdin=subprocess.DEVNULL, capture_output=True)
+        if done.returncode:
+            remove_tree(copy)
+            hint = "Free some space, point TMPDIR to a larger disk, or bind the directory without copying it."
+            reason = os.fsdecode(done.stderr).partition("\n")[0].rpartition(": ")[2]
+            raise UserError(f"{source} can't be copied to {copy}: {reason}.", hint)
 
 
-def copy_directory(source: str, copy: str) -> None:
-    """Copy a directory, links as links, leaving out sockets and pipes.
+def process_stat(pid: int) -> list[int]:
+    """Return what proc(5) numbers from 4 on in /proc/pid/stat, nothing where a process is gone or a zombie.
 
-    Raises UserError for a full disk or what can't be read; then nothing of the copy is left.
+    0: parent, 1: process group, 2: session, 18: start time, which with the pid names a process for good.
     """
-    import shutil
-    import stat
-
-    def special(directory: str, names: list[str]) -> list[str]:
-        modes = {name: os.lstat(os.path.join(directory, name)).st_mode for name in names}
-        kept = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
-        return [name for name, mode in modes.items() if not any(is_kind(mode) for is_kind in kept)]
-
     try:
-        shutil.copytree(source, copy, symlinks=True, ignore=special)
-    except OSError as error:
-        remove_tree(copy)
-        path, _, reason = error.args[0][0] if isinstance(error, shutil.Error) else (source, "", error)
-        raise UserError(
-            f"{path} can't be copied to {copy}: {reason}.",
-            "Free some space, point TMPDIR to a larger disk, or bind the directory without copying it.",
-        ) from None
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+    return [] if state in b"ZX" else list(map(int, fields))
+
+
+def find_processes(is_wanted: Callable[[int], bool]) -> list[int]:
+    """Return the processes of this machine that are wanted, none where there is no /proc."""
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and is_wanted(int(name))]
+    except OSError:
+        return []
+
+
+def send_signals(pids: Sequence[int], number: int) -> None:
+    """Send a signal to processes, some of which may be gone."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except OSError:
+            continue
+
+
+def group_members(group: int) -> list[int]:
+    """Return the members of a process group but its leader and the init of a PID namespace.
+
+    Both pass a signal on, and the kernel would get it twice.
+    """
+
+    def is_member(pid: int) -> bool:
+        if pid == group or process_stat(pid)[1:2] != [group]:
+            return False
+        status = (Host().read(f"/proc/{pid}/status") or b"").partition(b"\nNSpid:")[2]
+        return status.partition(b"\n")[0].split()[1:][-1:] != [b"1"]
+
+    return find_processes(is_member)
+
+
+def retry(command: Sequence[str], environ: Mapping[str, str], seconds: float = 60) -> bool:
+    """Run a command that cleans up until it succeeds or time is up: a daemon may be restarting.
+
+    Returns whether it succeeded.  One that hangs is killed; the first attempt has 10 s in any case.
+    """
+    import time
+    from subprocess import DEVNULL, TimeoutExpired, run
+
+    end = time.monotonic() + seconds
+    pause = 1
+    while True:
+        limit = max(end - time.monotonic(), 10)
+        try:
+            if not run(command, env=environ, stdin=DEVNULL, stdout=DEVNULL, timeout=limit).returncode:
+                return True
+        except (OSError, TimeoutExpired):
+            pass
+        if time.monotonic() + pause > end:
+            return False
+        time.sleep(pause)
+        pause *= 2
+
+
+def tcp_socket(address: str) -> socket.socket:
+    """Return a TCP socket of an address's family; with its protocol named asyncio sets TCP_NODELAY."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+
+
+def connect_ipc(address: str, number: int) -> socket.socket:
+    """Return a socket connected to a kernel, which joins address and number with ``-`` or ``:``.
+
+    Raises OSError.  Through /proc, for the address of a unix socket has room for 107 bytes only.
+    """
+    import socket
+
+    directory, name = os.path.split(address)
+    opened = os.open(directory, os.O_RDONLY)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    try:
+        paths = [f"/proc/self/fd/{opened}/{name}{sign}{number + 1}" for sign in "-:"]
+        sock.connect(paths[os.path.exists(paths[1])])
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(opened)
+    return sock
 
 
 def used_ports(connection: Mapping[str, Any], host: Host) -> set[bytes]:
@@ -5471,32 +5336,25 @@ def used_ports(connection: Mapping[str, Any], host: Host) -> set[bytes]:
     """
     listening = b"0A"
     wanted = [b":%04X" % int(connection[name + "_port"]) for name in STREAMS if connection]
-    found = set()
-    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in (host.read(path) or b"").splitlines()[1:]:
-            fields = line.split()
-            if fields[1][-5:] in wanted and fields[3] != listening:
-                found.add(fields[1] + b" " + fields[2])
-    return found
+    tables = [host.read(path) or b"" for path in ("/proc/net/tcp", "/proc/net/tcp6")]
+    rows = [line.split() for table in tables for line in table.splitlines()[1:]]
+    return {row[1] + b" " + row[2] for row in rows if row[1][-5:] in wanted and row[3] != listening}
 
 
 def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
-    """Return the error for a kernel that ended before it ever answered, the exit status in words.
+    """Return the error for a kernel that ended before it ever answered, the exit status explained.
 
-    status: as in `Output`.  where: what it ran in, in words.  said: the end of its stderr.
-    install: as in `Plan`.
+    status: as in `Output`.  where: what it ran in.  said: the end of its stderr.  install: as in `Plan`.
     """
     import re
     import signal
 
     number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
     words = f"exit status {status}"
-    hint = "What it said is below; start its command by hand to see more."
     if number:
-        try:
-            words = f"signal {signal.Signals(number).name}"
-        except ValueError:
-            words = f"signal {number}"
+        names = {known.value: known.name for known in signal.Signals}
+        words = f"signal {names.get(number, number)}"
+    hint = "What it said is below; start its command by hand to see more."
     missing = re.search(r"No module named '?([\w.]+)", said)
     library = re.search(r"([\w./+-]+\.so[\w.]*): cannot open shared object file", said)
     if missing:
@@ -5505,7 +5363,7 @@ def ended_error(status: int, where: str, said: str, install: str = "install %s")
     elif library:
         hint = f"Its library {library[1]} is missing: install it, or load a module that brings it."
     elif status == 125:
-        words = "exit status 125: the engine itself failed"
+        words += ": the engine itself failed"
         hint = "What the engine said is below; correct the image's name or the engine's options."
     elif status in (126, 127):
         words += ": the command was not found" if status == 127 else ": the command can't be executed"
@@ -5516,34 +5374,25 @@ def ended_error(status: int, where: str, said: str, install: str = "install %s")
     return UserError(f"The kernel in {where} ended before it answered ({words}).", hint, max(status, 1), said)
 
 
-LOGGED_STDERR = 4096
-"""How many bytes of stderr's beginning a log holds, in the modes where a process stays beside the kernel."""
-
-
-AGAIN = 120
-"""Seconds within which Jupyter starts a kernel again that ended before it answered."""
-
-
 def watched(plan: Plan, launch: Launch, host: Host) -> Plan:
-    """Return the plan of a kernel that Jupyter starts again, with this process beside it if it needs one.
+    """Return the plan of a kernel that Jupyter starts again, with a keeper if the start before it failed.
 
-    Where no process remains next to a kernel, nobody reads its stderr when it ends before it answers.
-    Jupyter starts it again, with the same connection file; then somebody does.
+    Where no process remains next to a kernel, nobody reads its stderr when it ends before it answers; then
+    Jupyter starts it again, within seconds, with the same connection file.
     """
     import time
 
     log = os.fsdecode(host.read(launch.options["earlier"]) or b"")
-    lines = dict(line.partition(": ")[::2] for line in log.splitlines())
+    names = [line.partition(": ")[0] for line in log.splitlines()]
     try:
         path, _, connection = read_connection(launch, host)
     except UserError:  # the kernel itself will say so
         return plan
-    if "ended" in lines:  # somebody stood beside it already
-        failed = "not started" in lines
-    else:
+    failed = ("ended" in names) == ("not started" in names)
+    if "ended" not in names:  # it had no keeper
         start = int(launch.options["earlier"].rpartition("@")[2].partition("-")[0])
-        recent = time.time_ns() - start < AGAIN * 10**9 and connection.get("transport") != "ipc"
-        failed = recent and "not started" not in lines and not used_ports(connection, host)
+        failed = failed and time.time_ns() - start < 120e9 and connection.get("transport") != "ipc"
+        failed = failed and not used_ports(connection, host)
     if not failed or not connection:
         return plan
     directory = f"{private_base(plan.environ, '', host)}/{kernel_key(path)}"
@@ -5569,7 +5418,7 @@ class Recipe(Record):
     directory: the private one; the lock's path is this with ``.lock`` added.  session: that of everything
     the keeper starts, 0 for none.  started: when (time.monotonic), 0 where only files are to be removed.
     cleanup: commands.  remove: files and directories.  shared: the container of several kernels.
-    container: the name of one of podman's.
+    container: the name of one of podman's.  log: of the launch.
     """
 
     directory: str
@@ -5579,6 +5428,7 @@ class Recipe(Record):
     remove: list[str] = []
     shared: dict[str, Any] | None = None
     container: str = ""
+    log: str = ""
 
 
 def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -> None:
@@ -5590,11 +5440,11 @@ def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -
 
     killed = end_session(recipe.session)
     commands = recipe.cleanup if recipe.started else []
-    failed = [command for command in commands if not retry(command, environ, (0, 1))]
-    for path in [*recipe.remove, recipe.directory]:
+    failed = [command for command in commands if not retry(command, environ, 2)]
+    for path in [*recipe.remove, recipe.directory, recipe.directory + ".lock"]:
         remove_tree(path)
         remove_empty(os.path.dirname(path))
-    release_lock(recipe.directory + ".lock", locks[0])
+    os.close(locks[0])
     interrupted = killed and time.monotonic() - recipe.started < 10
     if recipe.shared:
         shared = Membership(Shared(**recipe.shared), os.path.dirname(recipe.directory), locks[1:])
@@ -5604,16 +5454,27 @@ def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -
         time.sleep(2 * bool(failed))
         send_signals(container_monitors(recipe.container), 9)
     for command in failed:
-        retry(command, environ)
+        if not retry(command, environ):
+            append_log(recipe.log, "not cleaned up: " + " ".join(map(quoted, command)))
 
 
 def container_monitors(name: str) -> list[int]:
     """Return what stays of a container where podman is killed while it creates one."""
-    found = []
-    for pid in process_ids() if name else ():
+
+    def is_monitor(pid: int) -> bool:
         words = (Host().read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
-        if os.path.basename(words[0]) == b"conmon" and os.fsencode(name) in words:
-            found.append(pid)
+        return os.path.basename(words[0]) == b"conmon" and os.fsencode(name) in words
+
+    return find_processes(is_monitor) if name else []
+
+
+def end_session(session: int) -> bool:
+    """Kill what is left in a keeper's session, but not this process; return whether there was anything."""
+    found = False
+    for _ in range(3 if session else 0):  # what is killed may just be starting something; 0 is not ours
+        pids = find_processes(lambda pid: pid != os.getpid() and process_stat(pid)[2:3] == [session])
+        send_signals(pids, 9)
+        found = found or bool(pids)
     return found
 
 
@@ -5623,29 +5484,27 @@ def start_cleaner(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[in
     if not child:
         try:
             if os.fork() == 0:
-                become_daemon()
-                drop_stdio()
+                become_daemon((0, 1, 2))
                 for file, following in zip([2, *sorted(locks)], [*sorted(locks), 1024]):
                     os.closerange(file + 1, following)
                 clean_up(recipe, environ, locks)
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    for lock in locks:
-        os.close(lock)
 
 
-def become_daemon() -> None:
-    """Leave Jupyter's session, and its signals to the run process."""
+def become_daemon(files: Sequence[int]) -> None:
+    """Leave Jupyter's session, its signals to the run process, and some of its files."""
     import signal
 
     os.setsid()
     signal.set_wakeup_fd(-1)
     for name in RunProcess.SIGNALS:
         signal.signal(getattr(signal, "SIG" + name), _ignore)  # unlike SIG_IGN not inherited by programs
+    drop_stdio(files)
 
 
-def drop_stdio(files: Sequence[int] = (0, 1, 2)) -> None:
+def drop_stdio(files: Sequence[int]) -> None:
     """Let go of what Jupyter gave as stdin, stdout or stderr: who reads these waits for their end."""
     null = os.open(os.devnull, os.O_RDWR)
     for file in files:
@@ -5653,48 +5512,28 @@ def drop_stdio(files: Sequence[int] = (0, 1, 2)) -> None:
     os.close(null)
 
 
-def end_session(session: int) -> bool:
-    """Kill what is left in a keeper's session, but not this process; return whether there was anything."""
-    found = False
-    for _ in range(3):  # what is killed may just be starting something
-        pids = [pid for pid in process_ids() if session and process_ranks(pid)[2:] == (session,)]
-        pids = [pid for pid in pids if pid != os.getpid() and process_start_time(pid)]
-        send_signals(pids, 9)
-        found = found or bool(pids)
-    return found
-
-
 def stale_recipes(base: str) -> Iterator[tuple[Recipe, int]]:
     """Yield what keepers left that were killed together with their run processes, each with its lock.
 
     base: the directory of the private ones.  Who lives holds a lock.
     """
+    import contextlib
     import fcntl
 
-    try:
-        names = [name for name in os.listdir(base) if name.endswith(".lock")]
-    except OSError:
-        return
-    for name in names:
-        try:
-            lock = os.open(f"{base}/{name}", os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:
+    for name in Host().listdir(base):
+        if not name.endswith(".lock"):
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_nlink:
-                yield read_recipe(lock, f"{base}/{name}"), lock
-                continue
-        except OSError:
-            pass
-        os.close(lock)
+        with contextlib.suppress(OSError), open(f"{base}/{name}", "r+b", 0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:
+                yield read_recipe(file.fileno(), f"{base}/{name}"), os.dup(file.fileno())
 
 
 def read_recipe(lock: int, path: str) -> Recipe:
     """Return what the last holder of a lock file wrote into it; an empty one says what to remove."""
     text = os.pread(lock, 1 << 20, 0)
     recipe = Recipe(**from_json(text)) if text else Recipe(path[: -len(".lock")])
-    if process_start_time(recipe.session):  # while a session lives, its number is no new process's
+    if process_stat(recipe.session):  # while a session lives, its number is no new process's
         recipe.session = 0
     return recipe
 
@@ -5713,24 +5552,23 @@ class Channel:
         self.text = b""
         self.files: list[int] = []
 
-    def send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
-        """Send a message; one that nobody receives any more is dropped."""
+    def send(self, message: Mapping[str, Any], files: Sequence[int] = ()) -> bool:
+        """Send a message; return whether anybody is there to receive it."""
         import array
         import socket
 
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
         try:
-            self.sock.sendmsg([to_json(message) + b"\n"], rights)
+            return bool(self.sock.sendmsg([to_json(message) + b"\n"], rights))
         except OSError:
-            return
+            return False
 
-    def is_closed(self) -> bool:
-        """Return whether the other side is gone."""
-        import select
-
-        poller = select.poll()
-        poller.register(self.sock, 0)
-        return bool(poller.poll(0))
+    def close(self) -> None:
+        """Let go of the other side, and of its files."""
+        self.sock.close()
+        for file in self.files:
+            os.close(file)
+        self.files = []
 
     def receive(self) -> list[dict[str, Any]] | None:
         """Return the messages that have arrived, waiting for some; None where the other side is gone.
@@ -5740,16 +5578,12 @@ class Channel:
         import array
         import socket
 
-        files = array.array("i")
         try:
-            text, rights, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(8 * files.itemsize))
+            text, rights, _, _ = self.sock.recvmsg(1 << 16, 256, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return None
         for _, _, data in rights:
-            files.frombytes(data[: len(data) // files.itemsize * files.itemsize])
-        for file in files:
-            os.set_inheritable(file, False)
-            self.files.append(file)
+            self.files += array.array("i", data)
         *lines, self.text = (self.text + text).split(b"\n")
         return [from_json(line) for line in lines] if text else None
 
@@ -5768,16 +5602,8 @@ def write_patiently(file: int, text: bytes) -> None:
         return
 
 
-def tcp_socket(address: str) -> socket.socket:
-    """Return a TCP socket of an address's family; with its protocol named asyncio sets TCP_NODELAY."""
-    import socket
-
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-
-
 class Program:
-    """What a keeper holds.  Subclasses say how it is started, reached, signalled and ended.
+    """What a keeper holds: an engine's client with a kernel in its container, or a kernel on this host.
 
     linger: seconds that it outlives its run process, so that a restart finds it.  digest: what the
     launches have in common that may use it.  over: no further launch can use it.  what: its name.
@@ -5794,58 +5620,16 @@ class Program:
         self.plan = plan
         self.supervision = supervision
         self.host = host
-        self.has_front = True
-
-    def start(self) -> None:
-        """Start it, before asyncio is imported.  Raises UserError."""
-        raise NotImplementedError
-
-    async def ready(self) -> None:
-        """Return when the kernel can be connected.  Raises UserError."""
-        raise NotImplementedError
-
-    async def connect(self, number: int) -> socket.socket:
-        """Return a connected, non-blocking socket to one of the kernel's `STREAMS`.  Raises OSError."""
-        raise NotImplementedError
-
-    def send_signal(self, number: int) -> None:
-        """Pass on a signal of Jupyter's."""
-        raise NotImplementedError
-
-    async def wait(self) -> tuple[int, UserError | None]:
-        """Return the kernel's exit status, as in `Output`, and why it ended where that is known."""
-        raise NotImplementedError
-
-    async def attach(self, connection: Mapping[str, Any]) -> None:
-        """Start the kernel again for the run process of a restart, with its connection file."""
-
-    async def lost(self) -> None:
-        """Return when no other launch can use it any more, while it waits for one."""
-        import asyncio
-
-        await asyncio.Event().wait()
-
-    async def end(self) -> None:
-        """End it gracefully; after that the keeper kills what is left in its session."""
-
-
-class LocalProgram(Program):
-    """An engine's client with a kernel in its container, or a kernel on this host."""
-
-    def __init__(self, plan: Plan, supervision: Supervision, host: Host) -> None:
-        super().__init__(plan, supervision, host)
         self.has_front = bool(supervision.relay)
 
     def start(self) -> None:
-        """Start it with the keeper as its Jupyter; a shared container first."""
+        """Start it with the keeper as its Jupyter, before asyncio is imported.  Raises UserError."""
         if self.keeper.membership:
             said = self.keeper.membership.have_container(self.plan.environ, self.host)
             if said.status:
                 text = os.fsdecode(said.err)
                 reason = self.supervision.explain and self.supervision.explain(said.status, text, self.host)
                 raise reason or ended_error(said.status, self.plan.where, text)
-        self.earlier = set() if self.has_front else used_ports(self.supervision.connection, self.host)
-        self.directory = os.open(self.supervision.directory, os.O_RDONLY)
         environ = dict(self.plan.environ)
         if "JPY_PARENT_PID" in environ:
             environ["JPY_PARENT_PID"] = str(os.getpid())
@@ -5856,7 +5640,7 @@ class LocalProgram(Program):
         os.close(end)
 
     async def ready(self) -> None:
-        """Return when all streams can be connected."""
+        """Return when the kernel can be connected.  Raises UserError."""
         import asyncio
 
         for number in range(len(STREAMS)):
@@ -5877,43 +5661,37 @@ class LocalProgram(Program):
             return False
 
     async def connect(self, number: int) -> socket.socket:
-        """Connect to the kernel, which may join address and number of a unix socket with ``-`` or ``:``."""
-        import asyncio
+        """Return a connected, non-blocking socket to one of the kernel's `STREAMS`.  Raises OSError."""
         import socket
 
-        ip = self.supervision.relay["ip"]
-        is_unix = self.supervision.relay["transport"] == "ipc"
-        sock = socket.socket(socket.AF_UNIX) if is_unix else tcp_socket(ip)
+        relay = self.supervision.relay
+        if relay["transport"] == "ipc":
+            return connect_ipc(relay["ip"], number)
+        sock = socket.create_connection((relay["ip"], int(relay[STREAMS[number] + "_port"])), 5)  # loopback
         sock.setblocking(False)
-        try:
-            if is_unix:
-                # through /proc, for the address of a unix socket has room for 107 bytes only
-                start = f"/proc/self/fd/{self.directory}/{os.path.basename(ip)}"
-                paths = [f"{start}{sign}{number + 1}" for sign in "-:"]
-                sock.connect(paths[os.path.exists(paths[1])])
-            else:
-                port = int(self.supervision.relay[STREAMS[number] + "_port"])
-                await asyncio.get_running_loop().sock_connect(sock, (ip, port))
-        except BaseException:
-            sock.close()
-            raise
         return sock
 
     def send_signal(self, number: int) -> None:
-        """Pass a signal on to the kernel, by the engine's command where there is one."""
+        """Pass a signal of Jupyter's on to the kernel, by the engine's command where there is one."""
         if self.supervision.signal or self.supervision.init:
             self.keeper.aside(self.signal_inside, number)
         elif self.supervision.leader:
             send_signals([-self.pid], number)
         else:
-            signal_members(self.pid, number)
+            send_signals(group_members(self.pid), number)
 
     def signal_inside(self, number: int) -> None:
-        """Signal a kernel in a container, in a thread."""
+        """Signal a kernel in a container, in a thread: by its init's one child, or by the engine."""
         import signal
 
-        if self.supervision.init and self.signal_below_init(number):
-            return
+        try:
+            if self.supervision.init:
+                init = int(self.host.output(self.supervision.init, self.plan.environ).out)
+                child = (self.host.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
+                os.killpg(int(child), number)
+                return
+        except (ValueError, IndexError, OSError, UserError):
+            pass
         name = signal.Signals(number).name[3:]
         argv = [word.replace("{signal}", name) for word in self.supervision.signal]
         try:
@@ -5921,18 +5699,8 @@ class LocalProgram(Program):
         except UserError:  # the engine is gone
             return
 
-    def signal_below_init(self, number: int) -> bool:
-        """Signal the process group of an init's one child; return whether that could be done."""
-        try:
-            init = int(self.host.output(self.supervision.init, self.plan.environ).out)
-            child = (self.host.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
-            os.killpg(int(child), number)
-        except (ValueError, IndexError, OSError, UserError):
-            return False
-        return True
-
     async def wait(self) -> tuple[int, UserError | None]:
-        """Wait for the end of the program and of what it says; ask the engine for the reason."""
+        """Return the kernel's exit status, as in `Output`, and why it ended where the engine knows that."""
         import asyncio
 
         stderr = asyncio.ensure_future(self.keeper.copy(self.stderr, 2, self.keeper.on_stderr))
@@ -5945,31 +5713,36 @@ class LocalProgram(Program):
             reason = await self.keeper.aside(self.supervision.explain, status, said, self.host)
         return status, reason
 
-    def answered(self) -> bool:
-        """Return whether the kernel ever answered on ports of its own, as far as that can be seen."""
-        return bool(used_ports(self.supervision.connection, self.host) - self.earlier)
+    async def attach(self, connection: Mapping[str, Any]) -> None:
+        """Start the kernel again for the run process of a restart, with its connection file."""
+
+    async def lost(self) -> None:
+        """Return when no other launch can use it any more, while it waits for one."""
+        import asyncio
+
+        await asyncio.Event().wait()
+
+    async def end(self) -> None:
+        """End it gracefully; after that the keeper kills what is left in its session."""
 
 
 class Children:
-    """The processes below this one: their ends, and what they say on stderr.
-
-    head, tail: the beginning of stderr, for the log, and the end of it, for an explanation.
-    """
+    """The processes below this one: when they end, and what they say.  tail: the end of their stderr."""
 
     loop: asyncio.AbstractEventLoop
 
     def __init__(self) -> None:
         self.children: dict[int, asyncio.Future[int]] = {}
-        self.head = self.tail = b""
+        self.tail = b""
 
     def aside(self, call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         """Call what may block in a thread."""
         return self.loop.run_in_executor(None, call, *arguments)
 
-    async def copy(self, file: int, target: int, learn: Callable[[bytes], bytes | None]) -> None:
+    async def copy(self, file: int, target: int, learn: Callable[[bytes], bytes]) -> None:
         """Pass on what a program says, to its end.  A target that is blocked holds the program up.
 
-        learn: called with each piece; returns what to pass on instead, None for all of it.
+        learn: called with each piece; returns what to pass on instead.
         """
         import asyncio
 
@@ -5980,13 +5753,12 @@ class Children:
             text = await reader.read(1 << 13)
             if not text:
                 return
-            passed = learn(text)
-            await self.aside(write_patiently, target, text if passed is None else passed)
+            await self.aside(write_patiently, target, learn(text))
 
-    def on_stderr(self, text: bytes) -> None:
-        """Keep beginning and end of what the program says on stderr."""
-        self.head += text[: LOGGED_STDERR - len(self.head)]
+    def on_stderr(self, text: bytes) -> bytes:
+        """Keep the end of what the program says on stderr."""
         self.tail = (self.tail + text)[-1 << 13 :]
+        return text
 
     async def exited(self, pid: int) -> int:
         """Return the exit status of a child, as in `Output`, when it has ended."""
@@ -6006,16 +5778,16 @@ class Children:
 
 
 class Service(Children):
-    """Serves one run process: Jupyter's ports, until the kernel has ended or nobody wants it any more."""
+    """Serves one run process: Jupyter's ports, until the kernel has ended or nobody wants it any more.
 
-    HOLD = 3.0
-    """Seconds before clients that connect are answered by the front."""
+    leaving: set when the run process is gone, or shall be served no longer.
+    wanted: somebody wants the kernel to end.
+    """
 
-    DRAIN = 1.0
-    """Seconds that Jupyter has for taking the last that the kernel said."""
-
+    HOLD = 3.0  # seconds before clients that connect are answered by the front
+    DRAIN = 1.0  # seconds that Jupyter has for taking the last that the kernel said
+    GRACE = 3.0  # seconds that a kernel has for ending after it was asked to with a signal
     leaving: asyncio.Event
-    """Set when the run process is gone, or shall be served no longer."""
 
     def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
         super().__init__()
@@ -6026,74 +5798,66 @@ class Service(Children):
         self.connection: Mapping[str, Any] = program.supervision.connection
         self.front: Front | None = None
         self.cleaning: asyncio.Future[None] | None = None
-        self.wanted = False  # somebody wants the kernel to end
-        self.ending = False  # no restart will come
+        self.wanted = False
 
     async def serve_launch(self) -> None:
         """Serve a run process until the kernel has ended or nobody wants it any more."""
         import asyncio
 
-        nested = bool(self.launch.options.get("nested"))
         self.front = None
         if self.program.has_front:
             kernel = kernel_profile(self.launch, self.environ)
             self.front = Front(self.connection, kernel, self.launch.options.get("notice", ""))
-        ended = asyncio.ensure_future(self.program.wait())
-        opening = asyncio.ensure_future(
-            self.open_front(self.front, nested) if self.front else asyncio.sleep(0)
-        )
-        leaving = asyncio.ensure_future(self.leaving.wait())
-        asked = asyncio.ensure_future(self.front.shutdown.wait() if self.front else asyncio.Event().wait())
-        tasks: set[asyncio.Future[Any]] = {ended, opening, leaving, asked}
+        asked_for = self.front.shutdown if self.front else asyncio.Event()
+        waits: Any = (self.program.wait(), self.serve_front(self.front))
+        waits += (self.leaving.wait(), asked_for.wait())
+        ended, failed, leaving, asked = tasks = [asyncio.ensure_future(wait) for wait in waits]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            problem = opening.exception() if opening.done() else None
-            if not problem:
-                tasks.discard(opening)
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if isinstance(problem, UserError):
-                self.program.over = True
-                await self.conclude(problem.status, problem)
-            elif problem:
-                raise problem
+            if failed.done():
+                failed.result()
             elif ended.done() and not leaving.done():
                 await self.conclude(*ended.result())
             elif self.front and asked.done():  # by the front, before the kernel was there
-                self.ending = not self.front.restart
+                self.program.over = self.program.over or not self.front.restart
                 await self.front.drain(self.DRAIN)
                 self.send_exit(0)
+        except UserError as error:
+            self.program.over = True
+            await self.conclude(error.status, error)
         finally:
-            for task in (*tasks, opening):
+            for task in tasks:
                 task.cancel()
 
-    async def open_front(self, front: Front, nested: bool) -> None:
+    async def serve_front(self, front: Front | None) -> None:
         """Open Jupyter's ports and join them with the kernel as soon as it can be connected.
 
-        nested: below an agent, whose own run process has the front that says what is waited for.
+        Below an agent, whose own run process has the front that says what is waited for, the ports are opened
+        when the kernel is there.  Raises UserError; never returns.
         """
         import asyncio
 
-        hold = self.loop.call_later(self.HOLD, self.hold_no_longer, front)
+        def answer() -> None:
+            if front and front.state == "holding":  # it does not since there was something to show
+                front.wait(f"The {self.program.what} is starting.")
+
+        hold = self.loop.call_later(self.HOLD, answer)
+        nested = bool(self.launch.options.get("nested"))
         try:
-            if not nested:
+            if front and not nested:
                 await front.listen()
-            await self.program.ready()
+            while front and front.state != "live":
+                await self.program.ready()
+                if nested:
+                    await front.listen()
+                    nested = False
+                try:
+                    await front.go_live(self.program.connect)
+                except OSError:  # the kernel went away meanwhile
+                    await asyncio.sleep(0.1)
+            await asyncio.Event().wait()
         finally:
             hold.cancel()
-        if nested:
-            await front.listen()
-        while True:
-            try:
-                await front.go_live(self.program.connect)
-                return
-            except OSError:  # the kernel went away meanwhile
-                await asyncio.sleep(0.1)
-                await self.program.ready()
-
-    def hold_no_longer(self, front: Front) -> None:
-        """Let the front answer clients, unless it does since there was a state to show."""
-        if front.state == "holding":
-            front.wait(f"The {self.program.what} is starting.")
 
     async def conclude(self, status: int, reason: UserError | None) -> None:
         """Say why the kernel has ended, where that is remarkable, and let the run process end like it."""
@@ -6121,7 +5885,7 @@ class Service(Children):
         import asyncio
 
         error.name_kernel(self.launch.options.get("name", "NAME"))
-        log_end(self.launch.options.get("log", ""), status, None, self.head, self.connection.get("key", ""))
+        log_end(self.launch.options.get("log", ""), status, None, self.tail, self.connection.get("key", ""))
         if not (self.front and shows_failure(self.launch, self.connection)):
             if self.front:
                 self.front.close()
@@ -6142,13 +5906,12 @@ class Service(Children):
     def answered(self, status: int) -> bool:
         """Return whether the kernel ever answered, as far as that can be seen."""
         if not self.front:
-            return isinstance(self.program, LocalProgram) and self.program.answered()
+            return bool(used_ports(self.connection, self.program.host))
         return self.front.answered(status)
 
     def send_exit(self, status: int, reason: UserError | None = None) -> None:
         """Let the run process end with a status; the log gets the reason."""
-        log = self.launch.options.get("log", "")
-        log_end(log, status, reason, self.head, self.connection.get("key", ""))
+        log_end(self.launch.options.get("log", ""), status, reason, self.tail, self.connection.get("key", ""))
         self.channel.send({"exit": status, "error": None})
 
     def report(self, text: str) -> None:
@@ -6158,20 +5921,6 @@ class Service(Children):
         self.aside(write_patiently, 2, f"envkernel: {text}\n".encode(errors="replace"))
         append_log(self.launch.options.get("log", ""), text)
 
-    def leave(self) -> None:
-        """Serve the present run process no longer."""
-        if self.channel.sock.fileno() >= 0:
-            self.loop.remove_reader(self.channel.sock)
-        self.leaving.set()
-
-    def detach(self) -> None:
-        """Let go of a run process and of Jupyter: first the ports, then what waits for the end of a pipe."""
-        if self.front:
-            self.front.close()
-        drop_stdio((1, 2))
-        self.leave()
-        self.channel.sock.close()
-
     async def end(self) -> None:
         """End the program and clean up."""
         raise NotImplementedError
@@ -6180,8 +5929,7 @@ class Service(Children):
 class Keeper(Service):
     """Keeps a program: serves one run process, with `linger` one after the other, then cleans up."""
 
-    GRACE = 3.0
-    """Seconds that a kernel has for ending after it was asked to with a signal."""
+    visitors: asyncio.Queue[Any]
 
     def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
         super().__init__(program, launch, channel)
@@ -6190,7 +5938,6 @@ class Keeper(Service):
         self.membership: Membership | None = None
         self.locks: list[int] = []
         self.recipe = Recipe(self.supervision.directory)
-        self.visitor: tuple[Channel, dict[str, Any]] | None = None
 
     def begin(self) -> None:
         """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
@@ -6202,22 +5949,17 @@ class Keeper(Service):
         lock = take_lock(supervision.directory + ".lock")
         earlier = read_recipe(lock, supervision.directory + ".lock")
         self.locks = [lock, *(self.membership.locks if self.membership else ())]
-        self.recipe = Recipe(
-            supervision.directory,
-            os.getpid(),
-            time.monotonic(),
-            supervision.cleanup,
-            [*supervision.remove, *(copy for _, copy in supervision.copies)],
-            vars(supervision.shared) if supervision.shared else None,
-            supervision.container,
-        )
-        self.send_recipe()
-        if self.channel.is_closed():
+        recipe = self.recipe = Recipe(supervision.directory, os.getpid(), time.monotonic())
+        recipe.cleanup, recipe.container = supervision.cleanup, supervision.container
+        recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
+        recipe.shared = vars(supervision.shared) if supervision.shared else None
+        recipe.log = self.launch.options.get("log", "")
+        if not self.send_recipe(self.locks):
             raise UserError("Jupyter ended the kernel before it was started.")
         if earlier.started:
             end_session(earlier.session)
             for command in earlier.cleanup:
-                retry(command, self.environ, (0,))
+                retry(command, self.environ, 0)
         try:
             prepare(supervision)
             self.program.start()
@@ -6226,120 +5968,113 @@ class Keeper(Service):
             raise
         finally:
             os.chdir("/")
-        for recipe, lock in stale_recipes("" if supervision.shared else base):
-            start_cleaner(recipe, self.environ, [lock])
+        for stale, lock in stale_recipes("" if supervision.shared else base):
+            start_cleaner(stale, self.environ, [lock])
+            os.close(lock)
 
-    def send_recipe(self) -> None:
-        """Send the recipe to the run process, and write it where kernels can't change it."""
-        self.channel.send({"recipe": vars(self.recipe)}, self.locks)
+    def send_recipe(self, locks: Sequence[int] = ()) -> bool:
+        """Write the recipe where kernels can't, and send it; return whether anybody received it."""
         if not self.recipe.shared:
             text = to_json(vars(self.recipe))
             os.ftruncate(self.locks[0], os.pwrite(self.locks[0], text, 0))
+        return self.channel.send({"recipe": vars(self.recipe)}, locks)
 
     async def serve(self) -> None:
         """Serve one run process after the other until the program is over or no other comes."""
         import asyncio
         import signal
+        import socket
 
         self.loop = asyncio.get_running_loop()
         self.leaving = asyncio.Event()
+        self.visitors = asyncio.Queue()
         self.loop.add_signal_handler(signal.SIGCHLD, self.collect)
         self.loop.add_signal_handler(signal.SIGTERM, self.stop)
-        listener = self.listen() if self.program.linger else None
+        if self.program.linger:
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(self.supervision.directory + "/keeper")
+            listener.listen(8)
+            self.loop.add_reader(listener, self.on_visitor, listener)
         self.loop.add_reader(self.channel.sock, self.receive)
         while True:
             await self.serve_launch()
-            self.detach()
-            if not self.program.linger or self.ending or self.program.over or not await self.next_launch():
+            if self.front:
+                self.front.close()  # first the ports, then what waits for the end of a pipe
+            drop_stdio((1, 2))
+            self.leave()
+            self.channel.close()
+            if not self.program.linger or self.program.over or not await self.next_launch():
                 break
-        if listener:
-            self.loop.remove_reader(listener)
-            listener.close()
         await (self.cleaning or self.end())
 
     def receive(self) -> None:
-        """Follow the run process."""
+        """Follow the run process: signals that it got from Jupyter or a user, and its end."""
+        import signal
+
         messages = self.channel.receive()
         if messages is None:
             self.leave()
         for message in messages or ():
-            if "signal" in message:
-                self.take_signal(message["signal"])
-            if "end" in message:
+            number = message.get("signal", 0)
+            ends = number in (signal.SIGTERM, signal.SIGHUP)
+            if not number:  # Jupyter is gone
                 self.stop()
-
-    def take_signal(self, number: int) -> None:
-        """Act on a signal that Jupyter or a user sent to the run process."""
-        import signal
-
-        ends = number in (signal.SIGTERM, signal.SIGHUP)
-        if ends and (self.program.linger or self.program.over):
-            self.give_up(-number)
-        elif number != signal.SIGINT or not (self.front and self.front.interrupt()):
-            if ends and not self.wanted:
-                self.wanted = True
-                self.loop.call_later(self.GRACE, self.give_up)
-            self.program.send_signal(number)
+            elif ends and (self.program.linger or self.program.over):
+                self.give_up(-number)
+            elif number != signal.SIGINT or not (self.front and self.front.interrupt()):
+                if ends and not self.wanted:
+                    self.wanted = True
+                    self.loop.call_later(self.GRACE, self.give_up)
+                self.program.send_signal(number)
 
     def stop(self) -> None:
         """End without waiting for a restart: Jupyter is gone, or this process is asked to end."""
-        self.ending = True
+        self.program.over = True
+        self.visitors.put_nowait(None)
         self.give_up()
 
     def give_up(self, status: int = -15) -> None:
         """Let the run process end without waiting for the program."""
-        self.send_exit(status)
+        if not self.leaving.is_set():
+            self.send_exit(status)
         self.leave()
 
-    def listen(self) -> socket.socket:
-        """Listen for the run process of a restart."""
-        import asyncio
-        import socket
+    def leave(self) -> None:
+        """Serve the present run process no longer."""
+        if self.channel.sock.fileno() >= 0:
+            self.loop.remove_reader(self.channel.sock)
+        self.leaving.set()
 
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.supervision.directory + "/keeper")
-        listener.listen(8)
-        self.arrived = asyncio.Event()
-        self.loop.add_reader(listener, self.accept, listener)
-        return listener
-
-    def accept(self, listener: socket.socket) -> None:
-        """Let another run process in."""
+    def on_visitor(self, listener: socket.socket) -> None:
+        """Let another run process in; if it wants another launch than this one, this one has to end."""
         channel = Channel(listener.accept()[0])
-        self.loop.add_reader(channel.sock, self.on_visitor, channel)
-
-    def on_visitor(self, channel: Channel) -> None:
-        """Hear what another run process wants; if that is another launch, this one has to end."""
         messages = channel.receive()
-        self.loop.remove_reader(channel.sock)
-        if not messages or messages[0]["attach"] != self.program.digest:
-            channel.sock.close()
-            self.stop()
+        if messages and messages[0]["attach"] == self.program.digest:
+            self.visitors.put_nowait((channel, messages[0]))
+            self.leave()
         else:
-            self.visitor = (channel, messages[0])
-        self.leave()
-        self.arrived.set()
+            channel.close()
+            self.stop()
 
     async def next_launch(self) -> bool:
         """Wait for the run process of a restart and take over its stdio; return whether one came."""
         import asyncio
 
-        waiting = [asyncio.ensure_future(event) for event in (self.arrived.wait(), self.program.lost())]
-        await asyncio.wait(waiting, timeout=self.program.linger, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting:
-            task.cancel()
-        if self.ending or not self.visitor or not self.arrived.is_set():
+        arrival = asyncio.ensure_future(self.visitors.get())
+        lost = asyncio.ensure_future(self.program.lost())
+        await asyncio.wait({arrival, lost}, timeout=self.program.linger, return_when=asyncio.FIRST_COMPLETED)
+        lost.cancel()
+        if self.program.over or not arrival.done():
+            arrival.cancel()
             return False
-        self.channel, message = self.visitor
-        self.visitor, self.head, self.tail, self.wanted = None, b"", b"", False
-        self.arrived.clear()
+        self.channel, message = arrival.result()
+        self.tail, self.wanted = b"", False
         self.leaving.clear()
         for file, own in zip(self.channel.files, (1, 2)):
             os.dup2(file, own)
-            os.close(file)
         self.connection = message["connection"]
         self.launch.options.update(message["options"])
-        self.send_recipe()
+        self.send_recipe(self.locks)
         self.loop.add_reader(self.channel.sock, self.receive)
         await self.program.attach(self.connection)
         return True
@@ -6355,8 +6090,7 @@ def become_keeper(program: Program, launch: Launch, channel: Channel) -> NoRetur
     """Keep a program, in the process that was forked for it."""
     keeper = Keeper(program, launch, channel)
     try:
-        become_daemon()
-        drop_stdio([0])
+        become_daemon([0])
         keeper.begin()
         import asyncio
 
@@ -6369,7 +6103,7 @@ def become_keeper(program: Program, launch: Launch, channel: Channel) -> NoRetur
         write_patiently(2, traceback.format_exc().encode(errors="replace"))
         keeper.channel.send({"exit": 1, "error": None})
     try:
-        keeper.channel.sock.close()
+        keeper.channel.close()
         drop_stdio((1, 2))
         if keeper.locks:
             clean_up(keeper.recipe, keeper.environ, keeper.locks)
@@ -6388,14 +6122,15 @@ class RunProcess:
         self.program = program
         self.launch = launch
         self.recipe: Recipe | None = None
-        self.locks: list[int] = []
+        named = os.environ.get("JPY_PARENT_PID", "")
+        self.jupyter = int(named) if named.isdigit() else 0
+        self.jupyter_start = process_stat(self.jupyter)[18:19] or [0]  # 0: it is gone already
         self.wake, end = os.pipe()
         for file in (self.wake, end):
             os.set_blocking(file, False)
         signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         for name in self.SIGNALS:
             signal.signal(getattr(signal, "SIG" + name), _ignore)
-        self.attached = False
         self.channel = self.attach() or self.fork()
 
     def attach(self) -> Channel | None:
@@ -6412,7 +6147,6 @@ class RunProcess:
         options = {name: self.launch.options.get(name, "") for name in ("log", "notice")}
         message = {"attach": self.program.digest, "connection": self.program.supervision.connection}
         channel.send({**message, "options": options}, (1, 2))
-        self.attached = True
         return channel
 
     def fork(self) -> Channel:
@@ -6420,7 +6154,6 @@ class RunProcess:
         import gc
         import socket
 
-        self.attached = False
         near, far = socket.socketpair()
         gc.freeze()  # so that the two go on sharing their memory
         if not os.fork():
@@ -6433,28 +6166,21 @@ class RunProcess:
         """Serve until the kernel has ended; return the exit status.  Raises UserError for the notebook."""
         import select
 
-        poller = select.poll()
-        poller.register(self.wake, select.POLLIN)
-        jupyter = JupyterProcess()
-        if jupyter.file >= 0:
-            poller.register(jupyter.file, select.POLLIN)
         asked = 0
         while asked < 3:  # seconds that the keeper has for ending, where Jupyter is gone
-            poller.register(self.channel.sock, select.POLLIN)
-            ready = dict(poller.poll(1000 if asked or (jupyter.pid and jupyter.file < 0) else None))
+            files = [self.wake, self.channel.sock.fileno()]
+            ready = select.select(files, [], [], 1 if self.jupyter else None)[0]
             if self.wake in ready:
                 for number in os.read(self.wake, 64):
                     self.channel.send({"signal": number})
-            end = self.receive() if self.channel.sock.fileno() in ready else None
+            end = self.receive() if files[1] in ready else None
             if end:
                 if end["error"]:
                     raise UserError(**end["error"])
                 status = int(end["exit"])
                 return status if status >= 0 else 128 - status
-            if jupyter.is_gone(ready):
-                if jupyter.file in ready:
-                    poller.unregister(jupyter.file)
-                self.channel.send({"end": True})
+            if self.jupyter and process_stat(self.jupyter)[18:19] != self.jupyter_start:
+                self.channel.send({"signal": 0})
                 asked += 1
         return 143
 
@@ -6463,29 +6189,17 @@ class RunProcess:
         messages = self.channel.receive()
         for message in messages or ():
             if "recipe" in message:
-                self.close_locks()
-                self.recipe, self.locks = Recipe(**message["recipe"]), self.channel.files
-                self.channel.files = []
+                self.recipe = Recipe(**message["recipe"])
             if "exit" in message:
                 return message
-        if messages is None and not self.recipe and self.attached:
+        if messages is None and not self.recipe:
             self.channel = self.fork()  # it was just about to end
-        elif messages is None:
-            what = self.program.what
-            print_error(
-                UserError(f"The process that keeps the {what} was killed.", "Start the kernel again.")
-            )
-            if self.recipe:
-                start_cleaner(self.recipe, self.program.plan.environ, self.locks)
-                self.locks = []
+        elif messages is None and self.recipe:
+            text = f"The process that keeps the {self.program.what} was killed."
+            print_error(UserError(text, "Start the kernel again."))
+            start_cleaner(self.recipe, self.program.plan.environ, self.channel.files)
             return {"exit": 1, "error": None}
         return None
-
-    def close_locks(self) -> None:
-        """Leave the locks to the keeper."""
-        for lock in self.locks:
-            os.close(lock)
-        self.locks = []
 
     def close(self) -> None:
         """Leave the rest to the keeper, and the signals to what comes next in this process."""
@@ -6494,33 +6208,7 @@ class RunProcess:
         signal.set_wakeup_fd(-1)
         for name in self.SIGNALS:
             signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
-        self.close_locks()
-        self.channel.sock.close()
-
-
-class JupyterProcess:
-    """The process that started this one, by JPY_PARENT_PID: where it is gone, somebody else is the parent."""
-
-    def __init__(self) -> None:
-        named = os.environ.get("JPY_PARENT_PID", "")
-        self.pid = int(named) if named.isdigit() else 0
-        self.start = process_start_time(self.pid)
-        self.file = -1
-        try:
-            if self.pid and hasattr(os, "pidfd_open"):
-                self.file = os.pidfd_open(self.pid)
-        except OSError:  # gone, or Linux before 5.3
-            return
-
-    def is_gone(self, ready: Collection[int]) -> bool:
-        """Return whether it has ended.  ready: the files that can be read."""
-        if not self.pid or self.file in ready:
-            return bool(self.pid)
-        try:
-            os.kill(self.pid, 0)
-        except OSError as error:
-            return isinstance(error, ProcessLookupError)
-        return process_start_time(self.pid) != self.start
+        self.channel.close()
 
 
 def keep(program: Program, launch: Launch) -> int:
@@ -7414,7 +7102,7 @@ class JobProgram(Program):
         if len(base) > 60:  # the path of a unix socket has 107 bytes
             base = private_base(os.environ, "tmp", host)
         super().__init__(plan, Supervision(f"{base}/job-{kernel_key(path)}", connection=connection), host)
-        self.job, self.linger = job, job.linger
+        self.job, self.linger, self.has_front = job, job.linger, True
         # ports may change at a restart; the key does not, and crosses the network only with the job
         secrets = [connection.get(name) for name in ("key", "curve_publickey", "curve_secretkey")]
         same = repr((job.argv, vars(job.launch), secrets))
@@ -8789,12 +8477,12 @@ def execute(plan: Plan, launch: Launch, host: Host) -> int:
     if not plan.supervision and launch.options.get("earlier"):
         plan = watched(plan, launch, host)
     if plan.supervision:
-        return keep(LocalProgram(plan, plan.supervision, host), launch)
-    # the one private module: signal costs each start 70 % of what the bare interpreter needs
-    import _signal  # type: ignore[import-not-found]
+        return keep(Program(plan, plan.supervision, host), launch)
+    if not os.path.basename(plan.argv[0]).startswith("python"):  # Python ignores these signals anyway
+        import signal  # takes half as long as all of the bare interpreter
 
-    for number in IGNORED_BY_PYTHON:
-        _signal.signal(number, _signal.SIG_DFL)
+        for number in IGNORED_BY_PYTHON:
+            signal.signal(number, signal.SIG_DFL)
     try:
         os.execve(plan.argv[0], plan.argv, plan.environ)
     except OSError as error:

@@ -312,17 +312,16 @@ PACKED = ["bin/activate", "./bin/python", "lib/python3.11/site-packages/skein/__
 IPYKERNEL = "lib/python3.11/site-packages/ipykernel_launcher.py"
 
 
-def yarn_facts(names: list[str] | None, **given: Any) -> FakeHost:
-    world = FakeHost(programs={"/usr/bin/java", "/usr/bin/yarn", "/cwd/e.tar.gz"}, **given)
-    world.archive_names = lambda path: names  # type: ignore[method-assign]
-    return world
+YARN_PROGRAMS = ("/usr/bin/java", "/usr/bin/yarn", "/cwd/e.tar.gz")
+YARN_HOST = FakeHost(programs=YARN_PROGRAMS)
 
 
 def yarn_setup(
     names: list[str] | None, options: dict[str, Any], path: str = "/usr/bin", **given: Any
 ) -> Step:
-    world = yarn_facts(names, **given)
-    return envkernel.setup_yarn(Step("yarn", options, ["e.tar.gz"]), world, {"PATH": path}, {})
+    world = FakeHost(programs=YARN_PROGRAMS, **given)
+    with unittest.mock.patch.object(envkernel, "archive_names", return_value=names):
+        return envkernel.setup_yarn(Step("yarn", options, ["e.tar.gz"]), world, {"PATH": path}, {})
 
 
 def queue_answers(status: int, out: bytes, queue: str = "default") -> dict[Any, Output]:
@@ -386,7 +385,7 @@ def test_yarn_plan() -> None:
         "environment": "/cwd/e.tar.gz",
         "files": {"a": "/a", "envkernel.py": os.path.abspath(envkernel.__file__)},
     }
-    assert envkernel.plan_yarn(step, Plan(COMMAND, environ), yarn_facts(None), rest) == Plan(
+    assert envkernel.plan_yarn(step, Plan(COMMAND, environ), YARN_HOST, rest) == Plan(
         argv,
         {"HADOOP_CONF_DIR": "/c"},
         where="the YARN container",
@@ -394,7 +393,7 @@ def test_yarn_plan() -> None:
         job=envkernel.YarnJob(argv, {"HADOOP_CONF_DIR": "/c"}, rest, step.options, spec),
     )
     with pytest.raises(envkernel.UserError, match=r"There is no /gone.tar.gz any more"):
-        envkernel.plan_yarn(step.replace(targets=["/gone.tar.gz"]), Plan([], {}), yarn_facts(None), rest)
+        envkernel.plan_yarn(step.replace(targets=["/gone.tar.gz"]), Plan([], {}), YARN_HOST, rest)
 
 
 def test_yarn_state() -> None:

@@ -430,14 +430,14 @@ def test_a_missing_module_is_looked_for_with_the_python_itself(where):
 
 
 @pytest.mark.parametrize(("reported", "refused"), [(b"3.8.18 (x)\n", True), (b"3.11.7 (x)\n", False)])
-def test_a_virtualenv_that_is_there_keeps_its_python_or_is_refused(reported, refused):
+def test_a_virtualenv_that_is_there_keeps_its_python_or_is_refused(reported, refused, monkeypatch):
     ask = ("-c", "import sys; print(sys.version)")
     answers = {
         ("/v/bin/python", *ask): Output(0, b"3.11.7 (x)\n", b""),
         ("/o/python", *ask): Output(0, reported, b""),
     }
     host = FakeHost({"/v/bin/activate": b""}, ["/v/bin/python"], answers, sourced={"VIRTUAL_ENV": "/v"})
-    host.create_virtualenv = lambda path, python: None
+    monkeypatch.setattr(envkernel, "create_virtualenv", lambda path, python, host: None)
     step, common = Step("virtualenv", {"create": True}, ["/v"]), {"python": "/o/python"}
     if refused:
         with pytest.raises(UserError, match="/v is there already and has Python 3"):

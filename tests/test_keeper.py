@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -23,10 +24,10 @@ DRIVER = """
 import json, os, sys
 import envkernel
 
-class Lingering(envkernel.LocalProgram):
+class Lingering(envkernel.Program):
     # Survives its run process as a job does; a restart is a new process.
 
-    linger, digest, what = 8.0, "digest", "job"
+    digest, what = "digest", "job"
 
     async def attach(self, connection):
         os.kill(self.pid, 9)
@@ -49,7 +50,8 @@ plan = envkernel.Plan(reported.pop("argv"), {**os.environ, **reported.pop("envir
 supervision.files = [(path, text.encode()) for path, text in supervision.files]
 try:
     launch = envkernel.Launch([], [], reported["options"])
-    program = Lingering if launch.options.get("linger") else envkernel.LocalProgram
+    Lingering.linger = launch.options.get("linger", 0)
+    program = Lingering if Lingering.linger else envkernel.Program
     sys.exit(envkernel.keep(program(plan, supervision, envkernel.Host()), launch))
 except envkernel.UserError as error:
     envkernel.print_error(error)
@@ -89,6 +91,8 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    with contextlib.suppress(OSError, ValueError):  # one that waits for a restart
+        os.kill(json.loads(Path(f"{directory}.lock").read_text())["session"], signal.SIGTERM)
     assert until(lambda: not directory.parent.exists(), 10)
 
 
@@ -376,20 +380,20 @@ def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
     assert "chmod 700" in caught.value.hint
 
 
-def test_copy_keeps_links_and_leaves_pipes_out(tmp_path: Path) -> None:
+def test_copy_keeps_links_and_is_not_stopped_by_pipes(tmp_path: Path) -> None:
     source = tmp_path / "a"
     source.mkdir()
     (source / "file").write_text("text")
     (source / "link").symlink_to("file")
     os.mkfifo(source / "pipe")
-    envkernel.copy_directory(str(source), str(tmp_path / "b"))
-    assert sorted(os.listdir(tmp_path / "b")) == ["file", "link"]
-    assert os.readlink(tmp_path / "b" / "link") == "file"
+    envkernel.make_copies([(str(source), str(tmp_path / "base" / "b"))])
+    assert sorted(os.listdir(tmp_path / "base" / "b")) == ["file", "link", "pipe"]
+    assert os.readlink(tmp_path / "base" / "b" / "link") == "file"
 
 
 def test_copy_of_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(envkernel.UserError, match="No such file"):
-        envkernel.copy_directory(str(tmp_path / "a"), str(tmp_path / "b"))
+    with pytest.raises(envkernel.UserError, match=r"can't be copied to .*: No such file"):
+        envkernel.make_copies([(str(tmp_path / "a"), str(tmp_path / "base" / "b"))])
 
 
 def test_a_helper_in_a_group_of_its_own_goes_too(tmp_path: Path, launch: Any) -> None:
@@ -415,14 +419,30 @@ def test_signals_can_go_to_the_members_of_the_group_alone(tmp_path: Path, launch
         assert until(lambda count=count: mark.exists() and mark.read_text() == "kernel " * count)
 
 
-def test_a_private_directory_whose_parent_is_being_removed(tmp_path: Path) -> None:
-    """As where a kernel joins a shared container just when the last one leaves it."""
+def test_a_private_directory_and_what_is_above_it(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    envkernel.private_directory(str(base / "shared"), str(base))
+    envkernel.private_directory(str(base / "shared"))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (base, base / "shared")] == [0o700, 0o700]
+    (tmp_path / "file").write_text("")
     with pytest.raises(envkernel.UserError, match="can't be made"):
-        envkernel.private_directory(str(tmp_path / "no" / "no" / "no"), str(tmp_path / "no" / "no"))
-    assert not (tmp_path / "no").exists()
+        envkernel.private_directory(str(tmp_path / "file" / "no"))
+
+
+def test_no_session_is_not_that_of_others(monkeypatch: Any) -> None:
+    """Session 0 is that of the kernel's threads, and of what another PID namespace has started."""
+    killed: list[int] = []
+    monkeypatch.setattr(envkernel, "send_signals", lambda pids, number: killed.extend(pids))
+    assert not envkernel.end_session(0)
+    assert killed == []
+
+
+def test_a_cleanup_that_never_succeeds_is_given_up(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    began = time.monotonic()
+    assert not envkernel.retry(["/bin/sh", "-c", 'echo x >> "$0"; false', str(mark)], {}, 2)
+    assert not envkernel.retry(["/no/such/program"], {}, 0)
+    assert time.monotonic() - began < 4
+    assert mark.read_text() == "x\nx\n"
 
 
 def test_a_restart_finds_the_keeper_that_lingers(tmp_path: Path, launch: Any) -> None:
@@ -434,7 +454,7 @@ def test_a_restart_finds_the_keeper_that_lingers(tmp_path: Path, launch: Any) ->
         first += "; [os.path.exists(p) and os.unlink(p) for p in [{!r} + str(n) for n in range(1, 6)]]"
         pid_file = tmp_path / "pid"
         argv = kernel.argv(first=(first % str(pid_file)).format(kernel.path + "-"))
-        options = {"linger": True}
+        options = {"linger": 600.0}  # however slow the machine is
         process = launch(argv, connection=kernel.connection, relay=kernel.relay, options=options)
         client = kernel.client("shell")
         client.settimeout(10)
@@ -448,7 +468,16 @@ def test_a_restart_finds_the_keeper_that_lingers(tmp_path: Path, launch: Any) ->
         assert client.recv(5) == b""
         client.close()
     assert len(set(keepers)) == 1
+    os.kill(keepers[0], signal.SIGTERM)
     assert until(lambda: not psutil.pid_exists(keepers[0]), 15)
+
+
+def test_a_keeper_lingers_no_longer_than_that(tmp_path: Path, launch: Any) -> None:
+    pid_file = tmp_path / "pid"
+    process = launch(python(SLEEPER.format(str(pid_file))), options={"linger": 0.5})
+    keeper = psutil.Process(read_pid(pid_file)).parent()
+    process.kill()
+    assert until(lambda: not keeper.is_running(), 10)
 
 
 def test_the_end_of_jupyter_does_not_wait_for_a_restart(tmp_path: Path, launch: Any) -> None:
@@ -456,7 +485,7 @@ def test_the_end_of_jupyter_does_not_wait_for_a_restart(tmp_path: Path, launch: 
     jupyter = subprocess.Popen(["sleep", "60"])
     environ = {"JPY_PARENT_PID": str(jupyter.pid)}
     with unittest.mock.patch.dict(os.environ, environ):
-        process = launch(python(SLEEPER.format(str(pid_file))), options={"linger": True})
+        process = launch(python(SLEEPER.format(str(pid_file))), options={"linger": 600.0})
     program = psutil.Process(read_pid(pid_file))
     jupyter.kill()
     jupyter.wait()
