@@ -4485,7 +4485,6 @@ class Host:
         return os.path.realpath(path)
 
     def is_executable(self, path: str) -> bool:
-        """Return whether `path` is a file that this user may execute."""
         return os.path.isfile(path) and os.access(path, os.X_OK)
 
     def absolute(self, path: str) -> str:
@@ -4514,7 +4513,7 @@ class Host:
         """Run a program with no stdin; return what it said.  Raises UserError where it can't be started."""
         out, err = _scratch_file(), _scratch_file()
         try:
-            status = os.waitpid(spawn(argv, environ, out=out, err=err, own_group=False), 0)[1]
+            status = os.waitpid(spawn(argv, environ, out=out, err=err, group=os.getpgrp()), 0)[1]
             return Output(exit_status(status), _read_all(out), _read_all(err))
         finally:
             os.close(out)
@@ -4548,7 +4547,7 @@ class Host:
 
     def login_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of a login shell, empty where there is no bash."""
-        return bash_environ(["-l", "-c", "exec /usr/bin/env -0 >&237"], environ, self.quiet)
+        return bash_environ(["-c", LOGIN], environ, self.quiet)
 
     def warn(self, text: bytes) -> None:
         """Pass on to stderr what a program said there."""
@@ -4756,7 +4755,11 @@ class TimedHost(Host):
         return Output(done.returncode, done.stdout, done.stderr)
 
 
+LOGIN = "exec 237>&1 >&2; exec /bin/bash -l -c 'exec /usr/bin/env -0 >&237'"
+"""Prints the environment of a login shell; what its scripts print goes to stderr."""
+
 SOURCING = """
+exec 237>&1 >&2
 __envkernel=("$@"); set --
 for ((__envkernel_at = 0; __envkernel_at < ${#__envkernel[@]}; __envkernel_at += 3)); do
     case ${__envkernel[__envkernel_at]} in
@@ -4773,12 +4776,10 @@ system printed for a shell."""
 
 
 def bash_environ(words: Sequence[str], environ: Mapping[str, str], quiet: bool) -> dict[str, str]:
-    """Return the environment that bash writes to descriptor 237, empty where it wrote none."""
+    """Return the environment that bash writes to its stdout, empty where it wrote none."""
     file = _scratch_file()
-    errors = -1 if quiet else 2
     try:
-        pid = spawn(["/bin/bash", *words], environ, -1, errors, errors, result=file, own_group=False)
-        os.waitpid(pid, 0)
+        os.waitpid(spawn(["/bin/bash", *words], environ, -1, file, -1 if quiet else 2, os.getpgrp()), 0)
         entries = os.fsdecode(_read_all(file)).split("\0")
     finally:
         os.close(file)
@@ -4822,21 +4823,18 @@ def spawn(
     stdin: int = -1,
     out: int = 1,
     err: int = 2,
-    result: int = -1,
-    own_group: bool = True,
+    group: int = 0,
 ) -> int:
-    """Start a program, in a process group of its own; return its pid.  Raises UserError where it can't be.
+    """Start a program in a process group, 0 for its own; return its pid.  Raises UserError.
 
-    stdin, out, err: its files, -1 for none.  result: what it has as descriptor 237, if that is not -1.
+    stdin, out, err: its files, -1 for none.
     """
-    first: Any = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0)
-    if stdin >= 0:
-        first = (os.POSIX_SPAWN_DUP2, stdin, 0)
-    copies = [(result, 237)] * (result >= 0) + [(max(err, 0), 2), (max(out, 0), 1)]
-    more: dict[str, Any] = {"file_actions": [first, *((os.POSIX_SPAWN_DUP2, *copy) for copy in copies)]}
-    more["setpgroup"] = 0 if own_group else os.getpgrp()
+    null: Any = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0)
+    actions = [null] if stdin < 0 else [(os.POSIX_SPAWN_DUP2, stdin, 0)]
+    actions += [(os.POSIX_SPAWN_DUP2, max(file, 0), to) for file, to in ((err, 2), (out, 1))]
+    more: dict[str, Any] = {"file_actions": actions, "setpgroup": group, "setsigmask": ()}
     try:
-        return os.posix_spawn(argv[0], [*argv], environ, setsigmask=(), setsigdef=IGNORED_BY_PYTHON, **more)
+        return os.posix_spawn(argv[0], [*argv], environ, setsigdef=IGNORED_BY_PYTHON, **more)
     except OSError as error:
         raise cannot_start(argv[0], error) from None
 
@@ -5191,7 +5189,6 @@ def remove_tree(path: str) -> None:
 
 
 def remove_empty(directory: str) -> None:
-    """Remove a directory if nothing is in it."""
     try:
         os.rmdir(directory)
     except OSError:
@@ -5240,15 +5237,12 @@ def process_stat(pid: int) -> list[int]:
             state, *fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return []
-    return [] if state in b"ZX" else list(map(int, fields))
+    return [] if state in b"ZX" else [*map(int, fields)]
 
 
 def find_processes(is_wanted: Callable[[int], bool]) -> list[int]:
-    """Return the processes of this machine that are wanted, none where there is no /proc."""
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit() and is_wanted(int(name))]
-    except OSError:
-        return []
+    """Return the processes of this machine that are wanted."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and is_wanted(int(name))]
 
 
 def send_signals(pids: Sequence[int], number: int) -> None:
@@ -5261,16 +5255,13 @@ def send_signals(pids: Sequence[int], number: int) -> None:
 
 
 def group_members(group: int) -> list[int]:
-    """Return the members of a process group but its leader and the init of a PID namespace.
-
-    Both pass a signal on, and the kernel would get it twice.
-    """
+    """Return the members of a process group but its leader and an init, which both pass signals on."""
 
     def is_member(pid: int) -> bool:
         if pid == group or process_stat(pid)[1:2] != [group]:
             return False
-        status = (Host().read(f"/proc/{pid}/status") or b"").partition(b"\nNSpid:")[2]
-        return status.partition(b"\n")[0].split()[1:][-1:] != [b"1"]
+        numbers = (Host().read(f"/proc/{pid}/status") or b"").partition(b"\nNSpid:")[2].partition(b"\n")[0]
+        return numbers.split()[1:][-1:] != [b"1"]
 
     return find_processes(is_member)
 
@@ -5415,10 +5406,8 @@ def watched(plan: Plan, launch: Launch, host: Host) -> Plan:
 class Recipe(Record):
     """What has to be done when a kernel is over, as plain data: it travels, and is kept in the lock file.
 
-    directory: the private one; the lock's path is this with ``.lock`` added.  session: that of everything
-    the keeper starts, 0 for none.  started: when (time.monotonic), 0 where only files are to be removed.
-    cleanup: commands.  remove: files and directories.  shared: the container of several kernels.
-    container: the name of one of podman's.  log: of the launch.
+    session: that of everything the keeper starts, 0 for none.  started: when (time.monotonic), 0 where only
+    files are to be removed.  log: of the launch.  The others: as in `Supervision`.
     """
 
     directory: str
@@ -5463,7 +5452,7 @@ def container_monitors(name: str) -> list[int]:
 
     def is_monitor(pid: int) -> bool:
         words = (Host().read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
-        return os.path.basename(words[0]) == b"conmon" and os.fsencode(name) in words
+        return words[0].endswith(b"/conmon") and os.fsencode(name) in words
 
     return find_processes(is_monitor) if name else []
 
@@ -5517,16 +5506,15 @@ def stale_recipes(base: str) -> Iterator[tuple[Recipe, int]]:
 
     base: the directory of the private ones.  Who lives holds a lock.
     """
-    import contextlib
     import fcntl
+    from contextlib import suppress
 
     for name in Host().listdir(base):
-        if not name.endswith(".lock"):
-            continue
-        with contextlib.suppress(OSError), open(f"{base}/{name}", "r+b", 0) as file:
+        path = f"{base}/{name}"
+        with suppress(OSError), open(path if name.endswith(".lock") else "", "r+b", 0) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_nlink:
-                yield read_recipe(file.fileno(), f"{base}/{name}"), os.dup(file.fileno())
+                yield read_recipe(file.fileno(), path), os.dup(file.fileno())
 
 
 def read_recipe(lock: int, path: str) -> Recipe:
@@ -5545,7 +5533,7 @@ def remove_stale(base: str, environ: Mapping[str, str]) -> None:
 
 
 class Channel:
-    """Messages between run process and keeper: lines of JSON, and file descriptors (unix(7), SCM_RIGHTS)."""
+    """Messages between run process and keeper: lines of JSON, and `files` (unix(7), SCM_RIGHTS)."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -5571,10 +5559,7 @@ class Channel:
         self.files = []
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Return the messages that have arrived, waiting for some; None where the other side is gone.
-
-        Their file descriptors are added to `files`.
-        """
+        """Return the messages that have arrived, waiting for some; None where the other side is gone."""
         import array
         import socket
 
@@ -5624,17 +5609,17 @@ class Program:
 
     def start(self) -> None:
         """Start it with the keeper as its Jupyter, before asyncio is imported.  Raises UserError."""
+        supervision, environ = self.supervision, dict(self.plan.environ)
         if self.keeper.membership:
-            said = self.keeper.membership.have_container(self.plan.environ, self.host)
+            said = self.keeper.membership.have_container(environ, self.host)
             if said.status:
                 text = os.fsdecode(said.err)
-                reason = self.supervision.explain and self.supervision.explain(said.status, text, self.host)
+                reason = supervision.explain and supervision.explain(said.status, text, self.host)
                 raise reason or ended_error(said.status, self.plan.where, text)
-        environ = dict(self.plan.environ)
         if "JPY_PARENT_PID" in environ:
             environ["JPY_PARENT_PID"] = str(os.getpid())
-        if self.supervision.litter:
-            os.chdir(self.supervision.directory)
+        if supervision.litter:
+            os.chdir(supervision.directory)
         self.stderr, end = os.pipe()
         self.pid = spawn(self.plan.argv, environ, err=end)
         os.close(end)
@@ -5707,20 +5692,17 @@ class Program:
         status = await self.keeper.exited(self.pid)
         self.over = True
         await asyncio.wait({stderr}, timeout=1)
-        reason = None
-        if status and self.supervision.explain and not self.keeper.wanted:
-            said = self.keeper.tail.decode("utf-8", "replace")
-            reason = await self.keeper.aside(self.supervision.explain, status, said, self.host)
-        return status, reason
+        if not status or not self.supervision.explain or self.keeper.wanted:
+            return status, None
+        said = self.keeper.tail.decode("utf-8", "replace")
+        return status, await self.keeper.aside(self.supervision.explain, status, said, self.host)
 
     async def attach(self, connection: Mapping[str, Any]) -> None:
         """Start the kernel again for the run process of a restart, with its connection file."""
 
     async def lost(self) -> None:
         """Return when no other launch can use it any more, while it waits for one."""
-        import asyncio
-
-        await asyncio.Event().wait()
+        await self.keeper.loop.create_future()
 
     async def end(self) -> None:
         """End it gracefully; after that the keeper kills what is left in its session."""
@@ -5749,11 +5731,10 @@ class Children:
         reader = asyncio.StreamReader(1 << 13)
         protocol = asyncio.StreamReaderProtocol(reader)
         await self.loop.connect_read_pipe(lambda: protocol, open(file, "rb", 0))
-        while True:
-            text = await reader.read(1 << 13)
-            if not text:
-                return
+        text = await reader.read(1 << 13)
+        while text:
             await self.aside(write_patiently, target, learn(text))
+            text = await reader.read(1 << 13)
 
     def on_stderr(self, text: bytes) -> bytes:
         """Keep the end of what the program says on stderr."""
@@ -5780,8 +5761,7 @@ class Children:
 class Service(Children):
     """Serves one run process: Jupyter's ports, until the kernel has ended or nobody wants it any more.
 
-    leaving: set when the run process is gone, or shall be served no longer.
-    wanted: somebody wants the kernel to end.
+    leaving: set when the run process is gone, or shall be served no longer.  wanted: to end the kernel.
     """
 
     HOLD = 3.0  # seconds before clients that connect are answered by the front
@@ -5809,8 +5789,7 @@ class Service(Children):
             kernel = kernel_profile(self.launch, self.environ)
             self.front = Front(self.connection, kernel, self.launch.options.get("notice", ""))
         asked_for = self.front.shutdown if self.front else asyncio.Event()
-        waits: Any = (self.program.wait(), self.serve_front(self.front))
-        waits += (self.leaving.wait(), asked_for.wait())
+        waits: Any = self.program.wait(), self.serve_front(self.front), self.leaving.wait(), asked_for.wait()
         ended, failed, leaving, asked = tasks = [asyncio.ensure_future(wait) for wait in waits]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -5855,7 +5834,7 @@ class Service(Children):
                     await front.go_live(self.program.connect)
                 except OSError:  # the kernel went away meanwhile
                     await asyncio.sleep(0.1)
-            await asyncio.Event().wait()
+            await self.loop.create_future()
         finally:
             hold.cancel()
 
@@ -6126,8 +6105,7 @@ class RunProcess:
         self.jupyter = int(named) if named.isdigit() else 0
         self.jupyter_start = process_stat(self.jupyter)[18:19] or [0]  # 0: it is gone already
         self.wake, end = os.pipe()
-        for file in (self.wake, end):
-            os.set_blocking(file, False)
+        os.set_blocking(end, False)
         signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         for name in self.SIGNALS:
             signal.signal(getattr(signal, "SIG" + name), _ignore)
@@ -6217,8 +6195,7 @@ def keep(program: Program, launch: Launch) -> int:
     Raises UserError where it can't be started, or ended before the kernel ever answered.
     """
     earlier = os.fsdecode(program.host.read(launch.options.get("earlier", "")) or b"")
-    reasons = [line[len("reason: ") :] for line in earlier.splitlines() if line.startswith("reason: ")]
-    launch.options["notice"] = "".join(reasons)
+    launch.options["notice"] = earlier.partition("\nreason: ")[2].partition("\n")[0]
     run_process = RunProcess(program, launch)
     try:
         return run_process.serve()
