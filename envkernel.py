@@ -7622,6 +7622,9 @@ class End:
     def data_received(self, data: bytes) -> None:
         self.on_data(data)
 
+    def eof_received(self) -> None:
+        """Let asyncio close the connection, which calls `connection_lost`."""
+
     def pause_writing(self) -> None:
         self.is_full = True
         if self.peer:
