@@ -304,7 +304,7 @@ class Plan(Record):
     argv, environ: the program that takes this process's place, or runs below it where there is `supervision`
     (for the keeper) or a `job` (on a cluster).  search: the directories in which a bare program name has to
     be found; None: not on this host.  where: their name in messages.  install: how to install ``%s`` there.
-    given: the variables of ``--env``.  inside: how a command is run once in a container; empty for none.
+    given: the variables of ``--env``.  probe: how a command is run once in a container; empty for none.
     """
 
     argv: list[str]
@@ -314,7 +314,7 @@ class Plan(Record):
     install: str = "install %s"
     supervision: Supervision | None = None
     given: dict[str, str] = {}
-    inside: list[str] = []
+    probe: list[str] = []
     job: Job | None = None
 
 
@@ -1368,47 +1368,45 @@ register(
 INSIDE = "/run/envkernel"
 """Where a kernel's private directory appears inside of its container."""
 
+APPTAINER_PROGRAMS = {"apptainer": ("apptainer", "singularity"), "singularity": ("singularity", "apptainer")}
+"""Which programs run a mode's containers: its own, or else the other one of the same family."""
+
 CONTAINER_OPTIONS = [
-    Option(
-        "--bind",
-        "Show a directory or file of this machine in the container, by default at the same path; repeatable.",
-        "SRC[:DST[:ro]]",
-        many=True,
-        run=True,
-    ),
+    Option("--bind", "Show a directory or file inside; repeatable.", "SRC[:DST[:ro]]", many=True, run=True),
     Option("--pwd", "Show the notebook's directory in the container and start the kernel there.", run=True),
     Option("--workdir", "Directory inside the container to start the kernel in.", "DIR", run=True),
     Option("--copy-workdir", "Like --pwd, with a copy that is removed with the kernel.", run=True),
+    Option("--mount", "As the engine's; `,copy` mounts a copy; repeatable.", "SPEC", many=True, run=True),
     Option("--gpu", "Let the kernel use this machine's GPUs.", run=True),
+    Option("--engine", "Program that runs the container (default: the mode's own).", "PROGRAM", run=True),
+    Option("--build", "Build the image of this directory or FILE.def, at each update again.", "PATH"),
+    Option("--build-option", "One argument for the engine's build; repeatable.", "TOKEN", many=True),
+    Option(
+        "--pull",
+        "When to fetch the image (default: a missing one, after a question at a terminal).",
+        "WHEN",
+        choices=("missing", "always", "never"),
+    ),
+    Option("--shared", "Run all kernels of this kernelspec in one container.", run=True),
+    Option("--keep", "With --shared: leave it running after the last kernel.", run=True),
+    Option(
+        "--transport",
+        "How the kernel is reached: unix sockets (default where setup sees that they work) or tcp.",
+        "HOW",
+        choices=("ipc", "tcp"),
+        run=True,
+    ),
     recorded("--program", "The engine's program.", "PATH"),
     recorded("--place", "Where private directories go.", "WHERE"),
     recorded("--reach", "How setup reached the kernel.", "HOW"),
+    recorded("--identity", "Who the kernel is inside.", "WHO"),
+    recorded("--guest", "Number of the other user on this machine.", "UID"),
+    recorded("--no-host-network", "The engine does not share the host's network."),
+    recorded("--no-selinux", "Switch SELinux labels off."),
+    recorded("--init", "The engine has an init."),
+    recorded("--runscript", "Run what the image runs by itself."),
 ]
-CONTAINER_OPTIONS += [
-    option.replace(group="engine")
-    for option in (
-        Option("--engine", "Program that runs the container (default: the mode's own).", "PROGRAM", run=True),
-        Option("--build", "Build the image of this directory or FILE.def, at each update again.", "PATH"),
-        Option(
-            "--pull",
-            "When to fetch the image (default: a missing one, after a question at a terminal).",
-            "WHEN",
-            choices=("missing", "always", "never"),
-        ),
-        Option("--shared", "Run all kernels of this kernelspec in one container.", run=True),
-        Option("--keep", "With --shared: leave it running after the last kernel.", run=True),
-        Option(
-            "--transport",
-            "How the kernel is reached: unix sockets (default where setup sees that they work) or tcp.",
-            "HOW",
-            choices=("ipc", "tcp"),
-            run=True,
-        ),
-        Option("--build-option", "One argument for the engine's build; repeatable.", "TOKEN", many=True),
-        Option("--mount", "As the engine's; `,copy` mounts a copy; repeatable.", "SPEC", many=True, run=True),
-    )
-]
-"""Options of all container modes."""
+"""Options of all container modes; what is recorded is known to some engines only."""
 
 
 class Bind(Record):
@@ -1420,30 +1418,30 @@ class Bind(Record):
         self.options = options
 
     def __str__(self) -> str:
-        paths = [self.source, self.target]
-        for character in "\\:,":
-            paths = [path.replace(character, "\\" + character) for path in paths]
-        return ":".join([*paths, *([self.options] if self.options else [])])
+        import re
+
+        paths = [re.sub(r"[\\:,]", r"\\\g<0>", path) for path in (self.source, self.target)]
+        return ":".join([*paths, *filter(None, [self.options])])
 
 
 def read_binds(texts: Sequence[str], commas: bool = False) -> list[Bind]:
-    """Read ``SRC[:DST[:OPTIONS]]``; a backslash makes a colon, comma or backslash literal.
+    """Read ``SRC[:DST[:OPTIONS]]``, a backslash making ``:,\\`` literal; commas: several in one text."""
+    import re
 
-    commas: one text may hold several binds, as in Apptainer.  Raises UserError (status 2).
-    """
     binds = []
-    hidden = {0xD800 + number: character for number, character in enumerate("\\:,")}  # in no file name
     for text in texts:
-        marked = text
-        for mark, character in hidden.items():
-            marked = marked.replace("\\" + character, chr(mark))
-        for part in marked.split(",") if commas else [marked]:
-            fields = [field.translate(hidden) for field in part.split(":")]
+        found = [[""]]
+        for piece in re.findall(r"\\[\\:,]|.", text, re.DOTALL):
+            if piece == "," and commas:
+                found.append([""])
+            elif piece == ":":
+                found[-1].append("")
+            else:
+                found[-1][-1] += piece if len(piece) == 1 else piece[1]
+        for fields in found:
             if not fields[0] or len(fields) > 3 or not (fields[1:2] or ["/"])[0].startswith("/"):
-                raise usage_error(
-                    f"--bind can't be {text!r}.",
-                    "Write SRC, SRC:DST or SRC:DST:ro with an absolute DST, and \\: for a colon in a name.",
-                )
+                hint = "Write SRC, SRC:DST or SRC:DST:ro, DST being absolute, and \\: for a colon in a name."
+                raise usage_error(f"--bind can't be {text!r}.", hint)
             binds.append(Bind(*fields))
     return binds
 
@@ -1453,9 +1451,9 @@ def setup_binds(texts: Sequence[str], host: Host) -> list[str]:
     binds = []
     for bind in read_binds(texts):
         source = host.absolute(bind.source)
-        target = source if bind.target == bind.source else os.path.normpath(bind.target)
         if not host.exists(source):
             raise UserError(f"--bind: there is no {source}.", "Create it, or correct its path.")
+        target = source if bind.target == bind.source else os.path.normpath(bind.target)
         binds.append(str(Bind(source, target, bind.options)))
     return binds
 
@@ -1463,99 +1461,107 @@ def setup_binds(texts: Sequence[str], host: Host) -> list[str]:
 def engine_values(tokens: Sequence[str], *flags: str) -> list[str]:
     """Return the values that options have among canonical tokens, ``true`` for a flag."""
     pairs = [token.partition("=") for token in tokens]
-    return [
-        value if equals else "true" for flag, equals, value in pairs if flag in flags and value != "false"
-    ]
+    values = [value if equals else "true" for flag, equals, value in pairs if flag in flags]
+    return [value for value in values if value != "false"]
 
 
-DOCKER_OPTIONS = [
-    recorded("--identity", "Who the kernel is inside.", "WHO"),
-    recorded("--guest", "Number of the other user on this machine.", "UID"),
-    recorded("--gpu-kind", "Kind of GPU.", "KIND"),
-    recorded("--no-host-network", "The engine does not share the host's network."),
-    recorded("--no-selinux", "Switch SELinux labels off."),
-    recorded("--init", "The engine has an init."),
-    recorded("--is-podman", "The engine is podman by another name."),
-]
-"""Options of docker and podman beside `CONTAINER_OPTIONS`."""
+def last_value(step: Step, *flags: str) -> str:
+    """Return the last value that an engine option has in a step, empty for none."""
+    return (engine_values(step.engine, *flags) or [""])[-1]
+
+
+def find_engine(step: Step, environ: Mapping[str, str], host: Host) -> str:
+    """Return the path of a step's engine.  Raises UserError (status 127)."""
+    if "program" in step.options:
+        return str(step.options["program"])
+    names = APPTAINER_PROGRAMS.get(step.mode, (step.mode,))
+    wanted = (step.options["engine"],) if "engine" in step.options else names
+    for name in wanted:
+        path = name if "/" in name else search_program(name, environ.get("PATH", os.defpath).split(":"), host)
+        if path and host.is_executable(host.absolute(path)):
+            return host.absolute(path)
+    raise UserError(
+        "There is no {} on this machine.".format(" and no ".join(wanted)),
+        f"Install it, load its module first (envkernel lmod ... -- {step.mode} ...), or give --engine=PATH.",
+        127,
+    )
+
+
+def container_commands(
+    mode: str, tokens: Sequence[str], environ: Mapping[str, str], host: Host
+) -> list[list[str]]:
+    """Return the engine's commands whose options may be given: run or exec, with --build also build."""
+    given = typed_value(tokens, "--engine")
+    program = find_engine(Step(mode, {"engine": given} if given else {}), environ, host)
+    start = [program, "exec" if mode in APPTAINER_PROGRAMS else "run"]
+    return [start, *([[program, "build"]] if typed_value(tokens, "--build") else [])]
 
 
 class ContainerSpec(Record):
-    """What each engine has to know about one kernel, independent of how the engine expresses it.
+    """What each engine has to know about one kernel, independent of how the engine expresses it."""
 
-    directory: the kernel's private directory on the host.  inside: where it appears in the container.
-    shared: name of the container that all kernels of the kernelspec share, empty for one of its own.
-    binds: what is bound, the private directory first.  workdir: where to work, empty for the image's own.
-    environ: variables to set inside; secret: the user's variables, which no argv may show.
-    command: the kernel command.  publish: ports to publish.  supervision: how it is supervised.
-    """
-
-    directory: str
     supervision: Supervision
-    inside: str = INSIDE
-    shared: str = ""
-    binds: list[Bind] = []
-    workdir: str = ""
-    environ: dict[str, str] = {}
-    secret: dict[str, str] = {}
-    command: list[str] = []
+    inside: str  # where its private directory appears in the container
+    shared: str  # name of the container that all kernels of the kernelspec share, empty for one of its own
+    binds: list[Bind]  # the private directory first
+    workdir: str  # empty for the image's own
+    environ: dict[str, str]
+    command: list[str]
     publish: list[str] = []
 
     def path(self, name: str) -> str:
         """Return where a file of the private directory is on the host."""
-        return f"{self.directory}/{name}"
+        return f"{self.supervision.directory}/{name}"
 
 
 def container_spec(
-    step: Step, plan: Plan, host: Host, rest: Launch, *, host_network: bool, inside: str = INSIDE
+    step: Step, plan: Plan, host: Host, rest: Launch, host_network: bool, inside: str = INSIDE
 ) -> ContainerSpec:
-    """Return what the engine has to know: the private directory, binds, working directory, variables.
-
-    inside: where the private directory appears, empty for its path on the host.
-    Raises UserError where the kernel can't have what it was set up with.
-    """
+    """Return what the engine has to know.  inside: empty for the private directory's path on the host."""
     path, _, connection = read_connection(rest, host)
     base = private_base(plan.environ, step.options.get("place", ""), host)
     key = kernel_key(path if connection else host.random())
     shared = shared_name(step, rest, host) if step.options.get("shared") else ""
-    directory = "/".join([base, *([shared] if shared else []), key])
-    inside = (f"{inside}/{key}" if shared else inside) or directory
-    file = f"{inside}/connection.json"
+    base = f"{base}/{shared}" if shared else base
+    directory = f"{base}/{key}"
+    inside = f"{INSIDE}/{key}" if shared else inside or directory
+    binds = [Bind(base, INSIDE) if shared else Bind(directory, inside)]
     spec = ContainerSpec(
-        directory,
         Supervision(directory, connection=connection),
         inside=inside,
         shared=shared,
-        binds=[Bind(os.path.dirname(directory), INSIDE) if shared else Bind(directory, inside)],
+        binds=binds + read_binds(step.options.get("bind", [])),
         workdir=step.options.get("workdir", ""),
-        environ={"ENVKERNEL_CONNECTION_FILE": file},
-        secret=plan.given,
-        command=[token.replace(CONNECTION_FILE, file) for token in plan.argv],
+        environ={"ENVKERNEL_CONNECTION_FILE": f"{inside}/connection.json"},
+        command=[token.replace(CONNECTION_FILE, f"{inside}/connection.json") for token in plan.argv],
     )
-    spec.binds += read_binds(step.options.get("bind", []))
     if connection:
         transport = step.options.get("transport") or step.options.get("reach", "")
         own = kernel_connection(spec, host_network, transport, host)
         spec.supervision.files.append((spec.path("connection.json"), to_json(own)))
         if connection.get("transport") == "ipc":
-            spec.supervision.remove += [
-                f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS
-            ]
+            sockets = [f"{connection['ip']}-{connection[name + '_port']}" for name in STREAMS]
+            spec.supervision.remove += sockets
     if step.options.get("pwd") or step.options.get("copy-workdir"):
         use_workdir(spec, step, plan, host)
     return spec
 
 
+def shared_name(step: Step, launch: Launch, host: Host) -> str:
+    """Return what names the container that all kernels of a kernelspec share: the same for the same spec."""
+    parts = [str(host.ids()[0]), launch.options.get("name", ""), *step.targets, *step.engine]
+    options = [item for item in sorted(step.options.items()) if item[0] != "transport"]  # planning may set it
+    return "shared-" + kernel_key("\0".join([*parts, *(f"{name}={value}" for name, value in options)]))
+
+
 def kernel_connection(spec: ContainerSpec, host_network: bool, transport: str, host: Host) -> dict[str, Any]:
     """Decide where the kernel listens; return what its connection file says, and record how it is reached.
 
-    Jupyter's own addresses are opened outside of the container, and joined with the kernel's.  Those are
-    unix sockets in its private directory, or (``tcp``) Jupyter's port numbers on a loopback address of the
-    kernel's own, on the host's network or published there.  Without a record of what setup has seen
-    (kernelspecs of envkernel 1.x) it is TCP where that can be had.
+    On unix sockets in its private directory, or (``tcp``) on Jupyter's port numbers at a loopback address
+    of the kernel's own, by the host's network or published there; the keeper listens at Jupyter's own.
     """
     jupyters = spec.supervision.connection
-    if transport == "ipc" or not (transport or host_network):
+    if transport == "ipc" or not (transport or host_network):  # neither: a kernelspec of envkernel 1.x
         numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
         spec.supervision.relay = {**numbers, "transport": "ipc", "ip": spec.path("s")}
         return {**jupyters, **numbers, "transport": "ipc", "ip": f"{spec.inside}/s"}
@@ -1572,161 +1578,99 @@ def kernel_connection(spec: ContainerSpec, host_network: bool, transport: str, h
 
 
 def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, host: Host) -> None:
-    """Let the kernel work in the notebook's directory: bind it, or a copy of it, at its own path.
-
-    A shared container has its binds already; one of them has to show the directory.  Raises UserError.
-    """
+    """Let the kernel work in the notebook's directory: bind it, or find it in a shared container's binds."""
     directory = host.absolute(".")
     if spec.shared:
-        volumes = [value.split(":") for value in engine_values(step.engine, "--volume")]
-        shown = [*spec.binds, *(Bind(*parts[:2]) for parts in volumes)]
-        for bind in sorted(shown, key=lambda bind: len(bind.source), reverse=True):
-            if f"{directory}/".startswith(bind.source.rstrip("/") + "/"):
-                inner = os.path.normpath(f"{bind.target}/{os.path.relpath(directory, bind.source)}")
-                spec.workdir = spec.workdir or inner
-                return
-        if spec.supervision.connection and not spec.workdir:
-            raise UserError(
-                f"The notebook's directory {directory} can't be seen in the shared container.",
-                "Open a notebook in a directory that --bind shows there, or bind this one as well.",
-            )
+        volumes = [Bind(*value.split(":")[:2]) for value in engine_values(step.engine, "--volume")]
+        for bind in sorted(spec.binds + volumes, key=lambda bind: len(bind.source), reverse=True):
+            if not spec.workdir and f"{directory}/".startswith(bind.source.rstrip("/") + "/"):
+                spec.workdir = os.path.normpath(f"{bind.target}/{os.path.relpath(directory, bind.source)}")
     elif directory != "/":
         source = add_copy(spec, directory, plan, host) if step.options.get("copy-workdir") else directory
         spec.binds.append(Bind(source, directory))
         spec.workdir = spec.workdir or directory
-    elif spec.supervision.connection:
-        hint = "Open the notebook from a directory of yours, or leave --pwd out."
-        raise UserError("The kernel was started in /, which can't be bound into a container.", hint)
+    if spec.supervision.connection and not spec.workdir:
+        place = "seen in the shared container" if spec.shared else "bound into a container"
+        hint = "Open the notebook in a directory that --bind shows there, or leave --pwd out."
+        raise UserError(f"The notebook's directory {directory} can't be {place}.", hint)
 
 
 def add_copy(spec: ContainerSpec, directory: str, plan: Plan, host: Host) -> str:
     """Have a directory copied before the start; return where the copy will be (on disk, not in memory)."""
     disk = private_base({**plan.environ, "XDG_RUNTIME_DIR": ""}, "", host)
-    owner = spec.shared or os.path.basename(spec.directory)
+    owner = spec.shared or os.path.basename(spec.supervision.directory)
     copy = f"{disk}/{owner}.{len(spec.supervision.copies)}"
     spec.supervision.copies.append((directory, copy))
     return copy
 
 
-def mount_token(binding: Bind) -> str:
-    """Return the value of --mount for a binding: fields as in CSV, so that a path can hold anything."""
-    fields = ["type=bind", "src=" + binding.source, "dst=" + binding.target]
-    fields += ["readonly"] if "ro" in binding.options.split(",") else []
-    return ",".join(map(csv_field, fields))
+def mount_token(fields: Sequence[str]) -> str:
+    """Return the engines' option for a mount: fields of a CSV line, so that a path can hold anything."""
+    quoted = ['"' + one.replace('"', '""') + '"' if set(one) & set(',"\r\n') else one for one in fields]
+    return "--mount=" + ",".join(quoted)
 
 
-def csv_field(text: str) -> str:
-    """Return a field of a CSV line (RFC 4180), quoted where it has to be."""
-    if any(c in text for c in ',"\r\n') or text != text.strip():
-        return '"' + text.replace('"', '""') + '"'
-    return text
-
-
-def split_csv(text: str) -> list[str]:
-    """Return the fields of a CSV line."""
-    if '"' not in text:
-        return text.split(",")
-    import csv
-
-    return next(csv.reader([text]), [])
+def bind_token(bind: Bind, mount: bool) -> str:
+    """Return the engine's option for a bind: --mount where it has no other (mount), or the path needs it."""
+    options = [bind.options] if bind.options else []
+    if not mount and not set(bind.source + bind.target) & set('\\:,"\n'):
+        return "--bind=" + ":".join([bind.source, bind.target, *options])
+    readonly = ["readonly"] if "ro" in bind.options.split(",") else []
+    return mount_token(["type=bind", "src=" + bind.source, "dst=" + bind.target, *readonly])
 
 
 def mount_options(step: Step, spec: ContainerSpec, plan: Plan, host: Host) -> list[str]:
     """Return the mounts that a user wants from the engine; directories marked ``copy`` are copied first."""
+    import csv
+
     tokens = []
-    for mount in step.options.get("mount", []):
-        fields = split_csv(mount)
-        if "copy" in fields:
-            fields.remove("copy")
-            for index, field in enumerate(fields):
-                key, _, value = field.partition("=")
-                if key in ("src", "source"):
-                    fields[index] = f"{key}={add_copy(spec, host.absolute(value), plan, host)}"
-        tokens.append("--mount=" + ",".join(map(csv_field, fields)))
+    for fields in csv.reader(step.options.get("mount", [])):
+        for index, field in enumerate(fields):
+            key, _, value = field.partition("=")
+            if "copy" in fields and key in ("src", "source"):
+                fields[index] = f"{key}={add_copy(spec, host.absolute(value), plan, host)}"
+        tokens.append(mount_token([field for field in fields if field != "copy"]))
     return tokens
 
 
-def shared_name(step: Step, launch: Launch, host: Host) -> str:
-    """Return what names the container that all kernels of a kernelspec share: the same for the same spec."""
-    parts = [launch.options.get("name", ""), *step.targets, *step.engine]
-    options = [item for item in sorted(step.options.items()) if item[0] != "transport"]  # planning may set it
-    parts += [f"{name}={value}" for name, value in options]
-    return "shared-" + kernel_key("\0".join([str(host.ids()[0]), *parts]))
-
-
-def last_value(step: Step, *flags: str) -> str:
-    """Return the last value that an engine option has in a step, empty for none."""
-    return (engine_values(step.engine, *flags) or [""])[-1]
-
-
-def absolute_value(token: str, host: Host, names: Sequence[str] = ("volume",)) -> str:
-    """Return an engine option whose value begins with a path of the host with that path absolute.
-
-    A volume of docker's is a path only where it looks like one.
-    """
-    flag, _, value = token.partition("=")
-    path, colon, rest = value.partition(":")
-    if not path or flag[2:] not in names or (flag == "--volume" and not path.startswith((".", "~"))):
-        return token
-    return f"{flag}={host.absolute(path)}{colon}{rest}"
-
-
-def refuse_options(step: Step) -> None:
-    """Raise UserError (status 2) for options that a kernel can't live with, or that exclude each other."""
-    options = step.options
-    if engine_values(step.engine, "--detach"):
-        raise usage_error("--detach can't be used: the kernel stays in the foreground.", "Leave it out.")
-    if not options.get("shared"):
-        return
-    for name in ("copy-workdir", *(("pwd", "mount") if step.mode in APPTAINER_PROGRAMS else ())):
-        if options.get(name):
-            raise usage_error(
-                f"--{name} and --shared exclude each other: all kernels of a container have the same files.",
-                "Use --bind, with --workdir where you like.",
-            )
-    if options.get("pwd") and not (options.get("bind") or engine_values(step.engine, "--volume")):
-        raise usage_error(
-            "--pwd with --shared needs the directories of the notebooks: the container exists before them.",
-            "Show them with --bind, for example: --bind ~/notebooks.",
-        )
-    if options.get("keep") and any("copy" in split_csv(mount) for mount in options.get("mount", [])):
-        message = "--mount ...,copy and --keep exclude each other: nobody would remove the copy."
-        raise usage_error(message, "Leave one out.")
+def gpu_tokens(step: Step, host: Host) -> list[str]:
+    """Return the options that give a container this machine's GPUs, where it is to have them."""
+    if not step.options.get("gpu"):
+        return []
+    amd = host.exists("/dev/kfd") and not host.exists("/dev/nvidiactl")
+    if step.mode in APPTAINER_PROGRAMS:
+        return ["--rocm" if amd else "--nv"]
+    if amd:
+        return ["--device=/dev/kfd", "--device=/dev/dri"]
+    return ["--device=nvidia.com/gpu=all" if step.mode == "podman" else "--gpus=all"]  # CDI for podman
 
 
 # -- docker and podman --
 
 
-def is_podman(step: Step) -> bool:
-    """Return whether the engine is podman, which may be called docker (Debian's podman-docker)."""
-    return step.mode == "podman" or bool(step.options.get("is-podman"))
-
-
-def shares_host(step: Step) -> bool:
-    """Return whether a container of docker or podman is on the host's network."""
-    return last_value(step, "--network", "--net") in ("", "host") and not step.options.get("no-host-network")
-
-
 def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan a kernel in a container of docker or podman.  Raises UserError for what can't be done."""
-    program = find_engine(step, plan.environ, host)
+    program, image, podman = find_engine(step, plan.environ, host), step.targets[0], step.mode == "podman"
     if rest.legacy:
         step = step.replace(options={"identity": "user", **step.options})
-    on_host, network = shares_host(step), last_value(step, "--network", "--net")
-    spec = container_spec(step, plan, host, rest, host_network=on_host)
+    network, init = last_value(step, "--network", "--net"), bool(step.options.get("init"))
+    on_host = network in ("", "host") and not step.options.get("no-host-network")
+    spec = container_spec(step, plan, host, rest, on_host)
     supervision = spec.supervision
     name = "envkernel-{}-{}".format(rest.options.get("name", "kernel"), spec.shared or host.random())
-    image, podman, init = step.targets[0], is_podman(step), bool(step.options.get("init"))
+    user = [*identity_tokens(step, spec, host), *gpu_tokens(step, host)]
+    binds = [bind_token(bind, mount=True) for bind in read_binds(step.options.get("bind", []))]
     head = [program, "run", "--rm", "--pull=never", *(["--init"] if init else [])]
-    user = [*identity_tokens(step, spec, host), *gpu_tokens(step)]
-    binds = ["--mount=" + mount_token(one) for one in read_binds(step.options.get("bind", []))]
-    look = [*head, *([] if network else ["--network=none"]), *user, *binds, *step.engine, image]
-    head += [f"--name={name}", *label_tokens(rest, plan, host)]
+    probe = [*head, *([] if network else ["--network=none"]), *user, *binds, *step.engine, image]
+    uid = str(host.ids()[0])
+    login = plan.environ.get("LOGNAME") or plan.environ.get("USER") or uid
+    labels = {"": rest.options.get("name", "kernel"), ".user": login, ".uid": uid}
+    head += [f"--name={name}", *(f"--label=envkernel{label}={value}" for label, value in labels.items())]
     head += ["--network=host"] if on_host and not network else []
     head += [*("--publish=" + port for port in spec.publish), *user]
-    head += ["--mount=" + mount_token(binding) for binding in spec.binds]
+    head += [bind_token(bind, mount=True) for bind in spec.binds]
     head += mount_options(step, spec, plan, host)
-    environ, variables = variable_tokens(spec, plan.environ, init)
+    environ, variables = variable_tokens(spec, plan, init)
     options = [*(["--workdir=" + spec.workdir] if spec.workdir else []), *variables]
     remove = [program, "rm", "-f", "-v", *(["-t", "0"] if podman else []), name]
     supervision.owner = int(step.options.get("guest", "-1"))
@@ -1745,16 +1689,13 @@ def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         supervision.cleanup.append(remove)
         argv = [*head, *options, *step.engine, image, *spec.command]
     install = "RUN pip install %s (a line for its Dockerfile)"
-    plan = plan.replace(where=f"the image {image}", install=install, inside=look, search=None)
+    plan = plan.replace(where=f"the image {image}", install=install, probe=probe, search=None)
     return plan.replace(argv=argv, environ=environ, supervision=supervision)
 
 
 def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[str]) -> list[str]:
-    """Return how a kernel is run in a running container, and record in `spec` how it is signalled.
-
-    The engines' exec passes no signals on.  A shell inside writes down the kernel's process group.
-    """
-    pid = spec.inside + "/pid"
+    """Return how a kernel is run in a running container, and record in `spec` how it is signalled."""
+    pid = spec.inside + "/pid"  # exec passes no signals on: a shell inside writes down the process group
     shell = [program, "exec", name, "sh", "-c"]
     spec.supervision.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
     gone = 'test ! -e "$0" || kill -s KILL -- "-$(cat "$0")" || true'
@@ -1762,42 +1703,11 @@ def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[st
     return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
 
 
-def find_engine(step: Step, environ: Mapping[str, str], host: Host) -> str:
-    """Return the path of a step's engine.  Raises UserError (status 127)."""
-    if "program" in step.options:
-        return str(step.options["program"])
-    names = APPTAINER_PROGRAMS.get(step.mode, (step.mode,))
-    wanted = (step.options["engine"],) if "engine" in step.options else names
-    for name in wanted:
-        path = host.absolute(name) if "/" in name else ""
-        if not path:
-            path = search_program(name, environ.get("PATH", os.defpath).split(":"), host) or ""
-        if path and host.is_executable(path):
-            return host.absolute(path)
-    raise UserError(
-        "There is no {} on this machine.".format(" and no ".join(wanted)),
-        f"Install {step.mode}, load its module first (envkernel lmod ... -- {step.mode} ...), "
-        "or name the program: --engine=PATH.",
-        127,
-    )
-
-
-def container_commands(
-    mode: str, tokens: Sequence[str], environ: Mapping[str, str], host: Host
-) -> list[list[str]]:
-    """Return the engine's commands whose options may be given: run or exec, with --build also build."""
-    given = typed_value(tokens, "--engine")
-    program = find_engine(Step(mode, {"engine": given} if given else {}), environ, host)
-    start = [program, "exec" if mode in APPTAINER_PROGRAMS else "run"]
-    return [start, *([[program, "build"]] if typed_value(tokens, "--build") else [])]
-
-
 def identity_tokens(step: Step, spec: ContainerSpec, host: Host) -> list[str]:
     """Return the options that let files in bound directories belong to the user, and HOME be writable.
 
-    identity: ``user`` (rootful: the user's own ids), ``keep-id`` (rootless podman), ``root`` (rootless
-    docker, where the container's root is the user), ``given`` (the user chose with --user=X),
-    ``keep-id:uid=X,gid=Y`` (so in rootless podman: X inside is the user outside).
+    identity: ``user`` (rootful), ``keep-id`` (rootless podman), ``keep-id:uid=X`` (there with --user=X),
+    ``root`` (rootless docker, where the container's root is the user), ``given`` (with --user=X).
     """
     who = step.options.get("identity", "given")
     uid, gid, groups = host.ids()
@@ -1807,53 +1717,28 @@ def identity_tokens(step: Step, spec: ContainerSpec, host: Host) -> list[str]:
     elif who == "root":
         tokens.append("--user=0:0")
     elif who == "user":
-        tokens.append(f"--user={uid}:{gid}")
-        tokens += [f"--group-add={group}" for group in groups if group != gid]
+        tokens += [f"--user={uid}:{gid}", *(f"--group-add={group}" for group in groups if group != gid)]
     if who == "keep-id" or (who == "user" and uid):
         spec.environ["HOME"] = f"{spec.inside}/home"
         spec.supervision.files.append((spec.path("home/.envkernel"), b""))
     return tokens
 
 
-def gpu_tokens(step: Step) -> list[str]:
-    """Return the options that give a container the GPUs."""
-    kind = step.options.get("gpu-kind", "nvidia") if step.options.get("gpu") else ""
-    if kind == "amd":
-        return ["--device=/dev/kfd", "--device=/dev/dri"]
-    if kind and is_podman(step):
-        return ["--device=nvidia.com/gpu=all"]  # CDI, the NVIDIA Container Toolkit's way for podman
-    return ["--gpus=all"] if kind else []
-
-
-def label_tokens(launch: Launch, plan: Plan, host: Host) -> list[str]:
-    """Return the labels that explain a container in ``docker ps``, and by which it is found again."""
-    uid = str(host.ids()[0])
-    user = plan.environ.get("LOGNAME") or plan.environ.get("USER") or uid
-    labels = {"envkernel": launch.options.get("name", "kernel"), "envkernel.user": user, "envkernel.uid": uid}
-    return [f"--label={name}={value}" for name, value in labels.items()]
-
-
-def variable_tokens(
-    spec: ContainerSpec, environ: Mapping[str, str], init: bool
-) -> tuple[dict[str, str], list[str]]:
-    """Return the environment of the engine's client and the options that set variables inside.
-
-    The user's values are in a private file, so that they are in no argv and can't change the client
-    (PATH, LD_LIBRARY_PATH); what such a file can't hold is in the client's own environment.
-    """
-    environ = {name: value for name, value in environ.items() if name != "JPY_PARENT_PID"}
+def variable_tokens(spec: ContainerSpec, plan: Plan, init: bool) -> tuple[dict[str, str], list[str]]:
+    """Return the environment of the engine's client and the options that set variables inside."""
+    environ = {name: value for name, value in plan.environ.items() if name != "JPY_PARENT_PID"}
     tokens = [f"--env={name}={value}" for name, value in spec.environ.items()]
     # docker-init (tini) then interrupts what the kernel runs too, as the terminal's process group is
     tokens += ["--env=TINI_KILL_PROCESS_GROUP=1"] if init and not spec.shared else []
-    lines = []
-    for name, value in spec.secret.items():
-        if value and value == value.strip() and not any(c in value for c in "\r\n\"'\\$#`"):
-            lines.append(f"{name}={value}\n")
+    lines = ""  # of a private file: in no argv, and no PATH or LD_LIBRARY_PATH that changes the client
+    for name, value in plan.given.items():
+        if value and value == value.strip() and not set(value) & set("\r\n\"'\\$#`"):
+            lines += f"{name}={value}\n"
         else:
             environ[name] = value
             tokens.append("--env=" + name)
     if lines:
-        spec.supervision.files.append((spec.path("env"), "".join(lines).encode(errors="surrogateescape")))
+        spec.supervision.files.append((spec.path("env"), lines.encode(errors="surrogateescape")))
         tokens.append("--env-file=" + spec.path("env"))
     return environ, tokens
 
@@ -1864,43 +1749,34 @@ class ContainerEnd(Record):
     program: str
     image: str
     name: str
-    mark: str = ""  # a file that exists after an OOM kill
+    mark: str  # a file that exists after an OOM kill
 
     def __call__(self, status: int, said: str, host: Host) -> UserError | None:
-        """Return the reason, None where the exit status says all."""
-        error = engine_error(self.program, self.image, status, said)
-        return self.killed(status, host) if status in (137, 143) and not error else error
-
-    def killed(self, status: int, host: Host) -> UserError | None:
-        """Return who ended the container, by what the engine remembers of it."""
+        """Return the reason, by what the engine remembers of it, None where the exit status says all."""
         import time
 
-        argv = [self.program, "events", "--since=1h", f"--until={time.time():.9f}"]
-        argv += [f"--filter=container={self.name}", "--format={{json .}}"]
-        said = host.output(argv, os.environ)
-        if said.status:
+        error = engine_error(self.program, self.image, status, said)
+        if error or status not in (137, 143):
+            return error
+        asked = [self.program, "events", "--since=1h", f"--until={time.time():.9f}"]
+        told = host.output([*asked, f"--filter=container={self.name}", "--format={{json .}}"], os.environ)
+        if told.status:
             return engine_error(self.program, self.image, 125, "error waiting for container")
-        events = os.fsdecode(said.out).lower()
+        events, engine = os.fsdecode(told.out).lower(), os.path.basename(self.program)
         events += '"action":"oom"' if host.exists(self.mark) else ""
-        engine = os.path.basename(self.program)
-        reasons = {
-            "oom": ("ran out of memory and was killed", "Give it more (--memory), or use less."),
-            "stop": (f"was stopped ({engine} stop)", "Restart the kernel."),
-            "kill": (f"was killed ({engine} kill)", "Restart the kernel."),
-            "": ("was killed (SIGKILL)", "If it ran out of memory, give it more (--memory), or use less."),
-        }
-        found = [event for event in reasons for key in ("action", "status") if f'"{key}":"{event}"' in events]
-        what, hint = reasons[found[0] if found else ""]
-        if status == 143 and not found:
-            what, hint = "was stopped (SIGTERM)", "Restart the kernel."
+        what = "was stopped (SIGTERM)" if status == 143 else "was killed (SIGKILL)"
+        for event, reason in (
+            ("kill", f"was killed ({engine} kill)"),
+            ("stop", f"was stopped ({engine} stop)"),
+            ("oom", "ran out of memory and was killed"),
+        ):
+            what = reason if f'"action":"{event}"' in events or f'"status":"{event}"' in events else what
+        hint = "Restart the kernel; if it ran out of memory, give it more (--memory), or use less."
         return UserError(f"The kernel's container {self.name} {what}.", hint, status)
 
 
 def engine_refuses(status: int, said: str) -> bool:
-    """Return whether docker or podman itself failed, not the program that it should have run.
-
-    Its client exits with 126 and 127 also where a device or the GPU is missing.
-    """
+    """Return whether docker or podman itself failed, not the program that it should have run."""
     own = any(line.startswith(("Error: ", "docker: ")) or "from daemon" in line for line in said.splitlines())
     program = ('exec: "', "exec /", "executable", "that was not found")
     return status == 125 or (status in (126, 127) and own and not any(sign in said for sign in program))
@@ -1908,146 +1784,251 @@ def engine_refuses(status: int, said: str) -> bool:
 
 def engine_error(program: str, image: str, status: int, said: str) -> UserError | None:
     """Return the error for what an engine's client says it could not do, None for anything else."""
-    engine = os.path.basename(program)
-    refuses = engine_refuses(status, said)
+    engine, refuses = os.path.basename(program), engine_refuses(status, said)
     error = explain("engine", said, engine=engine, image=image) if refuses or status == 1 else None
     if error and image.startswith("sha256:") and error.message.startswith("There is no image"):
         error.message = "The image that was built for this kernel is gone."
         error.hint = "Build it again: envkernel update NAME"
-    if error or not (refuses or status in (126, 127)):
-        return error
-    if refuses:
+    if refuses and not error:
         return UserError(f"{engine} can't start the container.", "Correct what it says.", 1, said.strip())
-    return UserError(
-        f"The image {image} can't run the kernel's program.",
-        "Add it to the image's Dockerfile, for example: RUN pip install ipykernel",
-        127,
-        said.strip(),
-    )
+    if status in (126, 127) and not error:
+        hint = "Add it to the image's Dockerfile, for example: RUN pip install ipykernel"
+        return UserError(f"The image {image} can't run the kernel's program.", hint, 127, said.strip())
+    return error
 
 
-def setup_options(step: Step, program: str, host: Host) -> dict[str, Any]:
-    """Return the options of a container step with the paths of its engine and of its binds absolute."""
-    paths = {"program": program, "engine": program if "engine" in step.options else None}
-    options = {**step.options, **paths, "bind": setup_binds(step.options.get("bind", []), host)}
-    return {name: value for name, value in options.items() if value not in (None, [])}
+# -- singularity and apptainer --
+
+_LEAKS = ("PYTHON", "JPY_", "JUPYTER", "IPYTHON", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_", "R_")
+"""How variables begin that would change a kernel in an image, or tell it what is Jupyter's own."""
 
 
-def setup_engine(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Check docker or podman and the image, and find out once what each start has to know.
+def apptainer_step(step: Step, legacy: bool = False) -> Step:
+    """Return a step with the binds of the engine's own options among envkernel's."""
+    engine, options = list(step.engine), dict(step.options)
+    if legacy and "workdir" in options:  # 1.x handed it to the engine, as where a contained /tmp is; now -W
+        engine.append("--workdir=" + options.pop("workdir"))
+    binds = [*options.pop("bind", []), *engine_values(engine, "--bind")]
+    if binds:
+        options["bind"] = [str(bind) for bind in read_binds(binds, commas=True)]
+    engine = [token for token in engine if not token.startswith("--bind=") and token != "--network=host"]
+    return step.replace(options=options, engine=engine)
 
-    Builds or fetches the image where that was asked for.  Raises UserError for whatever is missing.
-    """
+
+def apptainer_shares_host(engine: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Return whether a container of Apptainer is on the host's network."""
+    names = ("APPTAINER_NET", "APPTAINER_NETWORK", "SINGULARITY_NET", "SINGULARITY_NETWORK")
+    return not (engine_values(engine, "--net", "--network", "--netns-path") or any(map(environ.get, names)))
+
+
+def plan_apptainer(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
+    """Plan a kernel in a container of Apptainer or Singularity.  Raises UserError for what is missing."""
+    program = find_engine(step, plan.environ, host)
+    if "program" not in step.options:
+        step = apptainer_step(step, rest.legacy)
+    image, inside = step.targets[0], INSIDE
+    if "://" not in image and not host.exists(image):
+        hint = "Restore it; if it was fetched or built at setup: envkernel update NAME."
+        raise UserError(f"There is no image {image}.", hint)
+    if step.options.get("place") == "tmp":  # no mount points in a writable image; /tmp is the host's, or new
+        inside = "/tmp/envkernel" * bool(engine_values(step.engine, "--contain", "--containall", "--compat"))
+    on_host = apptainer_shares_host(step.engine, plan.environ)
+    if not on_host:  # it publishes no ports
+        step = step.replace(options={**step.options, "transport": "ipc"})
+    spec = container_spec(step, plan, host, rest, on_host, inside)
+    supervision = spec.supervision
+    head = [*gpu_tokens(step, host), *step.engine]
+    mounts = [bind_token(bind, mount=False) for bind in spec.binds] + mount_options(step, spec, plan, host)
+    workdir = ["--pwd=" + spec.workdir] if spec.workdir else []
+    supervision.leader = False  # it passes signals on to the kernel, which has them already
+    supervision.explain = ApptainerEnd(image, oom_kills(host))
+    argv = [program, "run" if step.options.get("runscript") else "exec"]
+    if spec.shared:
+        name = "envkernel-" + spec.shared
+        stop = ["/bin/sh", "-c", '"$@" || true', "sh", program, "instance", "stop", name]
+        alive = [program, "exec", "instance://" + name, "echo", "true"]
+        start = [program, "instance", "start", *head, *mounts, image, name]
+        supervision.shared = Shared(alive, start, stop, bool(step.options.get("keep")))
+        argv += [*workdir, "instance://" + name, *spec.command]
+    else:
+        argv += [*head, *mounts, *workdir, image, *spec.command]
+    binds = [bind_token(bind, mount=False) for bind in read_binds(step.options.get("bind", []))]
+    install = "pip install %s (a line for %%post of its definition file)"
+    plan = plan.replace(where=f"the image {image}", install=install, search=None)
+    plan.probe = [program, "exec", *head, *binds, image]
+    environ = {name: value for name, value in plan.environ.items() if not name.startswith(_LEAKS)}
+    for family in ("APPTAINER", "SINGULARITY"):
+        environ.setdefault(f"{family}_NO_EVAL", "1")  # no shell evaluates the values
+        given = {"PYTHONNOUSERSITE": "1", **spec.environ, **plan.given}
+        environ.update({f"{family}ENV_{name}": value for name, value in given.items()})
+    return plan.replace(argv=argv, environ=environ, supervision=supervision)
+
+
+def oom_kills(host: Host) -> int:
+    """Return how many processes Linux has killed on this machine because memory ran out (/proc/vmstat)."""
+    lines = (host.read("/proc/vmstat") or b"").splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), 0)
+
+
+class ApptainerEnd(Record):
+    """Explains the end of a container of Apptainer: called with exit status, end of stderr and host."""
+
+    image: str
+    oom_kills: int = 0
+
+    def __call__(self, status: int, said: str, host: Host) -> UserError | None:
+        """Return the reason, None where the exit status says all."""
+        if status in (137, -9):
+            memory = ", most likely because memory ran out" * (oom_kills(host) > self.oom_kills)
+            message = f"The kernel in a container of {self.image} was killed (SIGKILL){memory}."
+            return UserError(message, "If it ran out of memory, ask for more, or use less.", status)
+        lines = [line for line in said.splitlines() if line.startswith(("FATAL:", "\x1b[31mFATAL"))]
+        if status != 255 or not lines:
+            return None
+        error = explain("apptainer", "\n".join(lines), image=self.image) or UserError(
+            f"The container of {self.image} can't be started.", "Correct what the engine says."
+        )
+        error.detail = said.strip()
+        return error
+
+
+# -- setup of all container modes --
+
+_HOST_PATHS = ("volume", "overlay", "env-file", "apply-cgroups", "pem-path", "authfile")
+"""Options of the engines whose value is a path on the host, up to a colon."""
+
+
+def setup_container(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Check engine, options and image, which is built or fetched; find out what each start has to know."""
+    apptainer = step.mode in APPTAINER_PROGRAMS
+    step = apptainer_step(step) if apptainer else step
     program = find_engine(step, environ, host)
-    step = split_build(step, EngineOptions([[program, "run"]], host, environ))
-    refuse_options(step)
-    options = {**setup_options(step, program, host), **engine_info(step, program, host, environ)}
-    if options.get("gpu"):
-        options["gpu-kind"] = options.get("gpu-kind") or ("amd" if host.exists("/dev/kfd") else "nvidia")
-    usual = ("--interactive", "--tty", "--rm")  # from a command line for a terminal
-    engine = [absolute_value(token, host) for token in step.engine if token not in usual]
+    options = {**step.options, "program": program}
+    if "engine" in options:
+        options["engine"] = program
+    if "bind" in options:
+        options["bind"] = setup_binds(options["bind"], host)
+    if common.get("kernel") == OWN_COMMAND and apptainer:
+        options["runscript"] = True
+    if not (step.targets or "build" in options or "uri" in options):
+        raise usage_error(f"{step.mode} needs IMAGE.", "Give an image, or build one: --build PATH.")
+    unwanted = ("--interactive", "--tty", "--rm", "--detach")  # from a command line for a terminal
+    engine = [absolute_value(token, step.mode, host) for token in step.engine if token not in unwanted]
     step = step.replace(options=options, engine=engine)
-    build = build_image if "build" in options else need_image
-    step = step.replace(targets=[build(step, program, host, environ, common)])
-    step = probe_engine(step, host, environ)
+    refuse_options(step)
+    if "build" in options:
+        for_build = image_tokens(step, host, environ)
+        step.engine = [token for token in engine if token not in for_build]
+        options["build"] = host.absolute(options["build"])
+        options["build-option"] = [*options.get("build-option", []), *for_build]
+    if apptainer:
+        odd = [entry.partition("=")[0] for entry in common.get("env", []) if set(entry) & set('$`\\"')]
+        about = host.output([program, "exec", "--help"], environ).out if odd else b""
+        if odd and "--no-eval" not in read_engine_help(os.fsdecode(about)):
+            hint = "Take $, `, \\ and quotes out of the value, or use a newer engine."
+            raise UserError(f"This {program} is too old to set {odd[0]} as it is.", hint)
+        return probe_image(need_sif(step, host, environ, common), host, environ)
+    step = engine_info(step, host, environ)
+    need = build_image if "build" in options else need_image
+    step = probe_image(step.replace(targets=[need(step, host, environ, common)]), host, environ)
     chosen = {"pwd", "copy-workdir", "workdir"} & options.keys() or last_value(step, "--workdir")
     if not (chosen or common.get("dry-run")):
-        print(
-            "Files that the kernel writes into its directory are lost with the container (keep them: --pwd)."
-        )
+        print("What the kernel writes into its directory is lost with the container (keep it: --pwd).")
     return step
 
 
-def split_build(step: Step, run: EngineOptions) -> Step:
-    """Move the engine tokens that its run does not know to the build's; drop none.
-
-    Raises UserError (status 2) where there is neither an image nor a build.
-    """
-    if "build" not in step.options:
-        if not step.targets:
-            raise usage_error(f"{step.mode} needs IMAGE.", "Give an image, or --build DIR.")
-        return step
-    for_run = [token for token in step.engine if run.find(token.partition("=")[0])]
-    moved = [*step.options.get("build-option", []), *(token for token in step.engine if token not in for_run)]
-    if step.targets and not step.targets[0].startswith("sha256:"):
-        moved.append("--tag=" + step.targets[0])
-    return step.replace(engine=for_run, options={**step.options, "build-option": moved})
+def absolute_value(token: str, mode: str, host: Host) -> str:
+    """Return an engine option whose value begins with a path of the host with that path absolute."""
+    flag, _, value = token.partition("=")
+    path, colon, rest = value.partition(":")
+    own = mode in APPTAINER_PROGRAMS and flag in ("--workdir", "--home")
+    if not path or not (own or flag[2:] in _HOST_PATHS) or (flag == "--volume" and path[0] not in ".~"):
+        return token  # a volume of docker's is a path only where it looks like one
+    return f"{flag}={host.absolute(path)}{colon}{rest}"
 
 
-def engine_info(step: Step, program: str, host: Host, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return what an engine reports about itself that each start has to know, as recorded options.
+def refuse_options(step: Step) -> None:
+    """Raise UserError (status 2) for options that exclude each other."""
+    options = step.options
+    apart = ("copy-workdir", *(("pwd", "mount") if step.mode in APPTAINER_PROGRAMS else ()))
+    for name in apart if options.get("shared") else ():
+        if options.get(name):
+            hint = "All kernels of a container have the same files: use --bind, with --workdir."
+            raise usage_error(f"--{name} and --shared exclude each other.", hint)
+    shown = options.get("bind") or engine_values(step.engine, "--volume")
+    if options.get("shared") and options.get("pwd") and not shown:
+        hint = "Show them with --bind, for example: --bind ~/notebooks."
+        raise usage_error("--pwd with --shared needs the directories of the notebooks.", hint)
 
-    Raises UserError where it does not answer.
-    """
+
+def image_tokens(step: Step, host: Host, environ: Mapping[str, str]) -> list[str]:
+    """Return the engine's options that are for fetching or building the image."""
+    if not step.engine:
+        return []
+    verb, program = "exec" if step.mode in APPTAINER_PROGRAMS else "run", step.options["program"]
+    start, pull = (EngineOptions([[program, command]], host, environ) for command in (verb, "pull"))
+    flags = {token: token.partition("=")[0] for token in step.engine}
+    return [token for token, flag in flags.items() if flag in pull.known or not start.find(flag)]
+
+
+def engine_info(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
+    """Return the step with what docker, or podman by whatever name, reports that each start has to know."""
     import json
 
+    program = step.options["program"]
     said = host.output([program, "info", "--format={{json .}}"], environ)
     try:
-        info = json.loads(said.out)
-    except ValueError:
+        info = dict(json.loads(said.out))
+    except (ValueError, TypeError):
         info = {}
-    info = info if isinstance(info, dict) else {}
     if said.status or not info or info.get("ServerErrors"):
         errors = " ".join([os.fsdecode(said.err), *map(str, info.get("ServerErrors") or [])])
         raise engine_error(program, "", 125, errors) or UserError(f"{program} does not work.", "", 1, errors)
-    machine = info.get("host") or {}
-    podman = bool(machine)
-    security = " ".join(info.get("SecurityOptions") or [])
-    rootless = machine.get("security", {}).get("rootless", "name=rootless" in security)
+    machine = info.get("host") or {}  # only podman's says so
+    security = machine.get("security", {})
+    docker_security = " ".join(info.get("SecurityOptions") or [])
+    rootless = security.get("rootless", "name=rootless" in docker_security)
     desktop = "Docker Desktop" in str(info.get("OperatingSystem")) or machine.get("serviceIsRemote", False)
-    selinux = machine.get("security", {}).get("selinuxEnabled", "name=selinux" in security)
-    identity = ("keep-id" if podman else "root") if rootless else "user"
-    if engine_values(step.engine, "--user", "--userns"):
-        identity = "given"
+    identity = ("keep-id" if machine else "root") if rootless else "user"
     recorded = {
-        "no-selinux": bool(selinux),
-        "is-podman": podman and step.mode != "podman",
-        "no-host-network": bool(desktop or (rootless and not podman)),
+        "identity": "given" if engine_values(step.engine, "--user", "--userns") else identity,
+        "no-selinux": security.get("selinuxEnabled", "name=selinux" in docker_security),
+        "no-host-network": desktop or (rootless and not machine),
         "reach": "tcp" * bool(desktop),
+        "engine": program if machine and step.mode != "podman" else step.options.get("engine"),
     }
-    return {"identity": identity, **{name: value for name, value in recorded.items() if value}}
+    options = {**step.options, **{name: value for name, value in recorded.items() if value}}
+    return step.replace(options=options, mode="podman" if machine else step.mode)
 
 
-def need_image(
-    step: Step, program: str, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]
-) -> str:
-    """Return the image of a step once it is here; fetched, with the engine's progress, where it is not.
-
-    Without ``--pull`` a person at a terminal is asked first.  Raises UserError where it can't be had.
-    """
-    image, when = step.targets[0], step.options.get("pull")
+def need_image(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> str:
+    """Return the image of a step once it is here; a person at a terminal is asked before it is fetched."""
+    program, image, when = step.options["program"], step.targets[0], step.options.get("pull")
     is_here = not host.output([program, "image", "inspect", image], environ).status
     if is_here and (when != "always" or common.get("dry-run")):
         return image
-    engine = os.path.basename(program)
-    missing = UserError(f"There is no image {image} here.", f"Fetch it: {engine} pull {image}")
+    fetch = f"{os.path.basename(program)} pull"
+    missing = UserError(f"There is no image {image} here.", f"Fetch it: {fetch} {image}")
     if when == "never" or common.get("dry-run"):
         raise missing
     if not is_here:
         print(f"There is no image {image} here yet.", flush=True)
-    if not when and not host.agrees(f"Fetch it now ({engine} pull {image})?"):
+    if not when and not host.agrees(f"Fetch it now ({fetch} {image})?"):
         raise missing
-    pull = EngineOptions([[program, "pull"]], host, environ).known if step.engine else {}
-    for_pull = [token for token in step.engine if token.partition("=")[0] in pull]
-    if host.show([program, "pull", *for_pull, image], environ):
-        raise UserError(
-            f"The image {image} can't be fetched: {engine} pull failed.",
-            "See above; correct its name, or build it: --build DIR.",
-        )
+    if host.show([program, "pull", *image_tokens(step, host, environ), image], environ):
+        hint = "See above; correct its name, or build it: --build DIR."
+        raise UserError(f"The image {image} can't be fetched: {fetch} failed.", hint)
     return image
 
 
-def build_image(
-    step: Step, program: str, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]
-) -> str:
-    """Build the image of ``--build DIR``, with the engine's progress; return its id.
-
-    It is tagged, so that `image prune` keeps it, and labelled.  Raises UserError where that fails.
-    """
+def build_image(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> str:
+    """Build the image of ``--build DIR``; return its id.  A tag keeps it from `image prune`."""
     import tempfile
 
-    directory = step.options["build"] = host.absolute(step.options["build"])
-    options = list(step.options.get("build-option", []))
+    program, directory = step.options["program"], step.options["build"]
+    if step.targets and not step.targets[0].startswith("sha256:"):
+        step.options["build-option"].append("--tag=" + step.targets[0])  # update finds it there
+    options = list(step.options["build-option"])
     if not any(token.split("=")[0] in ("-f", "--file") for token in options):
         names = [name for name in ("Dockerfile", "Containerfile") if host.exists(f"{directory}/{name}")]
         if not names:
@@ -2090,404 +2071,152 @@ def show_build(argv: Sequence[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def try_image(
-    step: Step, program: str, extra: Mapping[str, Any], host: Host, environ: Mapping[str, str]
-) -> Output:
-    """Start the image once, with options to be tried and a program for the kernel; return what it said."""
-    skip = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
-    options = {name: value for name, value in {**step.options, **extra}.items() if name not in skip}
-    launch = Launch([], [], {"name": "probe"})
-    start = Plan([program], dict(environ))
-    return host.try_plan(MODES[step.mode].plan(step.replace(options=options), start, host, launch))
+def need_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Return the step with its image's absolute path, built or fetched where that was asked for.
 
-
-def probe_engine(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
-    """Return the step with what a start of the image has shown:
-
-    whether the engine takes the options, sees the private directory and the binds, and has an init.
-    Raises UserError for what is wrong.
+    One that was fetched before is fetched again at an update only.
     """
-    text, status = "", 0
-    for extra in ({"init": True}, {}, {"init": True, "place": "home"}, {"place": "home"}):
-        said = try_image(step, "true", extra, host, environ)
+    options, image = dict(step.options), "".join(step.targets)
+    if "://" in image:
+        options["uri"], image = image, ""
+    program, build, uri = options["program"], options.get("build", ""), options.get("uri", "")
+    if not image:
+        base = common.get("prefix") or (sys.prefix if common.get("sys-prefix") else "")
+        data = base + "/share" if base else environ.get("XDG_DATA_HOME") or host.home() + "/.local/share"
+        name = os.path.basename(build or uri)
+        name = name[:-4] if name.endswith(".def") else name.replace(":", "_").replace("@", "_")
+        image = f"{data}/envkernel/images/{name if name.endswith('.sif') else name + '.sif'}"
+    image = host.absolute(image)
+    step = step.replace(options=options, targets=[image])
+    when, dry, exists = options.get("pull", "missing"), common.get("dry-run"), host.exists(image)
+    again = when == "always" or (common.get("update") and when != "never")
+    if build and (host.isdir(build) or not host.exists(build)):
+        raise UserError(f"There is no definition file {build}.", "Give one: --build FILE.def.")
+    words = [program, "build", *options.get("build-option", []), image, build]
+    if build and dry:
+        show_build(words)
+    if not build and exists and (not uri or dry or not again):
+        return step
+    if not build and (not uri or dry or when == "never"):
+        hint = f"Fetch it: {step.mode} pull {image} {uri}" if uri else "Correct its path, or give a URI."
+        raise UserError(f"There is no image {image}.", hint)
+    if not build:
+        print(f"Fetching {uri} to {image}", flush=True)
+        words = [program, "pull", *image_tokens(step, host, environ), image, uri]
+    if host.produce(words, image, environ, os.path.dirname(build) or None):
+        failed = f"of {build} can't be built" if build else f"{uri} can't be fetched"
+        raise UserError(f"The image {failed}.", "Correct what the engine says above.")
+    return step
+
+
+def probe_image(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
+    """Start the image with a program that does not exist; return the step with the options that need it.
+
+    That shows whether the engine takes the options, sees the private directory and binds, and has an init.
+    """
+    apptainer, image, program = step.mode in APPTAINER_PROGRAMS, step.targets[0], "/no/such/program"
+    tries: list[dict[str, Any]] = [{"init": True}, {}, {"init": True, "place": "home"}, {"place": "home"}]
+    if apptainer:
+        tries = [{}, {"place": "tmp"}][: 1 if step.options.get("shared") else 2]
+    untried = ("mount", "pwd", "copy-workdir", "workdir", "runscript", "shared")
+    curable = ("exist in container",) if apptainer else ("init", "source path", "statfs", "mount")
+    for extra in tries:
+        options = {name: value for name, value in step.options.items() if name not in untried}
+        tried, start = step.replace(options={**options, **extra}), Plan([program], dict(environ))
+        said = host.try_plan(MODES[step.mode].plan(tried, start, host, Launch([], [])))
         text, status = os.fsdecode(said.err), said.status
-        if not engine_refuses(status, text) and "docker-init" not in text:
-            return container_user(step.replace(options={**step.options, **extra}), host, environ)
-        if not any(word in text for word in ("init", "source path", "statfs", "mount")):
+        refused = status and program not in text if apptainer else engine_refuses(status, text)
+        if not refused and "docker-init" not in text:
+            step = step.replace(options={**step.options, **extra})
+            return step if apptainer else container_user(step, host, environ)
+        if not any(sign in text for sign in curable):
             break
-    raise engine_error(step.options["program"], step.targets[0], status or 125, text) or UserError(text)
+    error = ApptainerEnd(image)(255, text, host) if apptainer else None
+    error = error or engine_error(step.options["program"], image, status or 125, text)
+    raise error or UserError(f"The image {image} can't be run.", "Correct what it says.", 1, text)
 
 
 def container_user(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
     """Return the step with what lets a user of the user's choice (``--user=X``) use the private directory.
 
-    Root gives the directory to them; in rootless podman X can be the user.  Raises UserError where
-    neither is possible.
+    Root gives the directory to them; in rootless podman X can be the user.
     """
     if step.options["identity"] != "given":
         return step
-    plan = plan_engine(step, Plan([], dict(environ)), host, Launch([], [], {"name": "probe"}))
-    said = host.output([*plan.inside, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
+    plan = plan_engine(step, Plan([], dict(environ)), host, Launch([], []))
+    said = host.output([*plan.probe, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
     try:
         uid, gid, *rows = [int(word) for word in said.out.split()]
     except ValueError:  # an image without these programs
         return step
     outside = [there + uid - here for here, there, n in zip(*[iter(rows)] * 3) if here <= uid < here + n]
-    me = host.ids()[0]
+    me, options = host.ids()[0], dict(step.options)
     offline = last_value(step, "--network", "--net") == "none"
     if not outside or outside[0] == me:
         return step
     if not me:
-        guest = {"guest": str(outside[0])}
-    elif uid and is_podman(step) and not last_value(step, "--userns"):
-        guest = {"identity": f"keep-id:uid={uid}" + (f",gid={gid}" if gid else "")}  # gid=0 fails
-    elif not outside[0] and not offline:  # root can read all; its sockets are closed to others, but not TCP
-        return step
-    else:
-        raise UserError(
-            f"The kernel would be another user than you (number {outside[0]}) and could not be reached.",
-            "Leave --user and --userns out, or use podman; --user=root can be had with a network.",
-        )
-    if step.options.get("shared"):
+        options["guest"] = str(outside[0])
+    elif uid and step.mode == "podman" and not last_value(step, "--userns"):
+        options["identity"] = f"keep-id:uid={uid}" + (f",gid={gid}" if gid else "")  # gid=0 fails
+    elif outside[0] or offline:  # root can read all; its sockets are closed to others, but not TCP
+        message = f"The kernel would be another user than you (number {outside[0]}) and could not be reached."
+        hint = "Leave --user and --userns out, or use podman; --user=root can be had with a network."
+        raise UserError(message, hint)
+    if options != step.options and options.get("shared"):
         raise usage_error("--shared is for kernels that run as you.", "Leave --user or --shared out.")
-    return step.replace(options={**step.options, **guest})
-
-
-# -- singularity and apptainer --
-
-APPTAINER_PROGRAMS = {"apptainer": ("apptainer", "singularity"), "singularity": ("singularity", "apptainer")}
-"""Which programs run a mode's containers: its own, or else the other one of the same family."""
-
-_APPTAINER_PATHS = ("overlay", "env-file", "workdir", "apply-cgroups", "pem-path", "authfile", "home")
-"""Options of ``exec`` whose value is a path on the host, up to a colon."""
-
-APPTAINER_OPTIONS = [
-    Option("--uri", "Where to fetch IMAGE from, at each update again.", "URI", group="engine"),
-    recorded("--runscript", "Run what the image runs by itself."),
-]
-"""Options of singularity and apptainer beside `CONTAINER_OPTIONS`."""
-
-_LEAKS = (
-    *("PYTHON", "JPY_", "JUPYTER", "IPYTHONDIR", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_"),
-    *("R_HOME", "R_LIBS"),
-)
-"""How variables begin that would change a kernel in an image, or tell it what is Jupyter's own."""
-
-
-def apptainer_step(step: Step, legacy: bool = False) -> Step:
-    """Return a step with the binds of the engine's own options among envkernel's.
-
-    legacy: the step is of envkernel 1.x, which handed all but --pwd to the engine: --workdir is where
-    the engine keeps a contained /tmp and home.  Now that is -W, as in all container modes --workdir is
-    the directory to work in.
-    """
-    engine = list(step.engine)
-    options = dict(step.options)
-    if legacy and "workdir" in options:
-        engine.append("--workdir=" + options.pop("workdir"))
-    binds = [*options.pop("bind", []), *engine_values(engine, "--bind")]
-    if binds:
-        options["bind"] = [str(bind) for bind in read_binds(binds, commas=True)]
-    engine = [token for token in engine if not token.startswith("--bind=") and token != "--network=host"]
-    return step.replace(options=options, engine=engine)
-
-
-def bind_token(bind: Bind) -> str:
-    """Return the engine's option for a bind: the old one where a path has no character that it splits at."""
-    if any(c in bind.source + bind.target for c in '\\:,"\n'):
-        return "--mount=" + mount_token(bind)
-    return "--bind=" + ":".join([bind.source, bind.target, *([bind.options] if bind.options else [])])
-
-
-def apptainer_shares_host(engine: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Return whether a container of Apptainer is on the host's network."""
-    names = [f"{family}_{name}" for family in ("APPTAINER", "SINGULARITY") for name in ("NET", "NETWORK")]
-    own = engine_values(engine, "--net", "--network", "--netns-path") or [n for n in names if environ.get(n)]
-    return not own
-
-
-def apptainer_environ(spec: ContainerSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment to start the engine in: what it hands on, and what it sets inside.
-
-    Values are given as ``APPTAINERENV_NAME``, so they are in no argv; the engine must not let a shell
-    evaluate them, as it does unless reported otherwise (APPTAINER_NO_EVAL).
-    """
-    result = {name: value for name, value in environ.items() if not name.startswith(_LEAKS)}
-    for family in ("APPTAINER", "SINGULARITY"):
-        result.setdefault(f"{family}_NO_EVAL", "1")
-        for name, value in {"PYTHONNOUSERSITE": "1", **spec.environ, **spec.secret}.items():
-            result[f"{family}ENV_{name}"] = value
-    return result
-
-
-def plan_apptainer(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
-    """Plan a kernel in a container of Apptainer or Singularity.  Raises UserError for what is missing."""
-    program = find_engine(step, plan.environ, host)
-    if "program" not in step.options:
-        step = apptainer_step(step, rest.legacy)
-    image = step.targets[0]
-    if "://" not in image and not host.exists(image):
-        raise UserError(
-            f"There is no image {image}.",
-            "Restore it; if it was fetched or built at setup: envkernel update NAME.",
-        )
-    inside = INSIDE
-    if step.options.get("place") == "tmp":  # no mount points in a writable image; /tmp is the host's, or new
-        inside = "/tmp/envkernel" * bool(engine_values(step.engine, "--contain", "--containall", "--compat"))
-    on_host = apptainer_shares_host(step.engine, plan.environ)
-    if not on_host:  # it publishes no ports
-        step = step.replace(options={**step.options, "transport": "ipc"})
-    spec = container_spec(step, plan, host, rest, host_network=on_host, inside=inside)
-    gpu = "--rocm" if host.exists("/dev/kfd") and not host.exists("/dev/nvidiactl") else "--nv"
-    head = [*([gpu] if step.options.get("gpu") else []), *step.engine]
-    mounts = [*map(bind_token, spec.binds), *mount_options(step, spec, plan, host)]
-    workdir = ["--pwd=" + spec.workdir] if spec.workdir else []
-    spec.supervision.leader = False  # it passes signals on to the kernel, which has them already
-    spec.supervision.explain = ApptainerEnd(image, oom_kills(host))
-    argv = [program, "run" if step.options.get("runscript") else "exec"]
-    if spec.shared:
-        name = "envkernel-" + spec.shared
-        stop = ["/bin/sh", "-c", '"$@" || true', "sh", program, "instance", "stop", name]
-        alive = [program, "exec", "instance://" + name, "echo", "true"]
-        start = [program, "instance", "start", *head, *mounts, image, name]
-        spec.supervision.shared = Shared(alive, start, stop, bool(step.options.get("keep")))
-        argv += [*workdir, "instance://" + name, *spec.command]
-    else:
-        argv += [*head, *mounts, *workdir, image, *spec.command]
-    look = [program, "exec", *head, *map(bind_token, read_binds(step.options.get("bind", []))), image]
-    install = "pip install %s (a line for %%post of its definition file)"
-    plan = plan.replace(where=f"the image {image}", install=install, inside=look, search=None)
-    return plan.replace(
-        argv=argv, environ=apptainer_environ(spec, plan.environ), supervision=spec.supervision
-    )
-
-
-def oom_kills(host: Host) -> int:
-    """Return how many processes Linux has killed on this machine because memory ran out (/proc/vmstat)."""
-    lines = (host.read("/proc/vmstat") or b"").splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith(b"oom_kill ")), 0)
-
-
-class ApptainerEnd(Record):
-    """Explains the end of a container of Apptainer: called with exit status, end of stderr and host."""
-
-    image: str
-    oom_kills: int = 0
-
-    def __call__(self, status: int, said: str, host: Host) -> UserError | None:
-        """Return the reason, None where the exit status says all."""
-        if status in (137, -9):
-            memory = ", most likely because memory ran out" * (oom_kills(host) > self.oom_kills)
-            return UserError(
-                f"The kernel in a container of {self.image} was killed (SIGKILL){memory}.",
-                "If it ran out of memory, ask for more, or use less.",
-                status,
-            )
-        lines = [line for line in said.splitlines() if line.startswith(("FATAL:", "\x1b[31mFATAL"))]
-        if status != 255 or not lines:
-            return None
-        error = explain("apptainer", "\n".join(lines), image=self.image) or UserError(
-            f"The container of {self.image} can't be started.", "Correct what the engine says."
-        )
-        error.detail = said.strip()
-        return error
-
-
-def setup_apptainer(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Check the engine, the image and the binds; fetch or build the image where that was asked for.
-
-    Raises UserError for whatever is missing.
-    """
-    step = apptainer_step(step)
-    program = find_engine(step, environ, host)
-    options = setup_options(step, program, host)
-    tokens = [absolute_value(token, host, _APPTAINER_PATHS) for token in step.engine]
-    for_build = fetch_options(step.replace(engine=tokens), program, host, environ)
-    if common.get("kernel") == OWN_COMMAND:
-        options["runscript"] = True
-    if for_build:
-        options["build-option"] = [*options.get("build-option", []), *for_build]
-    odd = [entry for entry in common.get("env", []) if any(c in entry for c in '$`\\"')]
-    if odd:
-        said = host.output([program, "exec", "--help"], environ)
-        if "--no-eval" not in read_engine_help(os.fsdecode(said.out)):
-            raise UserError(
-                "This {} is too old to set {} as it is.".format(program, odd[0].partition("=")[0]),
-                "Take $, `, \\ and quotes out of the value, or use a newer engine.",
-            )
-    step = step.replace(options=options, engine=[token for token in tokens if token not in for_build])
-    refuse_options(step)
-    return probe_apptainer(need_sif(step, host, environ, common), host, environ)
-
-
-def fetch_options(step: Step, program: str, host: Host, environ: Mapping[str, str]) -> list[str]:
-    """Return the options of the engine that are for building or fetching the image, which setup does."""
-    fetches = "build" in step.options or "uri" in step.options or "://" in "".join(step.targets)
-    if not fetches or not step.engine:
-        return []
-    start = EngineOptions([[program, "exec"]], host, environ)
-    pull = EngineOptions([[program, "pull"]], host, environ).known
-    flags = {token: token.partition("=")[0] for token in step.engine}
-    return [token for token, flag in flags.items() if flag in pull or not start.find(flag)]
-
-
-def need_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Return the step with its image's absolute path, built or fetched where that was asked for.
-
-    Raises UserError where there is no image.
-    """
-    options = dict(step.options)
-    target = step.targets[0] if step.targets else ""
-    if "://" in target and not target.startswith("instance://"):
-        options["uri"], target = target, ""
-    source = options.get("build") or options.get("uri", "")
-    if not target and not source:
-        raise usage_error(f"{step.mode} needs IMAGE.", "Give an image file, a URI, or --build FILE.def.")
-    if "://" not in target:
-        target = host.absolute(target or image_path(source, common, environ))
-    if "build" in options:
-        options["build"] = host.absolute(options["build"])
-    step = step.replace(options=options, targets=[target])
-    if source:
-        produce_sif(step, host, environ, common)
-    elif "://" not in target and not host.exists(target):
-        raise UserError(f"There is no image {target}.", "Correct its path, or give a URI (docker://...).")
-    return step
-
-
-def image_path(source: str, common: Mapping[str, Any], environ: Mapping[str, str]) -> str:
-    """Return where an image is put that setup fetches or builds: with the user's data, or below a prefix.
-
-    The file's name is that of the definition file or URI, as ``apptainer pull`` has it.
-    """
-    base = common.get("prefix") or (sys.prefix if common.get("sys-prefix") else "")
-    home = environ.get("XDG_DATA_HOME") or environ.get("HOME", "") + "/.local/share"
-    name = source.rpartition("/")[2]
-    name = name[:-4] if name.endswith(".def") else name.replace(":", "_").replace("@", "_")
-    directory = (base + "/share" if base else home) + "/envkernel/images/"
-    return directory + (name if name.endswith(".sif") else name + ".sif")
-
-
-def produce_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> None:
-    """Build the image of ``--build FILE.def``, or fetch that of a URI, with the engine's progress.
-
-    One that was fetched before is fetched again at an update only.  Raises UserError where that fails.
-    """
-    image, when = step.targets[0], step.options.get("pull", "missing")
-    source = step.options.get("build", "")
-    action, uri = "build" if source else "pull", step.options.get("uri", "")
-    words = [step.options["program"], action, *step.options.get("build-option", []), image, source or uri]
-    again = common.get("update") or when == "always"
-    if source:
-        if host.isdir(source) or not host.exists(source):
-            raise UserError(f"There is no definition file {source}.", "Give one: --build FILE.def.")
-        if common.get("dry-run"):
-            show_build(words)
-    elif host.exists(image) and (when == "never" or not again):
-        return
-    elif when == "never" or common.get("dry-run"):
-        raise UserError(f"There is no image {image}.", f"Fetch it: {step.mode} pull {image} {uri}")
-    else:
-        print(f"Fetching {uri} to {image}", flush=True)
-    if host.produce(words, image, environ, os.path.dirname(source) or None):
-        if source:
-            raise UserError(f"The image of {source} can't be built.", "Correct what the build says above.")
-        raise UserError(f"The image {uri} can't be fetched.", "See above; correct its name.")
-
-
-def probe_apptainer(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
-    """Return the step with what a start of the image, with a program that does not exist, has shown:
-
-    whether the engine takes the options, the image, the binds and the private directory.
-    Raises UserError for what is wrong.
-    """
-    text = ""
-    for extra in ({}, *([] if step.options.get("shared") else [{"place": "tmp"}])):
-        said = try_image(step, "/no/such/program", extra, host, environ)
-        text = os.fsdecode(said.err)
-        if not said.status or "/no/such/program" in text:
-            return step.replace(options={**step.options, **extra})
-        if "exist in container" not in text:
-            break
-    message = f"{step.options['program']} can't run the image {step.targets[0]}."
-    raise ApptainerEnd(step.targets[0])(255, text, host) or UserError(
-        message, "Correct what it says.", 1, text
-    )
-
-
-# -- what setup sees inside, and what runs --
+    return step.replace(options=options)
 
 
 def look_inside(plan: Plan, host: Host, command: Sequence[str]) -> tuple[Plan, Host]:
-    """Return the plan of a kernel command as it is seen inside of the container, and host from there.
-
-    For a plan without a container: both as they are.  Raises UserError for an image whose entrypoint
-    keeps programs from being run.
-    """
-    if not plan.inside:
+    """Return the plan of a kernel command as it is seen inside of its container, if any, and host there."""
+    if not plan.probe:
         return plan, host
-    world = host if isinstance(host, Inside) else Inside(host, plan.inside, plan.environ)
+    world = host if isinstance(host, ImageHost) else ImageHost(host, plan.probe, plan.environ)
     if not world.programs:
-        raise UserError(
-            f"No shell can be run in {plan.where}.",
-            "If the image has an entrypoint, switch it off: --entrypoint=; or use --kernel=image.",
-            1,
-            os.fsdecode(world.said.err).strip(),
-        )
+        hint = "If the image has an entrypoint, switch it off: --entrypoint=; or use --kernel=image."
+        detail = os.fsdecode(world.said.err).strip()
+        raise UserError(f"No shell can be run in {plan.where}.", hint, 1, detail)
     return plan.replace(argv=list(command), search=world.search), world
 
 
 def find_transport(launch: Launch, host: Host, environ: Mapping[str, str]) -> Step:
-    """Return the last step of a launch, for a container with how its kernel is reached.
-
-    The kernel is started once.  Where it can be reached on unix sockets (it binds them as its own user, and
-    this process connects to them), that is how, else by TCP.
-    """
+    """Return the last step of a launch, for a container with how its kernel, started once, was reached."""
     step = launch.steps[-1]
     if not MODES[step.mode].container or {"transport", "reach"} & step.options.keys():
         return step
-    skip = ("mount", "pwd", "copy-workdir", "shared", "keep")
-    options = {name: value for name, value in step.options.items() if name not in skip}
+    untried = ("mount", "pwd", "copy-workdir", "shared", "keep")
+    options = {name: value for name, value in step.options.items() if name not in untried}
     tried = step.replace(options={**options, "transport": "ipc"})
-    if host.listens(launch.replace(steps=[*launch.steps[:-1], tried]), environ):
-        return step.replace(options={**step.options, "reach": "ipc"})
     apart = step.mode in APPTAINER_PROGRAMS and not apptainer_shares_host(step.engine, environ)
-    if not apart and last_value(step, "--network", "--net") != "none":
-        return step.replace(options={**step.options, "reach": "tcp"})
-    text = "The kernel was not seen listening on unix sockets, and a container without network has no others."
-    print(text, "Test it (envkernel check), or let it have a network.", file=sys.stderr)
-    return step
+    if host.listens(launch.replace(steps=[*launch.steps[:-1], tried]), environ):
+        reach = "ipc"
+    elif not apart and last_value(step, "--network", "--net") != "none":
+        reach = "tcp"
+    else:
+        text = "The kernel was not seen on unix sockets, and a container without network has no others."
+        print(text, "Test it (envkernel check), or let it have a network.", file=sys.stderr)
+        return step
+    return step.replace(options={**step.options, "reach": reach})
 
 
-register(
-    *(
+_URI = Option("--uri", "Where to fetch IMAGE from, at each update again.", "URI")
+for _name in ("docker", "podman", "singularity", "apptainer"):
+    _apptainer = _name in APPTAINER_PROGRAMS
+    _verb = f"{_name} exec" if _apptainer else f"{_name} run"
+    register(
         Mode(
-            name,
-            f"Run the kernel in a container of {title}; options of `{name} {verb}` may be given as they are.",
-            [*CONTAINER_OPTIONS, *own],
-            setup,
-            plan,
+            _name,
+            f"Run the kernel in a container of {_name.title()}; takes the options of `{_verb}` too.",
+            [*CONTAINER_OPTIONS, _URI] if _apptainer else CONTAINER_OPTIONS,
+            setup_container,
+            plan_apptainer if _apptainer else plan_engine,
             target="IMAGE",
             targets=(0, 1),
             container=True,
             engine=container_commands,
-            example=f"envkernel {name} --user --name=course --pwd --bind /data:/coursedata:ro {image}",
+            example=f"envkernel {_name} --user --name=course --pwd --bind /data:/coursedata:ro IMAGE",
         )
-        for names, verb, own, setup, plan, image in (
-            (("Docker", "Podman"), "run", DOCKER_OPTIONS, setup_engine, plan_engine, "python-image"),
-            (
-                ("Singularity", "Apptainer"),
-                "exec",
-                APPTAINER_OPTIONS,
-                setup_apptainer,
-                plan_apptainer,
-                "a.sif",
-            ),
-        )
-        for title in names
-        for name in [title.lower()]
     )
-)
 
 
 # ---- cluster modes ------------------------------------------------------------------------------
@@ -2907,23 +2636,18 @@ register(
 
 
 class Kernel(Record):
-    """A kernel as a kernelspec describes it.
+    """A kernel as a kernelspec describes it."""
 
-    command: with `CONNECTION_FILE` in it.  directory: the kernelspec it was read from, empty for none; its
-    files come along.  files: further ones (logos), by name.  env: variables, as Jupyter reads them.
-    test: a command that succeeds where the kernel is really installed, empty where the command tells.
-    """
-
-    command: list[str]
+    command: list[str]  # with `CONNECTION_FILE` in it
     language: str = "python"
     display_name: str = ""
     metadata: dict[str, Any] = {}
     interrupt_mode: str = ""
     protocol: str = ""
-    files: dict[str, bytes] = {}
-    directory: str = ""
-    env: dict[str, str] = {}
-    test: list[str] = []
+    files: dict[str, bytes] = {}  # logos, by name
+    directory: str = ""  # the kernelspec it was read from, whose files come along
+    env: dict[str, str] = {}  # as Jupyter reads it
+    test: list[str] = []  # succeeds where the kernel is really installed; empty where the command tells
 
 
 KERNELS = {
@@ -2937,56 +2661,24 @@ KERNELS = {
 }
 """The kernels that are known by name, wherever they run."""
 
+OWN_COMMAND = "image"
+"""Name of the kernel (``--kernel=image``) that is whatever the image itself starts."""
+
 DESCRIBE_IPYKERNEL = (
     "import json, ipykernel.kernelapp; from ipykernel.kernelspec import get_kernel_dict, RESOURCES; "
     "print('\\nipykernel:' + json.dumps(dict(get_kernel_dict(), resources=RESOURCES)))"
 )
 """What the environment's own Python is asked for the metadata and logos of its ipykernel, which it loads."""
 
-
-_FIELDS = {
-    "argv": list,
-    "language": str,
-    "display_name": str,
-    "metadata": dict,
-    "env": dict,
-    "interrupt_mode": str,
-    "kernel_protocol_version": str,
-}
+_FIELDS: dict[str, type] = {"argv": list, "metadata": dict, "env": dict}
+_FIELDS.update(dict.fromkeys(("language", "display_name", "interrupt_mode", "kernel_protocol_version"), str))
 """The fields of a kernel.json (jupyter_client, *Kernel specs*)."""
 
 
 def known_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a kernel.json, empty where they are missing or of another type."""
-    return {
-        name: spec[name] if isinstance(spec.get(name), kind) else kind() for name, kind in _FIELDS.items()
-    }
-
-
-def kernel_from_spec(spec: Mapping[str, Any], files: Mapping[str, bytes]) -> Kernel:
-    """Return the kernel that a kernel.json describes."""
-    known = known_fields(spec)
-    return Kernel(
-        known["argv"],
-        known["language"] or "python",
-        display_name=known["display_name"],
-        metadata={key: value for key, value in known["metadata"].items() if key != "envkernel"},
-        interrupt_mode=known["interrupt_mode"],
-        protocol=known["kernel_protocol_version"],
-        files=dict(files),
-        env={name: value for name, value in known["env"].items() if isinstance(value, str)},
-    )
-
-
-def kernels_inside(plan: Plan, host: Host) -> dict[str, str]:
-    """Return the kernelspecs that an environment itself holds: their directories by name."""
-    found: dict[str, str] = {}
-    for directory in plan.search or ():
-        kernels = os.path.dirname(directory) + "/share/jupyter/kernels"
-        for name in host.listdir(kernels):
-            if host.exists(f"{kernels}/{name}/kernel.json"):
-                found.setdefault(name, f"{kernels}/{name}")
-    return found
+    known = {name: (spec.get(name), kind) for name, kind in _FIELDS.items()}
+    return {name: value if isinstance(value, kind) else kind() for name, (value, kind) in known.items()}
 
 
 def read_kernelspec(directory: str, host: Host) -> Kernel:
@@ -2994,171 +2686,126 @@ def read_kernelspec(directory: str, host: Host) -> Kernel:
     import json
 
     try:
-        spec = json.loads(host.read(directory + "/kernel.json") or b"")
-        argv = spec["argv"]
-        if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
-            raise ValueError("no argv")
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"The kernelspec {directory} is broken: its kernel.json can't be read.",
-            "Install that kernel again.",
-        ) from None
-    names = [name for name in host.listdir(directory) if name != "kernel.json" and name != "__pycache__"]
+        spec = known_fields(json.loads(host.read(directory + "/kernel.json") or b""))
+    except (ValueError, AttributeError, RecursionError):
+        spec = {"argv": []}
+    if not spec["argv"] or not all(isinstance(word, str) for word in spec["argv"]):
+        message = f"The kernelspec {directory} is broken: its kernel.json can't be read."
+        raise UserError(message, "Install that kernel again.")
+    names = [name for name in host.listdir(directory) if name not in ("kernel.json", "__pycache__")]
     texts = {name: host.read(f"{directory}/{name}") for name in names}
-    kernel = kernel_from_spec(spec, {name: text for name, text in texts.items() if text is not None})
-    return kernel.replace(directory=directory if host.host is host else "")
+    return Kernel(
+        spec["argv"],
+        spec["language"] or "python",
+        display_name=spec["display_name"],
+        metadata={key: value for key, value in spec["metadata"].items() if key != "envkernel"},
+        interrupt_mode=spec["interrupt_mode"],
+        protocol=spec["kernel_protocol_version"],
+        files={name: text for name, text in texts.items() if text is not None},
+        directory=directory if host.host is host else "",
+        env={name: value for name, value in spec["env"].items() if isinstance(value, str)},
+    )
 
 
 def kernel_in_environment(name: str, plan: Plan, host: Host) -> Kernel:
-    """Return a kernel by name: a known one, or one whose kernelspec is inside the environment.
-
-    Its interpreter becomes the environment's.  Raises UserError with a suggestion where there is none.
-    """
-    inside = kernels_inside(plan, host)
+    """Return a kernel by name: one whose kernelspec is inside the environment, or a known one."""
+    inside: dict[str, str] = {}
+    for directory in plan.search or ():
+        kernels = os.path.dirname(directory) + "/share/jupyter/kernels"
+        for one in host.listdir(kernels):
+            if host.exists(f"{kernels}/{one}/kernel.json"):
+                inside.setdefault(one, f"{kernels}/{one}")
     if name in inside and name != "ipykernel":
         return own_interpreter(read_kernelspec(inside[name], host), plan, host)
     if name in KERNELS:
         return KERNELS[name]
-    raise UserError(
-        f"There is no kernel named {name} in {plan.where}.",
-        suggestion(name, sorted({*KERNELS, *inside})),
-    )
+    hint = suggestion(name, sorted({*KERNELS, *inside}))
+    raise UserError(f"There is no kernel named {name} in {plan.where}.", hint)
 
 
 def own_interpreter(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
-    """Make a kernel that was set up elsewhere use the environment's own program of that name.
-
-    Of Pythons any will do: the one that stands in a kernelspec is another environment's.
-    """
+    """Make a kernel that was set up elsewhere use the environment's own program, or any Python there."""
     program = os.path.basename(kernel.command[0])
-    if is_python(program) and not search_program(program, plan.search or (), host):
-        program = "python"
-    if is_python(program) or search_program(program, plan.search or (), host):
-        return kernel.replace(command=[program, *kernel.command[1:]])
-    return kernel
-
-
-def describe_ipykernel(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
-    """Add to an ipykernel what the environment's own one says of itself: metadata, protocol, logos.
-
-    Raises UserError where it can't be loaded at all.
-    """
-    import json
-
-    python = plan.argv[: plan.argv.index("-m")]
-    said = host.output([*python, "-c", DESCRIBE_IPYKERNEL], plan.environ)
-    try:
-        spec = json.loads(said.out.split(b"\nipykernel:")[1].splitlines()[0])
-        directory = spec["resources"]
-    except (ValueError, IndexError, KeyError):
-        if said.status:
-            said = host.output([*python, "-c", "import ipykernel.kernelapp"], plan.environ)
-        if said.status:
-            raise UserError(
-                f"ipykernel is there but can't be loaded in {plan.where}.",
-                f"Fix that, or install it again: {plan.install % 'ipykernel'}.",
-                detail=os.fsdecode(said.err).strip().rpartition("\n")[2],
-            ) from None
+    found = search_program(program, plan.search or (), host)
+    if not (found or is_python(program)):
         return kernel
-    texts = {name: host.read(f"{directory}/{name}") for name in (*LOGO_PNGS, LOGO_SVG)}
-    logos = {name: text for name, text in texts.items() if text is not None}
-    own = kernel_from_spec(spec, {**logos, **kernel.files})
-    return own.replace(
-        command=kernel.command,
-        directory=kernel.directory,
-        env=kernel.env,
-        language=kernel.language,
-        metadata={**own.metadata, **kernel.metadata},
-        interrupt_mode=kernel.interrupt_mode or own.interrupt_mode,
-        display_name=kernel.display_name,
-    )
-
-
-def template_kernel(name: str, host: Host) -> Kernel:
-    """Return the kernel of an installed kernelspec with all its files (``--kernel-template``).
-
-    Of a kernelspec that envkernel wrote the kernel command is taken, not envkernel's own.
-    Raises UserError where no kernel of that name is installed.
-    """
-    directories = installed_kernels()
-    if name not in directories:
-        raise UserError(
-            f"There is no kernel named {name} to take as a template.", suggestion(name, sorted(directories))
-        )
-    kernel = read_kernelspec(directories[name], host)
-    tokens = run_tokens(kernel.command)
-    return kernel.replace(command=launch_from_argv(tokens).command) if tokens else kernel
+    return kernel.replace(command=[program if found else "python", *kernel.command[1:]])
 
 
 def choose_kernel(request: Request, plan: Plan, host: Host) -> Kernel:
-    """Return the kernel that a request asks for.
+    """Return the kernel that a request asks for.  plan: of the environment it will run in."""
+    import shlex
 
-    plan: the environment it will run in.  The command after ``--`` or of --kernel-cmd takes the place of
-    the one that --kernel or --kernel-template names (`check_choice`).
-    Raises UserError for a kernel that is not there.
-    """
-    common = request.common
+    common, command = request.common, request.command
     if "kernel-template" in common:
-        kernel = own_interpreter(template_kernel(common["kernel-template"], host.host), plan, host)
+        name, found = common["kernel-template"], installed_kernels()
+        if name not in found:
+            message = f"There is no kernel named {name} to take as a template."
+            raise UserError(message, suggestion(name, sorted(found)))
+        kernel = read_kernelspec(found[name], host.host)
+        tokens = run_tokens(kernel.command)  # it may be one of envkernel's own, around the kernel command
+        kernel = kernel.replace(command=launch_from_argv(tokens).command) if tokens else kernel
+        kernel = own_interpreter(kernel, plan, host)
     else:
         kernel = kernel_in_environment(common.get("kernel", "ipykernel"), plan, host)
-    command = kernel.command
-    if request.command is not None or "kernel-cmd" in common:
-        command = request.command if request.command is not None else split_command(common["kernel-cmd"])
-        if "kernel" not in common and "kernel-template" not in common:
-            kernel = Kernel(command)
+    if "kernel-cmd" in common:
+        try:
+            command = shlex.split(common["kernel-cmd"])
+        except ValueError:
+            raise usage_error("The kernel command has an open quote.", "Close it.") from None
+    if command is not None and not {"kernel", "kernel-template"} & common.keys():
+        kernel = Kernel(command)
+    command = kernel.command if command is None else command
     if not any(CONNECTION_FILE in token for token in command):
         message = "The kernel command has no {connection_file}, so Jupyter could not talk to the kernel."
         hint = "Put {connection_file} where the kernel expects the path of its connection file."
-        raise usage_error(message, suggestion(command[0], sorted(MODES), hint))
+        raise usage_error(message, suggestion("".join(command[:1]), sorted(MODES), hint))
     if common.get("kernel-make-path-relative"):
         command = [os.path.basename(command[0]), *command[1:]]
     if "python" in common and is_python(command[0]) and request.command is None:
-        python = sys.executable if common["python"] == "SELF" else common["python"]
-        command = [host.absolute(python) if "/" in python else python, *command[1:]]
+        command = [sys.executable if common["python"] == "SELF" else common["python"], *command[1:]]
     if "/" in command[0] and not command[0].startswith(RESOURCE_DIR):
         command = [host.absolute(command[0]), *command[1:]]
     return kernel.replace(command=command, language=common.get("language", kernel.language))
 
 
-def split_command(text: str) -> list[str]:
-    """Split a kernel command that was given in one string, quoted as in a shell.
+def describe_ipykernel(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
+    """Add to an ipykernel what the environment's own one says of itself: metadata, protocol, logos."""
+    import json
 
-    Raises UserError (status 2) for quotes that do not close, or an empty command.
-    """
-    import shlex
-
-    try:
-        words = shlex.split(text)
-    except ValueError:
-        raise usage_error(f"The kernel command has an open quote: {text}", "Close it.") from None
-    if not words:
-        raise usage_error("The kernel command is empty.", "Give the kernel's program and arguments.")
-    return words
+    said = host.output([*plan.argv[: plan.argv.index("-m")], "-c", DESCRIBE_IPYKERNEL], plan.environ)
+    if said.status:
+        message = f"ipykernel is there but can't be loaded in {plan.where}."
+        hint = f"Fix that, or install it again: {plan.install % 'ipykernel'}."
+        raise UserError(message, hint, detail=os.fsdecode(said.err).strip().rpartition("\n")[2])
+    spec = json.loads(said.out.split(b"\nipykernel:")[1].splitlines()[0])
+    own = known_fields(spec)
+    texts = {name: host.read(f"{spec['resources']}/{name}") for name in (*LOGO_PNGS, LOGO_SVG)}
+    return kernel.replace(
+        metadata={**own["metadata"], **kernel.metadata},
+        interrupt_mode=kernel.interrupt_mode or own["interrupt_mode"],
+        protocol=own["kernel_protocol_version"],
+        files={**{name: text for name, text in texts.items() if text is not None}, **kernel.files},
+    )
 
 
 def setup_command(request: Request, steps: Sequence[Step]) -> list[str]:
     """Return the command line that stands for a request, with absolute paths: what `update` runs again."""
     words: list[str] = []
     for index, step in enumerate(steps):
-        mode = MODES[step.mode]
-        words += ["--"] if index else []
-        words.append(step.mode)
-        given = [(COMMON_OPTIONS, request.common)] if index == 0 else []
-        for options, values in [*given, (mode.options, step.options)]:
-            lasting = [
-                one for one in options if one.setup and one.name not in ("replace", "dry-run", "check")
-            ]
-            words += option_tokens(lasting, values)
+        words += ["--", step.mode] if index else [step.mode]
+        given = [] if index else [(COMMON_OPTIONS, request.common)]
+        for options, values in [*given, (MODES[step.mode].options, step.options)]:
+            once = ("replace", "dry-run", "check")
+            words += option_tokens([one for one in options if one.setup and one.name not in once], values)
         words += [*step.engine, *step.targets]
     return words + (["--", *request.command] if request.command is not None else [])
 
 
 def launcher(python: str, script: str) -> list[str]:
-    """Return the start of a command line that runs this file, without the arguments for envkernel.
+    """Return the start of a command line that runs this file.
 
-    ``-I`` ignores the user's PYTHON* variables and the current directory, ``-S`` saves the time of
-    ``site``: the run phase needs the standard library only.
+    ``-I`` ignores PYTHON* variables and the current directory, ``-S`` saves the time of ``site``.
     """
     return [python, "-I", "-S", "-c", LOADER, script]
 
@@ -3172,9 +2819,8 @@ def run_tokens(argv: Sequence[str]) -> list[str]:
     """Return the part of a kernelspec's argv that the run phase reads; empty: it is not envkernel's."""
     if is_booted(argv):
         return list(argv[6:])
-    for index in (1, 2):
-        ours = "envkernel" in os.path.basename(argv[index - 1]) if len(argv) > index + 1 else False
-        if ours and argv[index] in MODES and argv[index + 1] == "run":
+    for program, mode, phase, index in zip(argv, argv[1:3], argv[2:4], (1, 2)):
+        if "envkernel" in os.path.basename(program) and mode in MODES and phase == "run":
             return list(argv[index:])
     return []
 
@@ -3187,148 +2833,113 @@ def encoded_variables(request: Request) -> dict[str, str]:
 
 def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequence[str]) -> dict[str, Any]:
     """Return what stands in kernel.json."""
-    modes = "+".join(step.mode for step in launch.steps)
-    metadata = dict(kernel.metadata)
-    metadata["envkernel"] = {
-        "version": __version__,
-        "mode": modes,
-        "command": [encode_token(word, unsafe="") for word in setup_command(request, launch.steps)],
-    }
+    common, modes = request.common, "+".join(step.mode for step in launch.steps)
+    command = [encode_token(word, unsafe="") for word in setup_command(request, launch.steps)]
+    about = {"version": __version__, "mode": modes, "command": command}
+    template_name = kernel.display_name if "kernel-template" in common else ""
     spec: dict[str, Any] = {
         "argv": list(argv),
-        "display_name": request.common.get("display-name")
-        or ("kernel-template" in request.common and kernel.display_name)
-        or f"{request.common['name']} ({modes})",
+        "display_name": common.get("display-name") or template_name or f"{common['name']} ({modes})",
         "language": kernel.language,
-        "metadata": metadata,
+        "metadata": {**kernel.metadata, "envkernel": about},
     }
-    encoded = encoded_variables(request)
-    if kernel.env or encoded:
-        spec["env"] = {**kernel.env, **encoded}
-    if kernel.interrupt_mode:
-        spec["interrupt_mode"] = kernel.interrupt_mode
-    if kernel.protocol:
-        spec["kernel_protocol_version"] = kernel.protocol
-    return spec
+    optional = {
+        "env": {**kernel.env, **encoded_variables(request)},
+        "interrupt_mode": kernel.interrupt_mode,
+        "kernel_protocol_version": kernel.protocol,
+    }
+    return {**spec, **{name: value for name, value in optional.items() if value}}
 
 
 def launch_of(
     request: Request, steps: Sequence[Step], command: Sequence[str], env: Sequence[str] = ()
 ) -> Launch:
     """Return the launch that a request stands for.  env: names of variables that the kernel brings."""
-    options = {option.name: request.common.get(option.name) for option in COMMON_OPTIONS if option.run}
     names = [*env, *(entry.partition("=")[0] for entry in request.common.get("env", []))]
-    options["env"] = list(dict.fromkeys(names)) or None
-    return Launch(
-        list(steps), list(command), {name: value for name, value in options.items() if value is not None}
-    )
+    given = {**request.common, "env": list(dict.fromkeys(names)) or None}
+    options = {option.name: given.get(option.name) for option in COMMON_OPTIONS if option.run}
+    options = {name: value for name, value in options.items() if value is not None}
+    return Launch(list(steps), list(command), options)
 
 
 def check_request(request: Request) -> None:
     """Raise UserError (status 2) for common options that are missing, wrong or at odds."""
-    common = request.common
-    if not common.get("name"):
+    common, name = request.common, request.common.get("name", "")
+    if not name:
         raise usage_error("The kernel has no name.", "Add --name=NAME.")
-    name = common["name"]
     if not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name[0] in ".-":
-        raise usage_error(
-            f"{name!r} can't be the name of a kernel.",
-            "Use ASCII letters, digits, '.', '_' and '-' only, and begin with a letter, a digit or '_'.",
-        )
+        hint = "Use ASCII letters, digits, '.', '_' and '-' only, and begin with a letter, a digit or '_'."
+        raise usage_error(f"{name!r} can't be the name of a kernel.", hint)
     if len(name) > 255:
         raise usage_error(f"The kernel's name has {len(name)} characters.", "A directory's may have 255.")
-    places = [option for option in ("user", "sys-prefix", "prefix") if option in common]
-    if len(places) > 1:
-        raise usage_error(f"--{places[0]} and --{places[1]} exclude each other.", "Give one of them.")
-    check_choice(request)
+    after = ["a kernel command after --"] if request.command is not None else []
+    making = any(step.options.get("create") for step in request.steps)  # --python makes the virtualenv
+    given = {"--" + option for option in common}
+    for one, *others in (
+        ("--user", "--sys-prefix", "--prefix"),
+        ("--sys-prefix", "--prefix"),
+        ("--kernel", "--kernel-template"),
+        ("--kernel-cmd", *after),
+        ("--python", *([] if making else after)),
+    ):
+        for other in others:
+            if one in given and other in [*given, *after]:
+                raise usage_error(f"{one} and {other} exclude each other.", "Give one of them.")
     for entry in common.get("env", []):
         if not entry.partition("=")[0]:
             raise usage_error(f"--env {entry} names no variable.", "Write it as --env NAME=VALUE.")
 
 
-def check_choice(request: Request) -> None:
-    """Raise UserError (status 2) where a request asks for two kernels, or for two programs to run one.
-
-    --kernel or --kernel-template may be given with a command: metadata and logos are then the kernel's.
-    """
-    common = request.common
-    making = any(step.options.get("create") for step in request.steps)  # --python makes the virtualenv
-    for one, wrong, other in (
-        ("--kernel", "kernel-template" in common, "--kernel-template"),
-        ("--kernel-cmd", request.command is not None, "a kernel command after --"),
-        ("--python", request.command is not None and not making, "a kernel command after --"),
-    ):
-        if one[2:] in common and wrong:
-            raise usage_error(f"{one} and {other} exclude each other.", "Give one of them.")
-
-
 def setup(
     tokens: Sequence[str], host: Host, directory: str = "", recorded: Mapping[str, str] | None = None
 ) -> int:
-    """The setup phase: check what was asked for, then write the kernelspec.
+    """The setup phase: check what was asked for, then write the kernelspec, or nothing (UserError).
 
-    directory: where an existing kernelspec is to be written again (`update`); recorded: variables that it
-    had recorded, for those that are missing now.
-    Raises UserError; then nothing has been installed.
+    directory, recorded: of an existing kernelspec that is written again, and variables it had recorded.
     """
     request = parse_setup(tokens, host)
-    request.common.setdefault("name", derive_name(request, host))
-    check_request(request)
     common = request.common
+    common.setdefault("name", derive_name(request, host))
+    check_request(request)
     for name in {"prefix", "logo"} & common.keys():
         common[name] = host.absolute(common[name])
-    environ = {**(recorded or {}), **launch_environ(host)}
     destination = directory or kernelspec_directory(common)
     if directory:
         common["update"] = True
-    if os.path.exists(destination) and not common.get("replace") and not directory:
+    elif os.path.exists(destination) and not common.get("replace"):
         raise name_taken(destination)
     try:
-        write_kernel(request, destination, host, environ)
+        write_kernel(request, destination, host, {**(recorded or {}), **launch_environ(host)})
     except BaseException:
         for path in host.made:
             remove_tree(path)
         raise
-    if common.get("check") and not common.get("dry-run"):
-        return check_installed(common["name"], destination, host)
-    return 0
-
-
-def check_installed(name: str, directory: str, host: Host) -> int:
-    """Check the kernel in a kernelspec's directory, also where Jupyter finds none there or another one
-    first."""
-    if installed_kernels().get(name.lower()) != directory:
-        paths = [os.path.dirname(os.path.dirname(directory)), *os.environ.get("JUPYTER_PATH", "").split(":")]
-        os.environ["JUPYTER_PATH"] = ":".join(path for path in paths if path)
-    return check_command({"NAME": name}, host)
+    if not common.get("check") or common.get("dry-run"):
+        return 0
+    if installed_kernels().get(common["name"].lower()) != destination:  # Jupyter does not look there first
+        base = os.path.dirname(os.path.dirname(destination))
+        os.environ["JUPYTER_PATH"] = base + os.pathsep + os.environ.get("JUPYTER_PATH", "")
+    return check_command({"NAME": common["name"]}, host)
 
 
 def name_taken(directory: str) -> UserError:
     """Return the error for a kernelspec's directory that is there already."""
-    return UserError(
-        f"There is a kernel named {os.path.basename(directory)} already, in {directory}.",
-        "Add --replace to replace it, or give another name: --name=NAME.",
-    )
+    message = f"There is a kernel named {os.path.basename(directory)} already, in {directory}."
+    return UserError(message, "Add --replace to replace it, or give another name: --name=NAME.")
 
 
 def write_kernel(request: Request, destination: str, host: Host, environ: Mapping[str, str]) -> None:
-    """Prepare the modes and the kernel of a request, then write the kernelspec, or print it (--dry-run).
-
-    Raises UserError for what is missing.
-    """
-    common = request.common
+    """Prepare the modes and the kernel of a request, then write the kernelspec, or print it (--dry-run)."""
+    common, script, python = request.common, os.path.abspath(__file__), os.path.normpath(sys.executable)
     steps, _ = setup_steps(request, host, environ)
     kernel, launch = prepare_kernel(request, steps, host, environ)
-    script = os.path.abspath(__file__)
     if not os.path.isfile(script):
-        raise UserError(
-            "envkernel.py is not read from a file.", "Save it first: kernels need it at each start."
-        )
+        hint = "Save it first: kernels need it at each start."
+        raise UserError("envkernel.py is not read from a file.", hint)
     files = logo_files(kernel, steps[0].mode, common.get("logo", ""), host)
     if common.get("self-contained"):
         files["envkernel.py"] = host.read(script) or b""
-        script = os.path.join(destination, "envkernel.py")
-    python = plain_path(lasting_python(host) if common.get("self-contained") else sys.executable, host)
+        script, python = os.path.join(destination, "envkernel.py"), lasting_python(host)
     spec = kernelspec_json(request, launch, kernel, [*launcher(python, script), *launch_to_argv(launch)])
     if common.get("dry-run"):
         import json
@@ -3341,13 +2952,20 @@ def write_kernel(request: Request, destination: str, host: Host, environ: Mappin
     say_installed("Updated" if "update" in common else "Installed", common, destination)
 
 
+def logo_files(kernel: Kernel, mode: str, own: str, host: Host) -> dict[str, bytes]:
+    """Return the kernel's files with the user's own logo (a path), or else its logo with a mode's badge."""
+    if not own:
+        return {**kernel.files, LOGO_SVG: badge_logo(kernel.files, mode, kernel.language)}
+    others = {name: data for name, data in kernel.files.items() if not name.startswith("logo-")}
+    return {**others, **own_logos(own, host.read(own))}
+
+
 def setup_steps(
     request: Request, host: Host, environ: Mapping[str, str]
 ) -> tuple[list[Step], Mapping[str, str]]:
     """Let each mode check and normalise its step, in the environment that the modes before it make.
 
-    Returns the steps and the environment after the last of them.  So the program of a container engine
-    can be one that a module brings.  Raises UserError.
+    Returns the steps and the environment after the last of them.
     """
     steps: list[Step] = []
     for step in request.steps:
@@ -3358,151 +2976,90 @@ def setup_steps(
             if error.status == 1 and any(MODES[earlier.mode].remote for earlier in steps):
                 error.hint += " The nodes may have it, but setup can only look on this host."
             raise
-        if mode.remote or mode.container:
-            continue
-        environ = mode.plan(steps[-1], Plan([], dict(environ)), host, Launch([], [])).environ
+        if not (mode.remote or mode.container):
+            environ = mode.plan(steps[-1], Plan([], dict(environ)), host, Launch([], [])).environ
     return steps, environ
-
-
-def logo_files(kernel: Kernel, mode: str, own: str, host: Host) -> dict[str, bytes]:
-    """Return the kernel's files with the logos that its kernelspec gets.
-
-    own: path of the user's own logo, empty for the kernel's with the badge of `mode`.
-    """
-    if own:
-        others = {name: data for name, data in kernel.files.items() if not name.startswith("logo-")}
-        return {**others, **own_logos(own, host.read(own))}
-    return {**kernel.files, LOGO_SVG: badge_logo(kernel.files, mode, kernel.language)}
 
 
 def prepare_kernel(
     request: Request, steps: Sequence[Step], host: Host, environ: Mapping[str, str]
 ) -> tuple[Kernel, Launch]:
-    """Choose the kernel and test that it could start, with the variables that the user wants it to have.
-
-    Raises UserError for whatever is missing: environment, program, module of the kernel.
-    """
+    """Choose the kernel and test that it could start, with the variables that the user wants it to have."""
     environ = {**environ, **encoded_variables(request)}
     seen = seen_here(steps)
     probe = plan_launch(launch_of(request, seen, []), host, environ)
     if request.common.get("kernel") == OWN_COMMAND:
-        kernel = image_kernel(request, probe)
+        if not probe.probe:
+            raise usage_error("--kernel=image is for containers.", "Name the kernel: --kernel=ipykernel.")
+        if seen[-1].options.get("shared") and not request.command:
+            hint = "Give the kernel command after --, or leave --shared out."
+            raise usage_error("An image's own command can't be run in a shared container.", hint)
+        kernel = Kernel(request.command or [], request.common.get("language", "python"))
         launch = launch_of(request, seen, kernel.command)
         return kernel, launch.replace(steps=[*steps[:-1], find_transport(launch, host, environ)])
     probe, world = look_inside(probe, host, [])
     kernel = choose_kernel(request, probe, world)
-    launch = launch_of(request, steps, kernel.command, list(kernel.env))
+    launch = launch_of(request, seen, kernel.command, list(kernel.env))
     resources = {"resource-dir": kernel.directory} if kernel.directory else {}
-    plan, host = look_inside(plan_launch(launch.replace(steps=seen), host, environ), world, kernel.command)
-    plan = finish_plan(plan, launch.replace(options=resources), host)
-    if plan.search is not None:
-        if kernel.test:
-            said = host.output([plan.argv[0], *kernel.test[1:]], plan.environ)
-            if said.status:
-                package = PACKAGES.get(kernel.test[0], kernel.test[0])
-                raise UserError(
-                    f"The kernel is not installed in {plan.where}.",
-                    f"Try: {plan.install % package}.",
-                    detail=os.fsdecode(said.err).strip(),
-                )
-        if plan.argv[1:3] == ["-m", "ipykernel_launcher"]:
-            kernel = describe_ipykernel(kernel, plan, host)
-    last = find_transport(launch.replace(steps=seen), host.host, environ)
-    return kernel, launch.replace(steps=[*steps[:-1], last])
+    plan, world = look_inside(plan_launch(launch, host, environ), world, kernel.command)
+    plan = finish_plan(plan, launch.replace(options=resources), world)
+    if plan.search is not None and kernel.test:
+        said = world.output([plan.argv[0], *kernel.test[1:]], plan.environ)
+        if said.status:
+            hint = f"Try: {plan.install % PACKAGES.get(kernel.test[0], kernel.test[0])}."
+            detail = os.fsdecode(said.err).strip()
+            raise UserError(f"The kernel is not installed in {plan.where}.", hint, detail=detail)
+    if plan.search is not None and plan.argv[1:3] == ["-m", "ipykernel_launcher"]:
+        kernel = describe_ipykernel(kernel, plan, world)
+    return kernel, launch.replace(steps=[*steps[:-1], find_transport(launch, host, environ)])
 
 
 def seen_here(steps: Sequence[Step]) -> list[Step]:
-    """Return the steps as which a chain can be looked at on this host.
-
-    What stands behind a cluster mode has been found here by its own setup, so it lies in a file system
-    that the nodes share: it is read without the cluster.  With nothing behind it only a node knows more.
-    """
+    """Return a chain as it can be looked at on this host: without the cluster, where anything follows it."""
     near = [step for step in steps if not MODES[step.mode].remote]
     return near if near and near[-1] is steps[-1] else list(steps)
 
 
-def plain_path(path: str, host: Host) -> str:
-    """Return a program's path without ``..``, so that it needs no other directory; a link stays followed."""
-    plain = os.path.normpath(path)
-    directories = {host.real_path(os.path.dirname(one)) for one in (path, plain)}
-    return plain if len(directories) == 1 else path
-
-
 def lasting_python(host: Host) -> str:
-    """Return a Python >= 3.8 that stays when this one's environment goes, this one where there is none.
-
-    The run phase needs the standard library only, so the system's Python does.
-    """
-    base = str(getattr(sys, "_base_executable", sys.executable))
-    if sys.prefix != sys.base_prefix and (base == sys.executable or not host.is_executable(base)):
-        base = "{}/bin/python{}.{}".format(sys.base_prefix, *sys.version_info)  # Python < 3.11 does not say
-    if not host.exists(os.path.dirname(os.path.dirname(base)) + "/conda-meta"):
-        return base
+    """Return a Python >= 3.8 that stays when this one's environment goes, this one where there is none."""
+    base, system = str(getattr(sys, "_base_executable", sys.executable)), "/usr/bin/python3"
+    if sys.prefix != sys.base_prefix and base == sys.executable:  # Python < 3.11 does not say
+        base = "{}/bin/python{}.{}".format(sys.base_prefix, *sys.version_info)
+    in_conda = host.exists(os.path.dirname(os.path.dirname(base)) + "/conda-meta")
     question = ["-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 8))"]
-    system = "/usr/bin/python3"
-    usable = host.is_executable(system) and not host.output([system, *question], os.environ).status
-    return system if usable else base
+    if in_conda and host.is_executable(system) and not host.output([system, *question], os.environ).status:
+        return system
+    return os.path.normpath(base)
 
 
-OWN_COMMAND = "image"
-"""Name of the kernel (``--kernel=image``) that is whatever the image itself starts."""
-
-
-def image_kernel(request: Request, plan: Plan) -> Kernel:
-    """Return the kernel of an image that starts it by its own command, and finds its connection file by
-    the variable ENVKERNEL_CONNECTION_FILE; a command after ``--`` goes to the image's entrypoint.
-    """
-    if not plan.inside:
-        raise usage_error("--kernel=image is for containers.", "Name the kernel: --kernel=ipykernel.")
-    if plan.supervision and plan.supervision.shared and not request.command:
-        raise usage_error(
-            "The image's own command has a container of its own: it can't be run in a shared one.",
-            "Give the kernel command after --, or leave --shared out.",
-        )
-    return Kernel(request.command or [], request.common.get("language", "python"))
-
-
-WOULD_COMPILE = 3
 ASK_BYTECODE = (
-    "import sys,importlib.machinery as i;"
-    f"i.SourceFileLoader.source_to_code=lambda *a,**k:sys.exit({WOULD_COMPILE});"
+    "import sys,importlib.machinery as i;i.SourceFileLoader.source_to_code=lambda *a,**k:sys.exit(3);"
     "i.SourceFileLoader('envkernel',sys.argv[1]).get_code('envkernel')"
 )
-"""What a Python is asked with ``-c``: whether it has to compile the file that the next argument names."""
+"""What a Python is asked with ``-c``: whether (3) it has to compile the file that the next argument names."""
 
 
 def write_bytecode(python: str, script: str, host: Host) -> str:
-    """Let a Python write its bytecode of envkernel.py, so that no start compiles it; return what fails.
-
-    Users who may read the script may read the bytecode, whatever the umask is.
-    """
-    cache = os.path.join(os.path.dirname(script), "__pycache__")
-    known = {cache} if os.path.isdir(cache) else set()
-    known.update(os.path.join(cache, name) for name in host.listdir(cache))
-    host.output([*launcher(python, script), "--version"], {})
-    readable = os.stat(script).st_mode & 0o666
-    for path in {cache, *(os.path.join(cache, name) for name in host.listdir(cache))} - known:
-        if os.path.isdir(path):
-            os.chmod(path, 0o700 | readable | (readable & 0o044) >> 2)
-        elif os.path.exists(path):
-            os.chmod(path, readable)
-    asked = host.output([python, "-I", "-S", "-c", ASK_BYTECODE, script], {})
-    if asked.status != WOULD_COMPILE:
+    """Let a Python write its bytecode of envkernel.py, for whoever may read that; return what fails."""
+    umask = os.umask(0o022)
+    try:
+        host.output([*launcher(python, script), "--version"], {})
+    finally:
+        os.umask(umask)
+    if host.output([python, "-I", "-S", "-c", ASK_BYTECODE, script], {}).status != 3:
         return ""
+    cache = os.path.join(os.path.dirname(script), "__pycache__")
     return f"Python can't keep the bytecode of {script} in {cache}: each start compiles it, which takes 0.3 s"
 
 
 def kernelspec_directory(common: Mapping[str, Any]) -> str:
-    """Return the directory in which jupyter_client installs a kernel of that name (``--user``,
-    ``--prefix``)."""
+    """Return the directory in which jupyter_client installs a kernel (``--user``, ``--prefix``)."""
     need_jupyter("jupyter_client.kernelspec")
     from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
 
     prefix = common.get("prefix") or ("sys-prefix" in common and sys.prefix)
     base = os.path.join(prefix, "share", "jupyter") if prefix else SYSTEM_JUPYTER_PATH[0]
-    if "user" in common:
-        base = jupyter_data_dir()
-    return os.path.join(base, "kernels", common["name"].lower())
+    return os.path.join(jupyter_data_dir() if "user" in common else base, "kernels", common["name"].lower())
 
 
 def installed_kernels() -> dict[str, str]:
@@ -3525,17 +3082,15 @@ def need_jupyter(name: str) -> Any:
     from importlib import import_module
 
     if os.path.expanduser("~") == "~":
-        raise UserError(
-            f"Your home directory is not known: HOME is not set, and the system knows no user {os.getuid()}.",
-            "Set HOME to a directory of yours.",
-        )
+        message = f"HOME is not set, and the system knows no user {os.getuid()}."
+        raise UserError("Your home directory is not known: " + message, "Set HOME to a directory of yours.")
     try:
         return import_module(name)
     except ImportError:
+        install = f"{sys.executable} -m pip install jupyter_client"
         raise UserError(
             f"This Python ({sys.executable}) has no jupyter_client, which setup needs.",
-            f"Install it ({sys.executable} -m pip install jupyter_client), or call envkernel with the Python "
-            "that Jupyter runs on.",
+            f"Install it ({install}), or call envkernel with the Python that Jupyter runs on.",
         ) from None
 
 
@@ -3547,45 +3102,39 @@ def install_kernelspec(
     directory: str = "",
     replace: bool = True,
 ) -> None:
-    """Write a kernelspec through jupyter_client, whole or not at all.
+    """Write a kernelspec, whole or not at all.
 
-    It is written beside its place first; an old one is put back where the last step fails.
-    files: what stands in it beside kernel.json, by name.  readable: others may read it, whatever the
-    umask.  directory: a kernelspec whose files are copied first.  replace: one that is there may go.
-    Raises UserError where it can't be written.
+    files: what is in it beside kernel.json.  readable: others may read it, whatever the umask.
+    directory: a kernelspec whose files are copied first.  replace: one that is there may go.
     """
     import errno
     import json
     import shutil
     import tempfile
 
-    manager = need_jupyter("jupyter_client.kernelspec").KernelSpecManager(ensure_native_kernel=False)
-    base = os.path.dirname(destination)
+    base, stage = os.path.dirname(destination), ""
     made = first_missing(base)
-    stage = ""
+    umask = os.umask(0o022)
+    os.umask(0o022 if readable else umask)
     try:
         os.makedirs(base, exist_ok=True)
         stage = tempfile.mkdtemp(prefix=".envkernel-", dir=base)
-        source = os.path.join(stage, "source")
+        new = stage + "/new"
         if directory:
-            shutil.copytree(directory, source, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(directory, new, ignore=shutil.ignore_patterns("__pycache__", "kernel.json"))
+            os.chmod(new, 0o755)
         else:
-            os.mkdir(source)
+            os.mkdir(new)
         for name, content in {**files, "kernel.json": json.dumps(spec, indent=1).encode() + b"\n"}.items():
-            with open(os.path.join(source, name), "wb") as file:
+            with open(f"{new}/{name}", "wb") as file:
                 file.write(content)
-        name = os.path.basename(destination)
-        new = manager.install_kernel_spec(source, name, prefix=os.path.join(stage, "prefix"))
-        if replace:
-            swap_directory(new, destination, os.path.join(stage, "old"))
-        else:
-            os.rename(new, destination)  # fails where another setup was faster
-        if readable:
-            make_readable(destination, made)
-        elif "env" in spec:
-            os.chmod(os.path.join(destination, "kernel.json"), 0o600)
+        if "env" in spec and not readable:
+            os.chmod(new + "/kernel.json", 0o600)
+        if replace and os.path.lexists(destination):
+            os.rename(destination, stage + "/old")
+        os.rename(new, destination)  # fails where another setup was faster
     except OSError as error:
-        if made and not os.path.exists(destination):
+        if made and not os.path.exists(stage + "/old"):
             shutil.rmtree(made, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.isdir(destination):
             raise name_taken(destination) from None
@@ -3595,30 +3144,10 @@ def install_kernelspec(
             f"Choose a place where you may write: --user (for you), {own}or --prefix=DIR.",
         ) from None
     finally:
-        if stage:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def has_jupyter() -> bool:
-    """Return whether the environment that envkernel runs in has a Jupyter that starts kernels."""
-    from importlib.util import find_spec
-
-    return any(map(find_spec, ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")))
-
-
-def swap_directory(new: str, place: str, aside: str) -> None:
-    """Put the directory `new` in its place; one that stands there goes `aside`.
-
-    It is put back where that fails or is interrupted.  All are on one file system.  Raises OSError.
-    """
-    try:
-        if os.path.lexists(place):
-            os.rename(place, aside)
-        os.rename(new, place)
-    except BaseException:
-        if os.path.lexists(aside) and not os.path.lexists(place):
-            os.rename(aside, place)
-        raise
+        os.umask(umask)
+        if os.path.lexists(stage + "/old") and not os.path.lexists(destination):
+            os.rename(stage + "/old", destination)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def first_missing(directory: str) -> str:
@@ -3629,33 +3158,25 @@ def first_missing(directory: str) -> str:
     return missing
 
 
-def make_readable(directory: str, made: str) -> None:
-    """Let everybody read a kernelspec's directory, and the directories that were made for it."""
-    for place, _, names in os.walk(directory):
-        os.chmod(place, 0o755)
-        for name in names:
-            path = os.path.join(place, name)
-            os.chmod(path, 0o755 if os.access(path, os.X_OK) else 0o644)
-    parent = os.path.dirname(directory)
-    while made and parent.startswith(made):
-        os.chmod(parent, 0o755)
-        parent = os.path.dirname(parent)
+def has_jupyter() -> bool:
+    """Return whether the environment that envkernel runs in has a Jupyter that starts kernels."""
+    from importlib.util import find_spec
+
+    return any(map(find_spec, ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")))
 
 
 def say_installed(done: str, common: Mapping[str, Any], directory: str) -> None:
     """Report where the kernelspec is, what to do where Jupyter does not look, and how to test it."""
     from jupyter_core.paths import jupyter_path
 
-    name = common["name"].lower()
-    lines = [f"{done} the kernel {name} in {directory}"]
-    base = quoted(os.path.dirname(os.path.dirname(directory)))
+    print(f"{done} the kernel {common['name'].lower()} in {directory}")
     if directory.startswith(sys.prefix + "/share/") and sys.prefix != sys.base_prefix and not has_jupyter():
-        lines.append(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
+        print(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
     elif os.path.dirname(directory) not in jupyter_path("kernels"):
-        lines.append(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
+        base = quoted(os.path.dirname(os.path.dirname(directory)))
+        print(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
     if "check" not in common:
-        lines.append(f"Test it: {called_as()} check {name}")
-    print(*lines, sep="\n")
+        print(f"Test it: {called_as()} check {common['name'].lower()}")
 
 
 # ---- logos --------------------------------------------------------------------------------------
@@ -4290,7 +3811,7 @@ class Check:
         flags = ("--workdir=", "--pwd=", "--chdir=")
         chosen = [word.partition("=")[2] for word in self.inner.argv if word.startswith(flags)]
         job, step = self.plan.job, self.kernel.launch.steps[-1]
-        if not self.inner.inside:
+        if not self.inner.probe:
             here = [os.getcwd(), *chosen]
             home = os.path.expanduser("~")  # where the node lacks the notebook's directory
             return here if not job else [*here, home] if isinstance(job, SlurmJob) else []
@@ -4685,7 +4206,7 @@ def create_virtualenv(path: str, python: str, host: Host) -> None:
             raise UserError(f"The virtualenv {path} could not be made: {' '.join(command)} failed.", hint)
 
 
-class Inside(Host):
+class ImageHost(Host):
     """The inside of an image: what setup asks there, each time by a short run of it.
 
     One run lists the programs on the image's PATH and the kernelspecs beside them.

@@ -260,7 +260,7 @@ def test_help_fits_the_terminal_and_shows_a_modes_own_options_first(columns, mon
     text = help_of(capsys, "docker")
     body = text[text.index("options of docker") : text.index("example:")]
     assert columns - 20 < max(map(len, body.splitlines())) < columns
-    titles = ["options of docker:", "engine:", "kernel:", "location:", "environment:", "other:"]
+    titles = ["options of docker:", "kernel:", "location:", "environment:", "other:"]
     places = [text.index("\n" + title) for title in titles]
     assert places == sorted(places)
     assert "{missing,always,never}" in text

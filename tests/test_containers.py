@@ -167,18 +167,17 @@ def test_identity(identity: str, tokens: list[str]) -> None:
 
 def test_selinux_and_gpu() -> None:
     assert "--security-opt=label=disable" in plan("podman", no_selinux=True).argv
-    assert "--gpus=all" in plan(gpu=True, gpu_kind="nvidia").argv
-    assert "--device=nvidia.com/gpu=all" in plan("podman", gpu=True, gpu_kind="nvidia").argv
-    assert "--device=/dev/kfd" in plan(gpu=True, gpu_kind="amd").argv
+    assert "--gpus=all" in plan(gpu=True).argv
+    assert "--device=nvidia.com/gpu=all" in plan("podman", gpu=True).argv
+    amd = FakeHost(files={"/dev/kfd": b""}, programs=["/usr/bin/docker"])
+    step = Step("docker", {"gpu": True}, ["image"])
+    assert "--device=/dev/kfd" in envkernel.plan_engine(step, Plan([], ENVIRON), amd, Launch([], [])).argv
 
 
-@pytest.mark.parametrize(("mode", "options"), [("podman", {}), ("docker", {"is_podman": True})])
-def test_podman_signals_what_the_kernel_runs_by_the_pid_of_its_init(
-    mode: str, options: dict[str, Any]
-) -> None:
-    supervision = plan(mode, init=True, **options).supervision
+def test_podman_signals_what_the_kernel_runs_by_the_pid_of_its_init() -> None:
+    supervision = plan("podman", init=True).supervision
     assert supervision is not None
-    program, name = f"/usr/bin/{mode}", "envkernel-x-cafe0123"
+    program, name = "/usr/bin/podman", "envkernel-x-cafe0123"
     assert supervision.init == [program, "inspect", "--format={{.State.Pid}}", name]
     assert supervision.cleanup == [[program, "rm", "-f", "-v", "-t", "0", name]]
 
@@ -211,7 +210,7 @@ def test_the_root_directory_is_not_bound() -> None:
     host = FakeHost(files={FILE: TEXT}, programs=["/usr/bin/docker"], cwd="/")
     step = Step("docker", {"pwd": True}, ["image"])
     launch = Launch([], COMMAND, {"connection-file": FILE})
-    with pytest.raises(UserError, match="started in /"):
+    with pytest.raises(UserError, match="directory / can't be bound"):
         envkernel.plan_engine(step, Plan(COMMAND, ENVIRON), host, launch)
 
 
@@ -287,7 +286,9 @@ def test_a_broken_connection_file() -> None:
 def nature(mode: str, said: dict[str, Any], engine: list[str] | None = None) -> dict[str, Any]:
     argv = ("/d", "info", "--format={{json .}}")
     host = FakeHost(answers={argv: Output(0, json.dumps(said).encode())})
-    return envkernel.engine_info(Step(mode, {}, ["image"], engine or []), "/d", host, {})
+    step = envkernel.engine_info(Step(mode, {"program": "/d"}, ["image"], engine or []), host, {})
+    assert step.mode == ("podman" if "host" in said else "docker")
+    return {name: value for name, value in step.options.items() if name != "program"}
 
 
 ROOTLESS = {"security": {"rootless": True}}
@@ -306,7 +307,7 @@ ROOTLESS = {"security": {"rootless": True}}
         ("docker", {"SecurityOptions": ["name=selinux"]}, {"identity": "user", "no-selinux": True}),
         ("podman", {"host": {"security": {"rootless": False}}}, {"identity": "user"}),
         ("podman", {"host": ROOTLESS}, {"identity": "keep-id"}),
-        ("docker", {"host": ROOTLESS}, {"identity": "keep-id", "is-podman": True}),
+        ("docker", {"host": ROOTLESS}, {"identity": "keep-id", "engine": "/d"}),
         (
             "podman",
             {"host": {**ROOTLESS, "serviceIsRemote": True}},
@@ -377,7 +378,7 @@ def test_a_daemon_that_is_down() -> None:
     text = b"Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?"
     host = FakeHost(answers={("/d", "info", "--format={{json .}}"): Output(1, b"", text)})
     with pytest.raises(UserError, match="daemon does not answer") as caught:
-        envkernel.engine_info(Step("docker", {}, ["image"]), "/d", host, {})
+        envkernel.engine_info(Step("docker", {"program": "/d"}, ["image"]), host, {})
     assert "systemctl start docker" in caught.value.hint
 
 
@@ -398,8 +399,9 @@ PULL = ["/d", "pull", "--platform=linux/arm64", "image"]
 )
 def test_when_an_image_is_fetched(when: str | None, here: bool, asked: list[Any]) -> None:
     host = FakeHost(answers={tuple(INSPECT): Output(not here), tuple(PULL): Output(0)})
-    step = Step("docker", {"pull": when}, ["image"], ["--cpus=1", "--platform=linux/arm64"])
-    assert envkernel.need_image(step, "/d", host, {}, {}) == "image"
+    options = {"pull": when, "program": "/d"}
+    step = Step("docker", options, ["image"], ["--cpus=1", "--platform=linux/arm64"])
+    assert envkernel.need_image(step, host, {}, {}) == "image"
     assert host.asked == [INSPECT, *asked]
 
 
@@ -407,8 +409,9 @@ def test_when_an_image_is_fetched(when: str | None, here: bool, asked: list[Any]
 def test_when_no_image_is_fetched(when: str | None, common: dict[str, Any]) -> None:
     host = FakeHost(answers={tuple(INSPECT): Output(1)})
     host.agreed = False
+    step = Step("docker", {"pull": when, "program": "/d"}, ["image"])
     with pytest.raises(UserError, match="There is no image image here") as caught:
-        envkernel.need_image(Step("docker", {"pull": when}, ["image"]), "/d", host, {}, common)
+        envkernel.need_image(step, host, {}, common)
     assert caught.value.hint == "Fetch it: d pull image"
     assert host.asked == ([INSPECT] if when or common else [INSPECT, QUESTION])
 
@@ -453,38 +456,45 @@ def test_an_engine_that_is_missing_is_named_before_its_options_are_read() -> Non
         envkernel.parse_setup(["docker", "--name=x", "--cpus=1", "IMAGE"], FakeHost(), {"PATH": "/bin"})
 
 
-def test_options_of_build_and_run_find_their_places() -> None:
-    step = Step("podman", {"build": "/dir"}, [], ["--build-arg=A=B", "--volume=/a:/b", "--no-cache"])
-    split = envkernel.split_build(step, envkernel.EngineOptions([["/d", "run"]], FakeHost(), {}))
-    assert split.engine == ["--volume=/a:/b"]
-    assert split.options["build-option"] == ["--build-arg=A=B", "--no-cache"]
+def test_options_of_build_and_run_find_their_places(docker: Engine) -> None:
+    def output(argv: list[str], environ: dict[str, str]) -> Output:
+        is_help = argv[-1] == "--help"
+        return FakeHost.output(docker, argv, environ) if is_help else Engine.output(docker, argv, environ)
+
+    docker.output = output  # type: ignore[method-assign]
+    tokens = ["--build-arg=A=B", "--volume=/a:/b", "--no-cache"]
+    step = Step("docker", {"build": "."}, ["mine"], tokens)
+    made = envkernel.setup_container(step, docker, ENVIRON, {"name": "x"})
+    assert made.engine == ["--volume=/a:/b"]
+    assert made.options["build-option"] == ["--build-arg=A=B", "--no-cache", "--tag=mine"]
 
 
 @pytest.mark.parametrize(
-    ("options", "engine", "message"),
+    ("options", "message"),
     [
-        ({}, ["--detach"], "--detach can't be used"),
-        ({"shared": True, "copy-workdir": True}, [], "--copy-workdir and --shared exclude each other"),
-        ({"shared": True, "pwd": True}, [], "--pwd with --shared needs the directories"),
-        ({"shared": True, "keep": True, "mount": ["src=/a,dst=/a,copy"]}, [], "nobody would remove the copy"),
+        ({"copy-workdir": True}, "--copy-workdir and --shared exclude each other"),
+        ({"pwd": True}, "--pwd with --shared needs the directories"),
     ],
 )
-def test_what_cannot_be_combined(options: dict[str, Any], engine: list[str], message: str) -> None:
+def test_what_cannot_be_combined(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        envkernel.refuse_options(Step("docker", options, ["image"], engine))
+        envkernel.refuse_options(Step("docker", {"shared": True, **options}, ["image"]))
     assert caught.value.status == 2
 
 
 def test_an_images_own_command_is_not_shared() -> None:
-    request = envkernel.Request({"kernel": "image"}, [])
-    with pytest.raises(UserError, match="it can't be run in a shared one"):
-        envkernel.image_kernel(request, plan(shared=True))
-    assert envkernel.image_kernel(request.replace(command=["k"]), plan(shared=True)).command == ["k"]
+    steps = [Step("docker", {"shared": True, "program": "/d"}, ["image"])]
+    request = envkernel.Request({"kernel": "image"}, steps)
+    with pytest.raises(UserError, match="can't be run in a shared container"):
+        envkernel.prepare_kernel(request, steps, FakeHost(), {})
+    kernel, launch = envkernel.prepare_kernel(request.replace(command=["k"]), steps, FakeHost(), {})
+    assert kernel.command == launch.command == ["k"]
 
 
 def test_mounts_as_csv() -> None:
-    assert envkernel.mount_token(Bind('/a"b', "/c d")) == 'type=bind,"src=/a""b",dst=/c d'
-    assert envkernel.split_csv('type=bind,"src=/a,b",copy') == ["type=bind", "src=/a,b", "copy"]
+    assert envkernel.bind_token(Bind('/a"b', "/c d"), mount=True) == '--mount=type=bind,"src=/a""b",dst=/c d'
+    token = '--mount=type=bind,"src=/a,b",dst=/c'
+    assert token in plan(mount=['type=bind,"src=/a,b",dst=/c']).argv
 
 
 @pytest.mark.parametrize(
@@ -511,8 +521,12 @@ def test_a_kernel_that_failed_by_itself_is_no_error_of_the_engine() -> None:
 
 def test_relative_volumes_become_absolute() -> None:
     host = FakeHost()
-    assert envkernel.absolute_value("--volume=./data:/data:ro", host) == "--volume=/cwd/data:/data:ro"
-    assert envkernel.absolute_value("--volume=named:/data", host) == "--volume=named:/data"
+    for token, absolute in (
+        ("--volume=./data:/data:ro", "--volume=/cwd/data:/data:ro"),
+        ("--volume=named:/data", "--volume=named:/data"),
+        ("--workdir=x", "--workdir=x"),
+    ):
+        assert envkernel.absolute_value(token, "docker", host) == absolute
 
 
 DAEMON = "docker: Error response from daemon: "
@@ -576,7 +590,7 @@ def docker() -> Engine:
 
 
 def set_up(host: Engine, options: dict[str, Any], *targets: str, **common: Any) -> Step:
-    return envkernel.setup_engine(Step("docker", options, targets), host, ENVIRON, common)
+    return envkernel.setup_container(Step("docker", options, targets), host, ENVIRON, common)
 
 
 def test_a_build_that_fails(docker: Engine) -> None:

@@ -84,7 +84,7 @@ def test_kernel_commands(common, typed, command):
     [
         ({"kernel-cmd": "R"}, "The kernel command has no {connection_file}"),
         ({"kernel-cmd": "R 'open"}, "The kernel command has an open quote"),
-        ({"kernel-cmd": " "}, "The kernel command is empty."),
+        ({"kernel-cmd": " "}, "The kernel command has no {connection_file}"),
     ],
 )
 def test_a_kernel_command_that_cannot_work_is_refused(common, message):
@@ -242,21 +242,13 @@ def test_the_lasting_python_is_never_that_of_a_virtualenv(tmp_path, monkeypatch,
     assert not found.startswith(str(tmp_path))
 
 
-def test_a_plain_path_needs_no_other_directory(tmp_path):
-    (tmp_path / "far" / "deep").mkdir(parents=True)
-    (tmp_path / "link").symlink_to("far/deep")
-    host = envkernel.Host()
-    assert envkernel.plain_path(f"{tmp_path}/far/deep/../python", host) == f"{tmp_path}/far/python"
-    assert envkernel.plain_path(f"{tmp_path}/link/../python", host) == f"{tmp_path}/link/../python"
-
-
 def test_a_failed_install_leaves_the_old_one_untouched(tmp_path, monkeypatch):
     directory = tmp_path / "kernels" / "x"
     install(directory, "1")
     rename = os.rename
 
     def fail(source, target):
-        if target == str(directory) and "prefix" in source:
+        if target == str(directory) and source.endswith("/new"):
             raise OSError(28, "No space left on device")
         rename(source, target)
 
@@ -293,16 +285,10 @@ def test_ipykernel_is_asked_for_its_metadata_and_logos():
     assert made == Kernel(["python"], metadata={"debugger": True}, files={"logo-svg.svg": b"svg"})
 
 
-@pytest.mark.parametrize("loads", [True, False])
-def test_an_ipykernel_that_says_nothing_is_described_by_nothing(loads):
-    asked = [
-        ("/e/python", "-c", code) for code in (envkernel.DESCRIBE_IPYKERNEL, "import ipykernel.kernelapp")
-    ]
-    host = FakeHost(answers={asked[0]: Output(1), asked[1]: Output(int(not loads), b"", b"no libzmq")})
-    kernel, plan = Kernel(["python"]), Plan(["/e/python", "-m", "x"], {}, where="the env /e")
-    if loads:
-        assert envkernel.describe_ipykernel(kernel, plan, host) is kernel
-        return
-    with pytest.raises(envkernel.UserError, match="can't be loaded in the env /e") as error:
-        envkernel.describe_ipykernel(kernel, plan, host)
+def test_an_ipykernel_that_cannot_be_loaded():
+    asked = ("/e/python", "-c", envkernel.DESCRIBE_IPYKERNEL)
+    host = FakeHost(answers={asked: Output(1, b"", b"no libzmq")})
+    plan = Plan(["/e/python", "-m", "x"], {}, where="the env /e")
+    with pytest.raises(UserError, match="can't be loaded in the env /e") as error:
+        envkernel.describe_ipykernel(Kernel(["python"]), plan, host)
     assert error.value.detail == "no libzmq"
