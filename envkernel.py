@@ -3706,7 +3706,8 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
         raise UserError(message, "Ask the user who installed it.") from None
     print(f"Removed the kernel {kernel.name} from {kernel.directory}")
     found = find_running([kernel], TimedHost()).get(kernel.name, [])
-    if not any(one.pid for one in found):
+    words = [word.lower() for words, _ in run_processes(host).values() for word in words]
+    if "--name=" + kernel.name not in words:  # else a kernel may be in it, even one of another Jupyter
         end_containers([one for one in found if "-shared-" in one.what], host)
         found = find_running([kernel], TimedHost()).get(kernel.name, [])
     if found:

@@ -905,6 +905,22 @@ def test_a_container_that_another_jupyter_runs_is_no_leftover(call, world, tools
     assert states(call).keys() == {"old"}
 
 
+@pytest.mark.parametrize("name", ["kept", "else"])
+def test_remove_ends_a_kept_container_that_no_kernel_is_in(call, world, tools, name):
+    kept = "envkernel-kept-shared-0123456789abcdef"
+    tools(docker=f'case "$1" in ps) [ -e {world}/ended ] || echo {kept} ;; rm) touch {world}/ended ;; esac')
+    add_kernel(world, "kept", docker_step(world, "image", shared=True, keep=True))
+    code = "import os; print(flush=True); os.read(0, 1)  # envkernel"
+    argv = [sys.executable, "-I", "-S", "-c", code, "x", "docker", "run", f"--name={name}", "image"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        status, out, err = call("remove", "kept")
+        process.stdin.close()
+    assert (status, err) == (0, "")
+    assert ("Still running, until their notebooks are shut down: " + kept in out) == (name == "kept")
+    assert (world / "ended").exists() == (name != "kept")
+
+
 def test_update_all_goes_on_after_one_that_fails(call, world):
     for name in ("a", "b", "c"):
         shutil.copytree(world / "bare", world / name, symlinks=True)
