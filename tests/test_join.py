@@ -75,7 +75,7 @@ def test_slow_reader_holds_the_sender_up(hop: Hop) -> None:
     assert hop.has_ended()
 
 
-def test_what_was_sent_before_the_end_arrives(hop: Hop) -> None:
+def test_what_was_sent_before_the_end_arrives(hop: Hop, caplog: pytest.LogCaptureFixture) -> None:
     hop.near.sendall(b"question")
     assert read_all(hop.far, 8) == b"question"
     hop.far.sendall(b"answer")
@@ -83,3 +83,4 @@ def test_what_was_sent_before_the_end_arrives(hop: Hop) -> None:
     assert read_all(hop.near, 7) == b"answer"
     assert hop.near.recv(1) == b""
     assert hop.has_ended()
+    assert not caplog.records, "asyncio misses no method of its protocols"
