@@ -355,8 +355,7 @@ MODES: dict[str, Mode] = {}
 """The registry: each mode by its name and its aliases."""
 
 
-def register(*modes: Mode) -> None:
-    """Add modes to the registry; each family of modes does so at the end of its section."""
+def register(*modes: Mode) -> None:  # each family of modes does so at the end of its section
     for mode in modes:
         MODES.update(dict.fromkeys((mode.name, *mode.aliases), mode))
 
@@ -740,9 +739,7 @@ class EngineOptions:
     UNKNOWN = ("unknown flag", "unknown shorthand", "unrecognized option", "invalid option", "is ambiguous")
 
     def __init__(self, commands: Sequence[Sequence[str]], host: Host, environ: Mapping[str, str]) -> None:
-        self.commands = commands
-        self.host = host
-        self.environ = {**environ, "LC_ALL": "C"}
+        self.commands, self.host, self.environ = commands, host, {**environ, "LC_ALL": "C"}
         self.known: dict[str, tuple[str, str]] = {}
         for command in commands:
             answer = host.output([*command, "--help"], self.environ)
@@ -878,8 +875,8 @@ def called_as() -> str:
     """Return how to call this program, for command lines to paste: by its name where that is on PATH."""
     import shutil
 
-    own = f"{quoted(sys.executable)} {quoted(os.path.abspath(__file__))}"
-    return "envkernel" if shutil.which("envkernel") else own
+    own = [sys.executable, os.path.abspath(__file__)]
+    return "envkernel" if shutil.which("envkernel") else " ".join(map(quoted, own))
 
 
 def carry_out(argv: Sequence[str], host: Host) -> int:
@@ -1085,9 +1082,8 @@ def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common:
             found = python if "/" in python else search_program(python, path_entries(environ), host)
             has, wanted = (host.output([name, *ask], environ).out for name in (inside, found or python))
             if has != wanted:
-                has_version = os.fsdecode(has).partition(" ")[0]
-                message = f"{path} is there already and has Python {has_version}, not that of {python}."
-                raise UserError(message, "Give a directory that does not exist yet, or leave --python out.")
+                text = f"{path} is there already with Python {os.fsdecode(has).split(' ')[0]}, not {python}."
+                raise UserError(text, "Give a directory that does not exist yet, or leave --python out.")
         create_virtualenv(path, python, host)
     options = {name: value for name, value in step.options.items() if name != "create"}
     step = step.replace(targets=[path], options=options)
@@ -1228,12 +1224,12 @@ def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     if start.get("LOADEDMODULES") and program and not search_program(program, search, host):
         outside = run_modules(["purge"], command, environ, host).get("PATH", "").split(":")
         search = [entry for entry in entries if entry not in outside or entry in kept]
-    lacks = program and not search_program(program, search, host)
-    if rest.legacy and lacks and search_program(program, entries, host):
+    is_missing = program and not search_program(program, search, host)
+    if rest.legacy and is_missing and search_program(program, entries, host):
         host.warn(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
         search = entries
-    where = f"the modules {' '.join(step.targets)}".rstrip()
     install = "load a module with %s, chain a mode (-- virtualenv PATH), or give --python=/usr/bin/python3"
+    where = f"the modules {' '.join(step.targets)}".rstrip()
     return plan.replace(environ=environ, search=search, where=where, install=install)
 
 
@@ -1243,9 +1239,8 @@ def setup_lmod(step: Step, host: Host, environ: Mapping[str, str], common: Mappi
         raise usage_error("lmod has nothing to load.", f"Usage: {usage_line(MODES['lmod'])}")
     found, _ = with_modules(step, environ, host)
     options = {**step.options, "recorded": ["=".join(item) for item in module_variables(found).items()]}
-    if "use" in options:
-        options["use"] = [host.absolute(directory) for directory in options["use"]]
-    return step.replace(options=options)
+    use = {"use": [host.absolute(directory) for directory in options["use"]]} if "use" in options else {}
+    return step.replace(options={**options, **use})
 
 
 def search_program(name: str, directories: Sequence[str], host: Host) -> str:
@@ -1280,12 +1275,10 @@ def resolve_program(plan: Plan, host: Host) -> Plan:
     raise UserError(f"There is no {program} in {plan.where}.", hint, 127)
 
 
-PACKAGES = {"R": "r-irkernel", "ipykernel_launcher": "ipykernel"}
-"""What to install for a program or module that is missing."""
+PACKAGES = {"R": "r-irkernel", "ipykernel_launcher": "ipykernel"}  # what to install where these are missing
 
 
 def is_python(program: str) -> bool:
-    """Return whether a program's name is that of a Python interpreter."""
     return os.path.basename(program).rstrip("0123456789.") in ("python", "pypy")
 
 
@@ -1310,10 +1303,10 @@ def check_kernel_module(plan: Plan, host: Host) -> None:
         is_ours = host.host is not host or os.path.dirname(python) in (plan.search or ())
         install = plan.install if is_ours else quoted(python).replace("%", "%%") + " -m pip install %s"
         message = f"There is no {top} in {plan.where}: {python} can't import it."
-        raise UserError(message, f"Try: {install % PACKAGES.get(top, top)}.", detail=detail)
+        raise UserError(message, f"Try: {install % PACKAGES.get(top, top)}.", 1, detail)
     if said.status:
         message = f"{python} does not work: it ended with status {said.status}."
-        raise UserError(message, f"Repair {plan.where}, or create it again.", detail=detail)
+        raise UserError(message, f"Repair {plan.where}, or create it again.", 1, detail)
 
 
 MODULE_MISSING = 77

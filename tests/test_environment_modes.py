@@ -440,7 +440,7 @@ def test_a_virtualenv_that_is_there_keeps_its_python_or_is_refused(reported, ref
     monkeypatch.setattr(envkernel, "create_virtualenv", lambda path, python, host: None)
     step, common = Step("virtualenv", {"create": True}, ["/v"]), {"python": "/o/python"}
     if refused:
-        with pytest.raises(UserError, match="/v is there already and has Python 3"):
+        with pytest.raises(UserError, match="/v is there already with Python 3"):
             envkernel.setup_virtualenv(step, host, {}, common)
     else:
         assert envkernel.setup_virtualenv(step, host, {}, common) == Step("virtualenv", {}, ["/v"])
