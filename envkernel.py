@@ -3962,11 +3962,8 @@ COMMANDS: dict[str, Command] = {
 class Host:
     """The one access of planning and setup to the world.  Tests give one that reads dictionaries."""
 
-    quiet = False
-    """No activation script is run, and what programs say on stderr is dropped (for `list`)."""
-
-    made: tuple[str, ...] = ()
-    """What setup has made so far, to be removed where it fails."""
+    quiet = False  # no activation script is run, and what programs say on stderr is dropped (for `list`)
+    made: tuple[str, ...] = ()  # what setup has made so far, to be removed where it fails
 
     @property
     def host(self) -> Host:
@@ -4024,7 +4021,7 @@ class Host:
         except OSError:
             return []
 
-    def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
+    def output(self, argv: Sequence[str], environ: Environ) -> Output:
         """Run a program with no stdin; return what it said.  Raises UserError where it can't be started."""
         out, err = _scratch_file(), _scratch_file()
         try:
@@ -4034,7 +4031,7 @@ class Host:
             os.close(out)
             os.close(err)
 
-    def source(self, actions: Sequence[tuple[str, str, str]], environ: Mapping[str, str]) -> dict[str, str]:
+    def source(self, actions: Sequence[tuple[str, str, str]], environ: Environ) -> dict[str, str]:
         """Let bash source scripts and set variables, in order; return the environment that results.
 
         actions: ``("source", script, "")``, ``("export", name, value)`` or ``("eval", commands, "")``.
@@ -4046,7 +4043,7 @@ class Host:
             known = {name: value for kind, name, value in actions if kind == "export"}
             for name in scripts:
                 if name.endswith("/bin/activate"):
-                    known["VIRTUAL_ENV"] = os.path.dirname(os.path.dirname(name))
+                    known["VIRTUAL_ENV"] = name[: -len("/bin/activate")]
             return {**environ, **known}
         names = {"BASH_ENV", "SHELLOPTS", "BASHOPTS", "POSIXLY_CORRECT"}
         clean = {name: value for name, value in environ.items() if name not in names}
@@ -4060,7 +4057,7 @@ class Host:
         gone = clean.keys() - after.keys() - SHELL_OWN
         return {name: value for name, value in {**environ, **changed}.items() if name not in gone}
 
-    def login_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
+    def login_environ(self, environ: Environ) -> dict[str, str]:
         """Return the environment of a login shell, empty where there is no bash."""
         return bash_environ(["-c", LOGIN], environ, self.quiet)
 
@@ -4076,7 +4073,7 @@ class Host:
         print(question + " [Y/n] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().lower() in ("\n", "y\n", "yes\n")
 
-    def show(self, argv: Sequence[str], environ: Mapping[str, str], directory: str | None = None) -> int:
+    def show(self, argv: Sequence[str], environ: Environ, directory: str | None = None) -> int:
         """Run a program (in a directory) with its output on the terminal; return its exit status."""
         import subprocess
 
@@ -4085,9 +4082,7 @@ class Host:
         except OSError as error:
             raise cannot_start(argv[0], error) from None
 
-    def produce(
-        self, argv: Sequence[str], path: str, environ: Mapping[str, str], directory: str | None = None
-    ) -> int:
+    def produce(self, argv: Sequence[str], path: str, environ: Environ, directory: str | None = None) -> int:
         """Run a program that makes the file `path`, one of its words, beside its place; move it there."""
         part = f"{path}.{self.random()}.part"
         try:
@@ -4113,7 +4108,7 @@ class Host:
             remove_tree(directory)
             remove_empty(os.path.dirname(directory))
 
-    def listens(self, launch: Launch, environ: Mapping[str, str]) -> bool:
+    def listens(self, launch: Launch, environ: Environ) -> bool:
         """Start a kernel as Jupyter does, and end it; return whether all its unix sockets were there."""
         import tempfile
 
@@ -4133,7 +4128,7 @@ class Host:
             return try_kernel(argv, environ, supervision)
 
 
-def try_kernel(argv: Sequence[str], environ: Mapping[str, str], supervision: Supervision) -> bool:
+def try_kernel(argv: Sequence[str], environ: Environ, supervision: Supervision) -> bool:
     """Return whether a kernel's unix sockets can be connected to; it is killed, and cleans up."""
     import subprocess
     import time
@@ -4213,7 +4208,7 @@ class ImageHost(Host):
         "done; exit 0"
     )
 
-    def __init__(self, host: Host, inside: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, host: Host, inside: Sequence[str], environ: Environ) -> None:
         self.inside = list(inside)
         self.environ = environ
         self._host = host
@@ -4244,19 +4239,18 @@ class ImageHost(Host):
         said = self.output(["cat", path], {})
         return None if said.status else said.out
 
-    def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
+    def output(self, argv: Sequence[str], environ: Environ) -> Output:
         return self._host.output([*self.inside, *argv], self.environ)
 
 
 class TimedHost(Host):
     """Host for `list`: no activation script runs, and no program is waited for long."""
 
-    PATIENCE = 5.0
-    """Seconds that a program has for its answer."""
+    PATIENCE = 5.0  # seconds that a program has for its answer
 
     quiet = True
 
-    def output(self, argv: Sequence[str], environ: Mapping[str, str]) -> Output:
+    def output(self, argv: Sequence[str], environ: Environ) -> Output:
         """Run a program and return what it said.  Raises UserError where it does not start or answer."""
         import subprocess
 
@@ -4290,7 +4284,7 @@ exec /usr/bin/env -0 >&237
 system printed for a shell."""
 
 
-def bash_environ(words: Sequence[str], environ: Mapping[str, str], quiet: bool) -> dict[str, str]:
+def bash_environ(words: Sequence[str], environ: Environ, quiet: bool) -> dict[str, str]:
     """Return the environment that bash writes to its stdout, empty where it wrote none."""
     file = _scratch_file()
     try:
@@ -4333,12 +4327,7 @@ def to_json(value: Any) -> bytes:
 
 
 def spawn(
-    argv: Sequence[str],
-    environ: Mapping[str, str],
-    stdin: int = -1,
-    out: int = 1,
-    err: int = 2,
-    group: int = 0,
+    argv: Sequence[str], environ: Environ, stdin: int = -1, out: int = 1, err: int = 2, group: int = 0
 ) -> int:
     """Start a program in a process group, 0 for its own; return its pid.  Raises UserError.
 
@@ -4393,9 +4382,7 @@ def masked(assignment: str) -> str:
     return name + equals + (masked(value) if "=" in value else value)
 
 
-def log_text(
-    tokens: Sequence[str], plan: Plan | None, before: Mapping[str, str], now: float, pid: int
-) -> str:
+def log_text(tokens: Sequence[str], plan: Plan | None, before: Environ, now: float, pid: int) -> str:
     """Return what the log of a launch says at its start; plan is None where planning failed.
 
     tokens: the run phase's command line.  before: the environment that Jupyter gave.
@@ -4417,18 +4404,18 @@ def log_text(
     return "\n".join(lines) + "\n"
 
 
-def data_dir(environ: Mapping[str, str]) -> str:
+def data_dir(environ: Environ) -> str:
     """Return Jupyter's data directory, by the rules of jupyter_core."""
     data = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return environ.get("JUPYTER_DATA_DIR") or data + "/jupyter"
 
 
-def log_place(name: str, environ: Mapping[str, str]) -> tuple[str, str]:
+def log_place(name: str, environ: Environ) -> tuple[str, str]:
     """Return the directory of the launch logs and how the file names of one kernel begin."""
     return data_dir(environ) + "/envkernel", name.lower().replace("/", "%2F")[:150] + "@"
 
 
-def start_log(name: str, text: str, environ: Mapping[str, str], file_name: str = "") -> tuple[str, str]:
+def start_log(name: str, text: str, environ: Environ, file_name: str = "") -> tuple[str, str]:
     """Write a launch log that only this user can read and forget the oldest.
 
     file_name: of the connection file.  Returns the new log's path (empty where it can't be written), and that
@@ -4503,7 +4490,7 @@ def kernel_key(text: str) -> str:
     return f"{crc32(raw):08x}{crc32(raw[::-1], 1):08x}"
 
 
-def private_base(environ: Mapping[str, str], place: str, host: Host) -> str:
+def private_base(environ: Environ, place: str, host: Host) -> str:
     """Return the directory that holds the private directories of this user's kernels.
 
     In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
@@ -4610,7 +4597,7 @@ class Membership:
             locks = [start, users]
         self.start_lock, self.users_lock = self.locks = locks
 
-    def have_container(self, environ: Mapping[str, str], host: Host) -> Output:
+    def have_container(self, environ: Environ, host: Host) -> Output:
         """Start the container unless it runs; return what the engine said.  Raises UserError."""
         import fcntl
 
@@ -4625,7 +4612,7 @@ class Membership:
             fcntl.flock(self.start_lock, fcntl.LOCK_UN)
         return said
 
-    def leave(self, environ: Mapping[str, str], interrupted: bool) -> None:
+    def leave(self, environ: Environ, interrupted: bool) -> None:
         """Stop the container, unless it is to be kept or others use it.
 
         interrupted: its start may have been, and the engine may be about to create it.
@@ -4685,10 +4672,8 @@ def private_directory(path: str) -> None:
     finally:
         os.umask(mask)
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-        raise UserError(
-            f"The directory {path} is not yours alone, so connection files are not safe there.",
-            f"Remove it, or make it yours: chmod 700 {path}.",
-        )
+        message = f"The directory {path} is not yours alone, so connection files are not safe there."
+        raise UserError(message, f"Remove it, or make it yours: chmod 700 {path}.")
 
 
 def remove_tree(path: str) -> None:
@@ -4781,7 +4766,7 @@ def group_members(group: int) -> list[int]:
     return find_processes(is_member)
 
 
-def retry(command: Sequence[str], environ: Mapping[str, str], seconds: float = 60) -> bool:
+def retry(command: Sequence[str], environ: Environ, seconds: float = 60) -> bool:
     """Run a command that cleans up until it succeeds or time is up: a daemon may be restarting.
 
     Returns whether it succeeded.  One that hangs is killed; the first attempt has 10 s in any case.
@@ -4834,17 +4819,16 @@ def connect_ipc(address: str, number: int) -> socket.socket:
     return sock
 
 
-def used_ports(connection: Mapping[str, Any], host: Host) -> set[bytes]:
-    """Return the TCP connections to the ports of a connection file, by both addresses.
+def was_connected(connection: Mapping[str, Any], host: Host) -> bool:
+    """Return whether anybody is connected to a kernel's TCP ports, or was within the last minute (proc(5)).
 
-    Also those that ended within the last minute: a kernel that is gone can't be asked any more
-    whether it ever answered.  See proc(5), /proc/net/tcp.
+    A kernel that is gone can't be asked any more whether it ever answered.
     """
     listening = b"0A"
     wanted = [b":%04X" % int(connection[name + "_port"]) for name in STREAMS if connection]
     tables = [host.read(path) or b"" for path in ("/proc/net/tcp", "/proc/net/tcp6")]
     rows = [line.split() for table in tables for line in table.splitlines()[1:]]
-    return {row[1] + b" " + row[2] for row in rows if row[1][-5:] in wanted and row[3] != listening}
+    return any(row[1][-5:] in wanted and row[3] != listening for row in rows)
 
 
 def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
@@ -4898,7 +4882,7 @@ def watched(plan: Plan, launch: Launch, host: Host) -> Plan:
     if "ended" not in names:  # it had no keeper
         start = int(launch.options["earlier"].rpartition("@")[2].partition("-")[0])
         failed = failed and time.time_ns() - start < 120e9 and connection.get("transport") != "ipc"
-        failed = failed and not used_ports(connection, host)
+        failed = failed and not was_connected(connection, host)
     if not failed or not connection:
         return plan
     directory = f"{private_base(plan.environ, '', host)}/{kernel_key(path)}"
@@ -4935,7 +4919,7 @@ class Recipe(Record):
     log: str = ""
 
 
-def clean_up(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -> None:
+def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
     """End what a keeper has started, remove what it leaves, and unlock.
 
     locks: that of the directory, then those of its `Membership` in a shared container.
@@ -4982,7 +4966,7 @@ def end_session(session: int) -> bool:
     return found
 
 
-def start_cleaner(recipe: Recipe, environ: Mapping[str, str], locks: Sequence[int]) -> None:
+def start_cleaner(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
     """Start a process that only cleans up, and give it the locks."""
     child = os.fork()
     if not child:
@@ -5041,7 +5025,7 @@ def read_recipe(lock: int, path: str) -> Recipe:
     return recipe
 
 
-def remove_stale(base: str, environ: Mapping[str, str]) -> None:
+def remove_stale(base: str, environ: Environ) -> None:
     """Clean up after the keepers of `stale_recipes`."""
     for recipe, lock in stale_recipes(base):
         clean_up(recipe, environ, [lock])
@@ -5400,7 +5384,7 @@ class Service(Children):
     def answered(self, status: int) -> bool:
         """Return whether the kernel ever answered, as far as that can be seen."""
         if not self.front:
-            return bool(used_ports(self.connection, self.program.host))
+            return was_connected(self.connection, self.program.host)
         return self.front.answered(status)
 
     def send_exit(self, status: int, reason: UserError | None = None) -> None:
@@ -5428,10 +5412,13 @@ class Keeper(Service):
     def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
         super().__init__(program, launch, channel)
         program.keeper = self
-        self.supervision = program.supervision
+        supervision = self.supervision = program.supervision
         self.membership: Membership | None = None
         self.locks: list[int] = []
-        self.recipe = Recipe(self.supervision.directory)
+        recipe = self.recipe = Recipe(supervision.directory, os.getpid(), log=launch.options.get("log", ""))
+        recipe.cleanup, recipe.container = supervision.cleanup, supervision.container
+        recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
+        recipe.shared = vars(supervision.shared) if supervision.shared else None
 
     def begin(self) -> None:
         """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
@@ -5443,11 +5430,7 @@ class Keeper(Service):
         lock = take_lock(supervision.directory + ".lock")
         earlier = read_recipe(lock, supervision.directory + ".lock")
         self.locks = [lock, *(self.membership.locks if self.membership else ())]
-        recipe = self.recipe = Recipe(supervision.directory, os.getpid(), time.monotonic())
-        recipe.cleanup, recipe.container = supervision.cleanup, supervision.container
-        recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
-        recipe.shared = vars(supervision.shared) if supervision.shared else None
-        recipe.log = self.launch.options.get("log", "")
+        self.recipe.started = time.monotonic()
         if not self.send_recipe(self.locks):
             raise UserError("Jupyter ended the kernel before it was started.")
         if earlier.started:

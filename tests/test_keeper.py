@@ -436,6 +436,16 @@ def test_no_session_is_not_that_of_others(monkeypatch: Any) -> None:
     assert killed == []
 
 
+def test_a_cleanup_that_is_given_up_is_logged(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(envkernel, "retry", lambda *arguments: False)
+    path, log = str(tmp_path / "base" / "kernel"), tmp_path / "log"
+    log.touch()
+    recipe = envkernel.Recipe(path, started=1.0, cleanup=[["scancel", "7"]], log=str(log))
+    envkernel.clean_up(recipe, {}, [envkernel.take_lock(path + ".lock")])
+    assert log.read_text() == "not cleaned up: scancel 7\n"
+    assert os.listdir(tmp_path) == ["log"]
+
+
 def test_a_cleanup_that_never_succeeds_is_given_up(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     began = time.monotonic()
