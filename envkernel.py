@@ -6531,8 +6531,10 @@ class AgentLink:
         if self.control:
             self.control.write(to_json(message) + b"\n")
 
-    async def follow(self, reader: asyncio.StreamReader, on_news: Callable[[dict[str, Any]], None]) -> None:
-        """Pass on what the agent reports until it is gone.  Raises UserError where it is known why."""
+    async def follow(
+        self, reader: asyncio.StreamReader, on_news: Callable[[dict[str, Any]], None]
+    ) -> UserError | None:
+        """Pass on what the agent reports; return why the cluster stops it.  Raises UserError: it is lost."""
         import asyncio
 
         message: dict[str, Any] = {}
@@ -6555,8 +6557,7 @@ class AgentLink:
             raise UserError(text, "Start the kernel again; it will get another node if that one is down.")
         if self.tunnel and self.tunnel.done():
             raise self.tunnel_error()
-        if message.get("problem"):
-            raise UserError(**message["problem"])
+        return UserError(**message["problem"]) if message.get("problem") else None
 
 
 class JobProgram(Program):
@@ -6688,7 +6689,9 @@ class JobProgram(Program):
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if steps.done():
-                steps.result()
+                reported = steps.result()
+                if reported:
+                    return reported
                 if not self.job.detached:  # the agent is gone: the program will soon know why
                     await asyncio.wait({program}, timeout=3)
             if program.done():
@@ -6701,8 +6704,8 @@ class JobProgram(Program):
             program.cancel()
             steps.cancel()
 
-    async def follow_agent(self) -> None:
-        """Connect to the agent and follow what it reports.  Raises UserError: why it is gone, if known."""
+    async def follow_agent(self) -> UserError | None:
+        """Connect to the agent and follow it, as `AgentLink.follow`; the job is cancelled if that is lost."""
         import asyncio
 
         limit = self.job.queue_timeout or None
@@ -6718,7 +6721,7 @@ class JobProgram(Program):
         if self.launches:  # restarted while the job waited
             self.link.send(start=self.launches)
         try:
-            await self.link.follow(reader, self.on_news)
+            return await self.link.follow(reader, self.on_news)
         except UserError:
             self.submission.cancel_later()
             raise
