@@ -3105,7 +3105,7 @@ def install_kernelspec(
     import shutil
     import tempfile
 
-    base, stage = os.path.dirname(destination), ""
+    base, stage, old = os.path.dirname(destination), "", ""
     made = first_missing(base)
     umask = os.umask(0o022)
     os.umask(0o022 if readable else umask)
@@ -3123,11 +3123,12 @@ def install_kernelspec(
                 file.write(content)
         if "env" in spec and not readable:
             os.chmod(new + "/kernel.json", 0o600)
+        old = stage + "/old"
         if replace and os.path.lexists(destination):
-            os.rename(destination, stage + "/old")
+            os.rename(destination, old)
         os.rename(new, destination)  # fails where another setup was faster
     except OSError as error:
-        if made and not os.path.exists(stage + "/old"):
+        if made and not os.path.exists(destination):
             shutil.rmtree(made, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.isdir(destination):
             raise name_taken(destination) from None
@@ -3138,8 +3139,8 @@ def install_kernelspec(
         ) from None
     finally:
         os.umask(umask)
-        if os.path.lexists(stage + "/old") and not os.path.lexists(destination):
-            os.rename(stage + "/old", destination)
+        if old and os.path.lexists(old) and not os.path.lexists(destination):
+            os.rename(old, destination)
         shutil.rmtree(stage, ignore_errors=True)
 
 

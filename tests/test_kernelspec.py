@@ -270,6 +270,28 @@ def test_a_failed_first_install_leaves_nothing(tmp_path, monkeypatch):
     assert tree(tmp_path) == []
 
 
+def test_what_another_setup_has_installed_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    directory = tmp_path / "share" / "kernels" / "x"
+
+    def fail(source, target):
+        (directory / "kernel.json").parent.mkdir()
+        (directory / "kernel.json").write_text("theirs")
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(UserError, match="There is a kernel named x already"):
+        envkernel.install_kernelspec(str(directory), {"argv": []}, {}, True, replace=False)
+    assert (directory / "kernel.json").read_text() == "theirs"
+
+
+def test_where_no_directory_can_be_made_nothing_is_renamed(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os.path, "lexists", lambda path: path == "/old")
+    monkeypatch.setattr(os, "rename", lambda *paths: pytest.fail(f"renamed {paths}"))
+    with pytest.raises(UserError, match="can't be written"):
+        install(tmp_path / "file" / "kernels" / "x")
+
+
 def test_ipykernel_is_asked_for_its_metadata_and_logos():
     spec = {"argv": ["x"], "language": "python", "metadata": {"debugger": True}, "resources": "/r"}
     host = FakeHost(
