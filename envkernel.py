@@ -6423,7 +6423,7 @@ class Submission:
         seconds = self.job.grace
         if link.control:
             seconds = GRACE + 1
-        elif not link.place and not self.waits:
+        elif not self.waits:
             seconds = max(seconds, 2)  # the agent may be about to start, and to see the end of stdin
         await asyncio.wait({self.exit}, timeout=seconds)
         if not self.exit.done():
