@@ -24,6 +24,9 @@ LOADED |= {"importlib", "importlib.machinery", "importlib._bootstrap", "importli
 LOADED |= {"types", "warnings"}  # which importlib needs in older Pythons
 """All that the run phase may load on top of a bare interpreter: each module costs every kernel start."""
 
+PYTHON_KERNEL = ["--", sys.executable, "-c", "pass", "{connection_file}"]
+"""A kernel command that is a Python, as most are: for other programs the run phase also loads ``signal``."""
+
 
 def usable_pythons() -> dict[str, str]:
     """Return the Pythons that envkernel supports, oldest first."""
@@ -106,7 +109,7 @@ def test_the_run_phase_loads_next_to_nothing(
         "chain": ["lmod", "gcc/12", "--", "virtualenv", venv],
     }
     for name, words in launches.items():
-        spec = jupyter.dry_run(str(words[0]), *words[1:], *PRINT_ENVIRON, environ=lmod.environ)
+        spec = jupyter.dry_run(str(words[0]), *words[1:], *PYTHON_KERNEL, environ=lmod.environ)
         for python in usable_pythons().values():
             bare, _ = loaded([python, "-I", "-S", "-c", "pass"], jupyter.environ)
             ours, result = loaded(with_python(spec, python)["argv"], jupyter.environ)
