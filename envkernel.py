@@ -5928,6 +5928,7 @@ class Starter:
         if self.kernel:
             send_signals([-self.kernel], 9)
             if not is_reaped:
+                send_signals([self.kernel], 9)  # it may not lead its group yet
                 os.waitpid(self.kernel, 0)
         remove_node_directory(self.directory)
         for file in (self.file, self.lock):
