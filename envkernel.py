@@ -5365,7 +5365,7 @@ class Service(Children):
 
         error.name_kernel(self.launch.options.get("name", "NAME"))
         log_end(self.launch.options.get("log", ""), status, None, self.tail, self.connection.get("key", ""))
-        if not (self.front and shows_failure(self.launch, self.connection)):
+        if not self.front or self.front.is_encrypted or not shows_failure(self.launch):
             if self.front:
                 self.front.close()
             self.channel.send({"exit": error.status, "error": vars(error)})
@@ -6765,13 +6765,9 @@ def yarn_main(words: Sequence[str]) -> int:
     ``check QUEUE``, ``submit``, ``report APPLICATION``, ``kill APPLICATION``."""
     if words[0] == "agent":
         yarn_agent()
-    import site
-
     status = 1
     try:
-        site.main()  # make importable what the launching Python has: it was started with -I and -S
-        if os.path.isdir(site.getusersitepackages()):
-            site.addsitedir(site.getusersitepackages())
+        add_site_packages()
         skein, client = open_skein()
         if words[1] == "check":
             check_queue(client, words[2])
@@ -7817,17 +7813,48 @@ def recover_launch(tokens: Sequence[str]) -> Launch:
     return Launch([], [], options)
 
 
-def shows_failure(launch: Launch, connection: Json) -> bool:
-    """Return whether the notebook is to show why the kernel did not start; a front speaks no CurveZMQ."""
+def shows_failure(launch: Launch) -> bool:
+    """Return whether the notebook is to show why the kernel did not start."""
     # nbgrader would take the errors for the student's own and give no points.
     grading = os.environ.get("NBGRADER_EXECUTION") == "autograde"
-    barred = launch.options.get("no-error-kernel") or launch.options.get("nested") or grading
-    return not (barred or connection.get("curve_secretkey"))
+    return not (launch.options.get("no-error-kernel") or launch.options.get("nested") or grading)
 
 
 def log_failure(error: UserError, launch: Launch) -> None:
     """Write into the log of a launch why the kernel did not start."""
     append_log(launch.options.get("log", ""), f"not started: {error.message}\n{error.hint}\n{error.detail}")
+
+
+def add_site_packages() -> None:
+    """Make importable what the launching Python has: the kernelspec starts it with -I and -S."""
+    import site
+
+    site.main()
+    site.addsitedir(site.getusersitepackages())
+
+
+async def listen_encrypted(front: Front) -> None:
+    """Let pyzmq, which knows CurveZMQ, listen for clients and join them with a front.  Raises ImportError."""
+    import tempfile
+    import threading
+    from functools import partial
+
+    add_site_packages()
+    import zmq
+
+    context: Any = zmq.Context()
+    with tempfile.TemporaryDirectory(prefix="envkernel-") as directory:
+        for stream, name in enumerate(STREAMS):
+            outer = context.socket(zmq.XPUB if stream == IOPUB else zmq.ROUTER)
+            inner = context.socket(zmq.XSUB if stream == IOPUB else zmq.DEALER)
+            outer.curve_publickey = front.connection["curve_publickey"].encode()
+            outer.curve_secretkey = front.connection["curve_secretkey"].encode()
+            outer.curve_server = True
+            outer.bind("tcp://{}:{}".format(front.connection["ip"], front.connection[name + "_port"]))
+            inner.bind(f"ipc://{directory}/{stream}")
+            client: Any = partial(Client, front, stream)
+            await front.loop.create_unix_connection(client, f"{directory}/{stream}")
+            threading.Thread(target=zmq.proxy, args=(outer, inner), daemon=True).start()
 
 
 def become_error_kernel(error: UserError, launch: Launch) -> int:
@@ -7836,16 +7863,17 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     log_failure(error, launch)
     status = error.status or 1
     path = launch.options.get("connection-file")
-    if not path:
+    if not path or not shows_failure(launch):
         return status
     import asyncio
     import json
     import signal
 
-    async def serve(connection: Json) -> None:
+    async def serve() -> None:
         parent = os.getppid()
-        front = Front(connection, kernel_profile(launch, os.environ))
-        await front.listen()
+        with open(path, encoding="utf-8") as file:
+            front = Front(json.load(file), kernel_profile(launch, os.environ))
+        await (listen_encrypted(front) if front.is_encrypted else front.listen())
         front.fail(error)
         shutdown = asyncio.ensure_future(front.shutdown.wait())
         while os.getppid() == parent and not shutdown.done():
@@ -7855,11 +7883,8 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with open(path, encoding="utf-8") as file:
-            connection = json.load(file)
-        if shows_failure(launch, connection):
-            asyncio.run(serve(connection))
-    except (OSError, ValueError, KeyError, UserError) as problem:
+        asyncio.run(serve())
+    except (ImportError, OSError, ValueError, KeyError, UserError) as problem:
         sys.stderr.write(f"envkernel: The notebook can't show this: {problem!r}.\n")
     return status
 
