@@ -3603,7 +3603,7 @@ def update_command(options: Mapping[str, Any], host: Host) -> int:
                 raise
             failed.append(kernel.name)
             sys.stdout.flush()
-            print_error(error)
+            os.write(2, error_text(error))
     if failed:
         raise UserError(f"Not updated: {', '.join(failed)}.", "See above; the others are.")
     return 0
@@ -5673,7 +5673,7 @@ class RunProcess:
             self.channel = self.fork()  # it was just about to end
         elif messages is None and self.recipe:
             text = f"The process that keeps the {self.program.what} was killed."
-            print_error(UserError(text, "Start the kernel again."))
+            os.write(2, error_text(UserError(text, "Start the kernel again.")))
             start_cleaner(self.recipe, self.program.plan.environ, self.channel.files)
             return {"exit": 1, "error": None}
         return None
@@ -6979,17 +6979,13 @@ def ready_command(socket_type: bytes) -> bytes:
 
 
 class ZmtpReader:
-    """Cuts what a peer sends into commands and messages.
-
-    limit: bytes that a message may have, None for any; checked before any of it is awaited.
-    buffer: what is not cut yet.  parts: the frames of a message whose last one has not come; size: theirs.
-    """
+    """Cuts what a peer sends into commands and messages."""
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
-        self.buffer = bytearray()
-        self.parts: list[bytes] = []
-        self.size = 0
+        self.limit = limit  # bytes that a message may have; checked before any of it is awaited
+        self.buffer = bytearray()  # what is not cut yet
+        self.parts: list[bytes] = []  # the frames of a message whose last one has not come
+        self.size = 0  # theirs
         self.is_greeted = False
 
     def next(self) -> tuple[bool, list[bytes]] | None:
@@ -7091,23 +7087,18 @@ class Session:
 
 
 class End:
-    """One end of a connection, as a protocol of asyncio.
+    """One end of a connection, as a protocol of asyncio."""
 
-    on_data: gets its bytes.  on_event: gets what `parse` finds, as from `ZmtpReader.next`.
-    peer: the end that it is joined with: each is read only as fast as the other can be written.
-    lost: a future, done when the connection is gone.
-    """
-
-    on_event: Callable[[bool, list[bytes]], None]
+    on_event: Callable[[bool, list[bytes]], None]  # gets what `ZmtpReader.next` returns
 
     def __init__(self, limit: int | None = None) -> None:
         import asyncio
 
         self.transport: Any = None
         self.reader = ZmtpReader(limit)
-        self.on_data: Callable[[bytes], object] = self.hold
-        self.lost = asyncio.get_running_loop().create_future()
-        self.peer: End | None = None
+        self.on_data: Callable[[bytes], object] = self.hold  # gets the bytes that come
+        self.lost = asyncio.get_running_loop().create_future()  # done when the connection is gone
+        self.peer: End | None = None  # joined: each is read only as fast as the other can be written
         self.is_full = False
 
     async def open(self, sock: Any) -> None:
@@ -7658,9 +7649,6 @@ class Front:
     state: *holding* (clients are accepted, nothing is answered), *waiting* (the front answers itself, keeps
     what only a kernel can answer and shows the launch's state in the cells), *live* (clients and kernel are
     joined byte by byte), *failed* (every execution shows why there is no kernel), *closed*.
-    notice: why the kernel before this one ended, for the first cell.
-    shutdown: set when the front itself has answered a shutdown_request; restart: whether a start follows.
-    received: how many bytes came from the kernel on the connection that brought most.
     """
 
     def __init__(self, connection: Json, kernel: KernelProfile, notice: str = "") -> None:
@@ -7670,15 +7658,15 @@ class Front:
         self.kernel = kernel
         self.state = "holding"
         self.is_encrypted = bool(connection.get("curve_secretkey"))  # then all that can be done is to join
-        self.notice = "" if self.is_encrypted else notice
-        self.shutdown = asyncio.Event()
-        self.restart = False
+        self.notice = "" if self.is_encrypted else notice  # why the kernel before ended, for the first cell
+        self.shutdown = asyncio.Event()  # set when the front itself has answered a shutdown_request
+        self.restart = False  # whether a start follows it
         self.loop = asyncio.get_running_loop()
         self.session = Session(connection)
         self.clients: set[Client] = set()
         self.mailbox = Mailbox(self)
         self.handover: Handover | None = None
-        self.received = 0
+        self.received = 0  # bytes that came from the kernel on the connection that brought most
         self.servers: list[tuple[Any, str]] = []
         self.lacks_files = False
 
@@ -7787,9 +7775,8 @@ class Front:
         for client in self.clients:
             if not client.peer:
                 client.transport.close()
-        deadline = self.loop.time() + seconds
-        while self.clients and self.loop.time() < deadline:
-            await asyncio.sleep(0.005)
+        if self.clients:
+            await asyncio.wait([client.lost for client in self.clients], timeout=seconds)
         self.close()
 
     def close(self) -> None:
@@ -7859,7 +7846,7 @@ async def listen_encrypted(front: Front) -> None:
 
 def become_error_kernel(error: UserError, launch: Launch) -> int:
     """Say why the kernel did not start, in the notebook until Jupyter ends it; return the exit status."""
-    print_error(error)
+    os.write(2, error_text(error))
     log_failure(error, launch)
     status = error.status or 1
     path = launch.options.get("connection-file")
@@ -7893,10 +7880,7 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
 
 
 def launch_environ(host: Host) -> dict[str, str]:
-    """Return the environment that this process was started with.
-
-    Python sets LC_CTYPE in its own where the locale is C (PEP 538); the kernel must not inherit that.
-    """
+    """Return this process's environment without the LC_CTYPE that Python sets in a locale C (PEP 538)."""
     environ = dict(os.environ)
     if environ.get("LC_CTYPE", "") in ("C.UTF-8", "C.utf8", "UTF-8"):
         del environ["LC_CTYPE"]
@@ -7908,8 +7892,8 @@ def launch_environ(host: Host) -> dict[str, str]:
 def plan_launch(launch: Launch, host: Host, environ: Mapping[str, str]) -> Plan:
     """Return the plan of a launch: each mode in its turn.  Raises UserError for what is missing.
 
-    environ: the environment the launch starts from; the variables that ``--env`` names are set in it,
-    and set again after the last mode.  A container gets them alone: its engine needs its own PATH and HOME.
+    The variables that ``--env`` names are set in the environment and set again after the last mode.
+    A container gets them alone: its engine needs its own PATH and HOME.
     """
     given = {name: decode_token(environ[name]) for name in launch.options.get("env", ()) if name in environ}
     here: Mapping[str, str] = given
@@ -7931,11 +7915,9 @@ def plan_launch(launch: Launch, host: Host, environ: Mapping[str, str]) -> Plan:
 
 def finish_plan(plan: Plan, launch: Launch, host: Host) -> Plan:
     """Return the plan with Jupyter's paths in their places and its program found.  Raises UserError."""
-    argv = plan.argv
     for placeholder, name in _PLACEHOLDERS:
         if name in launch.options:
-            argv = [token.replace(placeholder, launch.options[name]) for token in argv]
-    plan = plan.replace(argv=argv)
+            plan = plan.replace(argv=[arg.replace(placeholder, launch.options[name]) for arg in plan.argv])
     if plan.search is not None:
         plan = resolve_program(plan, host)
         check_kernel_module(plan, host)
@@ -7970,16 +7952,12 @@ def log_launch(launch: Launch, tokens: Sequence[str], plan: Plan | None, environ
     import time
 
     text = log_text(tokens, plan, environ, time.time(), os.getpid())
-    file_name = os.path.basename(launch.options.get("connection-file", ""))
-    paths = start_log(launch.options.get("name", ""), text, environ, file_name)
-    launch.options["log"], launch.options["earlier"] = paths
+    name, path = (launch.options.get(option, "") for option in ("name", "connection-file"))
+    launch.options["log"], launch.options["earlier"] = start_log(name, text, environ, os.path.basename(path))
 
 
 def execute(plan: Plan, launch: Launch, host: Host) -> int:
-    """Do what a plan says: run its program below a keeper, or become it; return the exit status.
-
-    Raises UserError where it can't start, or ended before the kernel ever answered.
-    """
+    """Run a plan's program below a keeper, or become it; return the exit status.  Raises UserError."""
     if plan.job:
         return keep(JobProgram(plan, plan.job, launch, host), launch)
     if not plan.supervision and launch.options.get("earlier"):
@@ -8012,9 +7990,6 @@ def setup_or_manage(argv: Sequence[str]) -> int:
         status = carry_out(argv, Host())
         sys.stdout.flush()
         return status
-    except UserError as error:
-        error.status = 1 if error.status in (126, 127) else error.status
-        raise
     except OSError as error:
         if error.filename or isinstance(error, BrokenPipeError):
             raise
@@ -8032,8 +8007,8 @@ def main(argv: Sequence[str]) -> int:
             return yarn_main(argv[1:])
         return setup_or_manage(argv)
     except UserError as error:
-        print_error(error)
-        return error.status
+        os.write(2, error_text(error))
+        return 1 if error.status in (126, 127) else error.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has enough
@@ -8046,11 +8021,6 @@ def error_text(error: UserError) -> bytes:
     lines = [f"envkernel: {error.message}", error.detail, f"  {error.hint}" if error.hint else ""]
     text = "".join(line.rstrip("\n") + "\n" for line in lines if line)
     return text.encode(errors="surrogateescape")
-
-
-def print_error(error: UserError) -> None:
-    """Print an error that the user can fix to stderr."""
-    os.write(2, error_text(error))
 
 
 def command() -> int:

@@ -54,7 +54,7 @@ try:
     program = Lingering if Lingering.linger else envkernel.Program
     sys.exit(envkernel.keep(program(plan, supervision, envkernel.Host()), launch))
 except envkernel.UserError as error:
-    envkernel.print_error(error)
+    os.write(2, envkernel.error_text(error))
     sys.exit(77)
 """
 """Does what `run` does with a plan; 77 stands for the error kernel."""
