@@ -368,11 +368,7 @@ _PLACEHOLDERS = ((CONNECTION_FILE, "connection-file"), (RESOURCE_DIR, "resource-
 
 
 def encode_token(text: str, force: bool = False, unsafe: str = "{") -> str:
-    """Return `text` as one token of a kernelspec's argv: any bytes, and nothing that Jupyter reads.
-
-    Printable ASCII is kept.  Anything else, a brace (Jupyter would substitute ``{prefix}``)
-    and, with `force`, what could be taken for something else, becomes ``%:`` and percent-encoding.
-    """
+    """Return `text` as it is, or percent-encoded after ``%:`` where Jupyter or we would take it for more."""
     raw = os.fsencode(text)
     plain = not force and not text.startswith(_ESCAPE) and not any(c in text for c in unsafe)
     if plain and all(31 < byte < 127 for byte in raw):
@@ -385,6 +381,8 @@ def decode_token(token: str) -> str:
     """Return the text of a token that `encode_token` wrote.  Raises UserError for any other token."""
     if not token.startswith(_ESCAPE):
         return token
+    for name in ("connection_file", "resource_dir"):  # as 2.0 and 2.1.0 wrote it
+        token = token.replace(f"%({name})", f"%7B{name}%7D")
     first, *parts = token[len(_ESCAPE) :].split("%")
     try:
         raw = b"".join([os.fsencode(first), *(bytes.fromhex(p[:2]) + os.fsencode(p[2:]) for p in parts)])
@@ -398,21 +396,6 @@ def decode_token(token: str) -> str:
 def broken_kernelspec(reason: str) -> UserError:
     """Return the error for a kernelspec that this envkernel did not write like that."""
     return UserError(f"The kernelspec is broken: {reason}.", "Make it again: envkernel update NAME.")
-
-
-def decode_command_token(token: str, known: Sequence[tuple[str, str]]) -> str:
-    """Return the text of a token of the kernel command, with Jupyter's placeholders in it again.
-
-    known: pairs (placeholder, what Jupyter put in its place).  Only a whole token is left to Jupyter; inside
-    of one a placeholder is encoded, for a path may hold any character (2.1.0 wrote ``%(connection_file)``).
-    """
-    for placeholder, value in known:
-        if token == value:
-            return placeholder
-    if token.startswith(_ESCAPE):
-        for placeholder, _ in _PLACEHOLDERS:
-            token = token.replace(f"%({placeholder[1:-1]})", f"%7B{placeholder[1:-1]}%7D")
-    return decode_token(token)
 
 
 def launch_to_argv(launch: Launch) -> list[str]:
@@ -469,37 +452,30 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
     steps: list[Step] = []
     rest: list[str] | None = [find_mode(tokens[0]).name, *tokens[2:]]
     while rest and rest[0] in MODES:
-        mode = MODES[rest[0]]
+        mode, step = MODES[rest[0]], Step(MODES[rest[0]].name)
+        known = {option.name: option for option in [*COMMON_OPTIONS, *mode.options]}
         own, rest = split_chain(rest[1:])
-        steps.append(_read_step(mode, own, common))
-        check_targets(mode, steps[-1])
-    known = [(placeholder, common[name]) for placeholder, name in _PLACEHOLDERS if name in common]
+        while own:
+            token = own.pop(0)
+            name, equals, text = token[2:].partition("=")
+            value: Any = decode_token(text) if equals else True
+            if not token.startswith("--"):
+                step.targets.append(decode_token(token))
+            elif name == "pass":
+                step.engine.append(value)
+            elif name not in known:
+                raise broken_kernelspec(f"it has an option that this envkernel does not know, --{name}")
+            else:
+                if known[name].metavar and not equals:
+                    value = own.pop(0) if own else ""
+                values = step.options if known[name] in mode.options else common
+                values[name] = [*values.get(name, ()), value] if known[name].many else value
+        check_targets(mode, step)
+        steps.append(step)
     if not rest and not mode.container:  # an image may have a command of its own
         raise broken_kernelspec("the kernel command is missing")
-    return Launch(steps, [decode_command_token(token, known) for token in rest or ()], common)
-
-
-def _read_step(mode: Mode, tokens: list[str], common: dict[str, Any]) -> Step:
-    """Read one canonical step; what belongs to the kernel goes into `common`."""
-    step = Step(mode.name)
-    own = {option.name: option for option in mode.options}
-    known = {**{option.name: option for option in COMMON_OPTIONS}, **own}
-    while tokens:
-        token = tokens.pop(0)
-        name, equals, text = token[2:].partition("=")
-        value: Any = decode_token(text) if equals else True
-        if not token.startswith("--"):
-            step.targets.append(decode_token(token))
-        elif name == "pass":
-            step.engine.append(value)
-        elif name not in known:
-            raise broken_kernelspec(f"it has an option that this envkernel does not know, --{name}")
-        else:
-            if known[name].metavar and not equals:
-                value = tokens.pop(0) if tokens else ""
-            values = step.options if name in own else common
-            values[name] = [*values.get(name, ()), value] if known[name].many else value
-    return step
+    placeholders = {common[name]: placeholder for placeholder, name in _PLACEHOLDERS if name in common}
+    return Launch(steps, [placeholders.get(token) or decode_token(token) for token in rest or ()], common)
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -559,11 +535,9 @@ def find_mode(name: str) -> Mode:
     """Return the mode of that name or alias.  Raises UserError (status 2) with a suggestion."""
     if name in MODES:
         return MODES[name]
-    hint = suggestion(name, [*MODES, *COMMANDS])
-    if name in ("uninstall", "delete", "rm"):
-        hint = "Did you mean remove?"
-    elif name in ("install", "create", "add", "setup"):
-        hint = "A mode makes a kernel, for example: envkernel conda science.  See: envkernel -h"
+    makes = "A mode makes a kernel, for example: envkernel conda science.  See: envkernel -h"
+    usual = {"install": makes, "create": makes, "uninstall": "Did you mean remove?"}
+    hint = usual.get(name) or suggestion(name, [*MODES, *COMMANDS])
     raise usage_error(f"There is no mode or command named {name!r}.", hint)
 
 
@@ -628,15 +602,11 @@ def derive_name(request: Request, host: Host) -> str:
 
 
 def parse_step(mode: Mode, tokens: Sequence[str], host: Host, request: Request, start: Environ) -> Step:
-    """Read one mode's part of a command line; the options of the kernel go into `request`.
-
-    Its engine may exist only in the environment that the request's modes make of `start`.  After another mode
-    only ``--env`` of the kernel's options is taken: an engine's own would show the value in its argv.
-    """
+    """Read one mode's part of a command line; the options of the kernel go into `request`."""
     import functools
 
     @functools.lru_cache(maxsize=None)
-    def engine() -> EngineOptions:
+    def engine() -> EngineOptions:  # it may exist only in the environment that the modes before it make
         near = [step for step in request.steps if not (MODES[step.mode].remote or MODES[step.mode].container)]
         environ = setup_steps(request.replace(steps=near), host, start)[1] if mode.engine else {}
         commands = mode.engine(mode.name, tokens, environ, host) if mode.engine else []
@@ -673,8 +643,7 @@ def read_options(
 ) -> dict[str, Any]:
     """Return the values of envkernel's own options; targets and the engine's options go into `step`.
 
-    argparse gets each option as ``--flag`` or ``--flag=value``: by itself it would let ``--user`` take the
-    image, and refuse -MODULE and values that begin with ``-``.  name: the mode or command.
+    By itself argparse would let ``--user`` take the image, and refuse -MODULE and values that begin with -.
     """
     flags = {flag: option for option in options for flag in option.flags}
     unloads = name in MODES and MODES[name].minus
@@ -781,10 +750,8 @@ class EngineOptions:
 
 
 def read_engine_help(text: str) -> dict[str, tuple[str, str]]:
-    """Return the options that a program's ``--help`` lists: each flag's long name and how it takes a value:
-    empty: it takes none; ``=``: in the same argument or the next one; ``[``: only in the same
-    (``  -v, --volume list   Bind``, ``  -p, --partition=name partition``, ``  --exclusive[=user]   alone``).
-    """
+    """Return the options that a ``--help`` lists: each flag's long name and how it takes a value: not at all,
+    ``=`` in the same argument or the next one (``-v, --volume list``), ``[`` in the same (``--x[=user]``)."""
     import re
 
     line = r"^ {2,6}(?:(-\w),? +)?(--[\w-]+)(\[=\S*|=\S*| \S+(?: \S+)*(?= {2}|$))?(?= |$)"
@@ -830,7 +797,9 @@ def make_parser() -> argparse.ArgumentParser:
     style["argument_default"] = argparse.SUPPRESS
     about = "Make a Jupyter kernel run somewhere else."
     examples = "\n  ".join(["examples:", *(mode.example for mode in modes.values())])
-    top = Parser("envkernel", usage=USAGE, description=about, epilog=examples, **style)
+    usage = "envkernel MODE [--name=NAME] [options] TARGET [-- KERNEL COMMAND | -- MODE ...]\n"
+    usage += "       envkernel COMMAND [options] [NAME]"
+    top = Parser("envkernel", usage=usage, description=about, epilog=examples, **style)
     about = "modes, then commands for existing kernels (each has a help of its own)"
     verbs = top.add_subparsers(title=about, metavar="MODE ... | COMMAND ...", prog="envkernel")
     version = top.add_argument_group("options")
@@ -859,10 +828,6 @@ def make_parser() -> argparse.ArgumentParser:
             groups[option.group].add_argument(*option.flags, dest=option.name, help=text, **keywords)
         list(groups.values())[-1].add_argument("-h", "--help", action="help", help="Show this help.")
     return top
-
-
-USAGE = """envkernel MODE [--name=NAME] [options] TARGET [-- KERNEL COMMAND | -- MODE ...]
-       envkernel COMMAND [options] [NAME]"""
 
 
 def usage_line(mode: Mode, first: bool = True) -> str:
@@ -947,35 +912,6 @@ def conda_state(prefix: str, host: Host) -> dict[str, str]:
     }
 
 
-def conda_variables(prefix: str, root: str, level: int, state: Environ, environ: Environ) -> dict[str, str]:
-    """Return what ``conda activate PREFIX`` sets, scripts aside.  level: how many are active already."""
-    old = environ.get("CONDA_PREFIX", "") if level else ""
-    entries = path_entries(environ)
-    if root and not level and not any(entry.endswith("condabin") for entry in entries):
-        entries.insert(0, root + "/condabin")
-    if old and old + "/bin" in entries:
-        entries[entries.index(old + "/bin")] = prefix + "/bin"
-    else:
-        entries.insert(0, prefix + "/bin")
-    is_named = os.path.basename(os.path.dirname(prefix)) == "envs"
-    name = "base" if prefix == root else os.path.basename(prefix) if is_named else prefix
-    if old == prefix:
-        name = environ.get("CONDA_DEFAULT_ENV", name)
-        return {"PATH": ":".join(entries), "CONDA_SHLVL": str(level), "CONDA_PROMPT_MODIFIER": f"({name}) "}
-    variables = {"PATH": ":".join(entries), "CONDA_PREFIX": prefix, "CONDA_SHLVL": str(level + 1)}
-    variables.update({"CONDA_DEFAULT_ENV": name, "CONDA_PROMPT_MODIFIER": f"({name}) "})
-    if old:
-        variables[f"CONDA_PREFIX_{level}"] = old
-    if root:
-        variables.update(dict.fromkeys(("CONDA_EXE", "_CONDA_EXE"), root + "/bin/conda"), _CONDA_ROOT=root)
-        variables.update({"CONDA_PYTHON_EXE": root + "/bin/python", "_CE_M": "", "_CE_CONDA": ""})
-    for key, value in state.items():
-        if key in environ:  # conda looks for the name as it was written, and only then makes it upper-case
-            variables[f"__CONDA_SHLVL_{level}_{key.upper()}"] = environ[key]
-        variables[key.upper()] = value
-    return variables
-
-
 def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     """Plan what ``conda activate PREFIX`` does.  Raises UserError where there is no environment."""
     prefix = os.path.normpath(step.targets[0])  # envkernel 1.x wrote it as it was typed
@@ -985,18 +921,35 @@ def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     environ, text = plan.environ, plan.environ.get("CONDA_SHLVL", "").strip()
     level = int(text) if text.isdecimal() else 0
     old = environ.get("CONDA_PREFIX", "") if level else ""
+    root = step.options.get("root", "") or conda_root(prefix, host, environ)
+    entries = path_entries(environ)
+    if root and not level and not any(entry.endswith("condabin") for entry in entries):
+        entries.insert(0, root + "/condabin")
+    if old and old + "/bin" in entries:
+        entries[entries.index(old + "/bin")] = prefix + "/bin"
+    else:
+        entries.insert(0, prefix + "/bin")
+    is_named = os.path.basename(os.path.dirname(prefix)) == "envs"
+    name = "base" if prefix == root else os.path.basename(prefix) if is_named else prefix
+    name = environ.get("CONDA_DEFAULT_ENV", name) if old == prefix else name
+    variables = {"PATH": ":".join(entries), "CONDA_PROMPT_MODIFIER": f"({name}) "}
+    if old != prefix:  # else it is active already
+        variables.update(CONDA_PREFIX=prefix, CONDA_SHLVL=str(level + 1), CONDA_DEFAULT_ENV=name)
+        variables.update({f"CONDA_PREFIX_{level}": old} if old else {})
+        if root:
+            conda = root + "/bin/conda"
+            variables.update(CONDA_EXE=conda, _CONDA_EXE=conda, _CONDA_ROOT=root, _CE_M="", _CE_CONDA="")
+            variables["CONDA_PYTHON_EXE"] = root + "/bin/python"
+        for key, value in conda_state(prefix, host).items():
+            if key in environ:  # conda looks for the name as it was written, and only then makes it upper-case
+                variables[f"__CONDA_SHLVL_{level}_{key.upper()}"] = environ[key]
+            variables[key.upper()] = value
     leave = shell_scripts(old + "/etc/conda/deactivate.d", host) if old else []
     enter = shell_scripts(prefix + "/etc/conda/activate.d", host)
-    root = step.options.get("root", "") or conda_root(prefix, host, environ)
-    state = {} if old == prefix else conda_state(prefix, host)
-    variables = conda_variables(prefix, root, level, state, environ)
-    if leave or enter:
-        actions = [("source", script, "") for script in reversed(leave)]
-        actions += [("export", name, value) for name, value in variables.items()]
-        actions += [("source", script, "") for script in enter]
-        environ = host.source(actions, environ)
-    else:
-        environ = {**environ, **variables}
+    actions = [("source", script, "") for script in reversed(leave)]
+    actions += [("export", name, value) for name, value in variables.items()]
+    actions += [("source", script, "") for script in enter]
+    environ = host.source(actions, environ) if leave or enter else {**environ, **variables}
     install = f"conda install --prefix {quoted(prefix).replace('%', '%%')} %s"
     where = f"the conda environment {prefix}"
     return plan.replace(environ=environ, search=[prefix + "/bin"], where=where, install=install)
