@@ -941,7 +941,7 @@ def plan_conda(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
             variables.update(CONDA_EXE=conda, _CONDA_EXE=conda, _CONDA_ROOT=root, _CE_M="", _CE_CONDA="")
             variables["CONDA_PYTHON_EXE"] = root + "/bin/python"
         for key, value in conda_state(prefix, host).items():
-            if key in environ:  # conda looks for the name as it was written, and only then makes it upper-case
+            if key in environ:  # as it was written: conda makes it upper-case afterwards
                 variables[f"__CONDA_SHLVL_{level}_{key.upper()}"] = environ[key]
             variables[key.upper()] = value
     leave = shell_scripts(old + "/etc/conda/deactivate.d", host) if old else []
@@ -1091,10 +1091,6 @@ def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
     return changes, states
 
 
-_STATEMENTS = (b"\nos.environ[", b"\ndel os.environ[", b"\n_mlstatus", b"\nimport ", b"\npass", b"\n\n")
-_LUA_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
-
-
 def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
     r"""Read a quoted string; return its value and the place after it (0: there is none).
 
@@ -1103,9 +1099,10 @@ def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
     """
     quote, value = text[at : at + 1], b""
     at += 1
+    statements = (b"\nos.environ[", b"\ndel os.environ[", b"\n_mlstatus", b"\nimport ", b"\npass", b"\n\n")
     if quote == b"'":
         end = text.find(quote, at)
-        while end > at and text[end - 1 : end] == b"\\" and not text.startswith(_STATEMENTS, end + 1):
+        while end > at and text[end - 1 : end] == b"\\" and not text.startswith(statements, end + 1):
             end = text.find(quote, end + 1)
         return text[at:end].replace(b"\\'", b"'"), end + 1
     while quote == b'"':
@@ -1115,7 +1112,7 @@ def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
             return value + text[at:end], end + 1
         code = text[escape + 1 : escape + 4]
         digits = code[: len(code) - len(code.lstrip(b"0123456789"))]
-        letter = _LUA_ESCAPES.get(code[:1], code[:1])
+        letter = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}.get(code[:1], code[:1])
         value += text[at:escape] + (bytes([int(digits) & 255]) if digits else letter)
         at = escape + 1 + (len(digits) or 1)
     return b"", 0
@@ -1203,10 +1200,7 @@ def search_program(name: str, directories: Sequence[str], host: Host) -> str:
 
 
 def resolve_program(plan: Plan, host: Host) -> Plan:
-    """Make the kernel program of a plan absolute.  Raises UserError (status 127).
-
-    A bare name is never looked for in what else is on PATH: that would be another environment's Python.
-    """
+    """Make the kernel program absolute, never another environment's.  Raises UserError (status 127)."""
     program, search = plan.argv[0], plan.search or []
     if "/" in program and not host.is_executable(program):
         raise UserError(f"There is no program {program}.", "Install it, or give another command.", 127)
@@ -1236,10 +1230,7 @@ def is_python(program: str) -> bool:
 
 
 def check_kernel_module(plan: Plan, host: Host) -> None:
-    """Raise UserError unless the module of ``python -m MODULE`` can be imported.
-
-    The Python itself is only asked, at the price of starting it, where the module is not in its usual place.
-    """
+    """Raise UserError unless the module of ``python -m MODULE`` is in its usual place or Python finds it."""
     python = plan.argv[0]
     if "-m" not in plan.argv[1:-1] or not is_python(python):
         return
@@ -3233,39 +3224,31 @@ complete -c envkernel -f -a '(__envkernel)'
 
 def completion_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel completion SHELL``: print the script; ``-- ARGUMENT ...``: complete the last of them."""
+    import contextlib
+
     shell, typed = options["SHELL"], options.get("rest")
     if shell not in SHELLS:
         raise usage_error(f"There is no completion for {shell!r}.", suggestion(shell, list(SHELLS)))
     if typed is None:
         sys.stdout.write(SHELLS[shell])
         return 0
-    found = candidates(typed or [""], host)
-    for name, help in found.items():
-        print(name + {"bash": "", "zsh": ":" + help, "fish": "\t" + help}[shell])
-    return 0 if found else 1
-
-
-def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
-    """Return what can replace the last of some arguments, which it completes, with its help."""
-    import contextlib
-
     before = [word for word in typed[:-1] if word != "="]  # bash makes three arguments of --flag=value
-    current = "" if typed[-1] == "=" else typed[-1]
+    current = "".join(typed[-1:]).lstrip("=")
     chained = "--" in before
     while "--" in before:
         before = before[before.index("--") + 1 :]
     known: dict[str, Mode | Command] = {**MODES, **({} if chained else COMMANDS)}
-    if not before:
-        return {name: one.summary for name, one in known.items() if name.startswith(current)}
-    found: dict[str, str] = {}
-    one = known.get(before[0])
-    options = list(one.options) if one else []
+    one = known.get(before[0]) if before else None
+    options_of = list(one.options) if one else []
     if isinstance(one, Mode):
-        options += [option for option in COMMON_OPTIONS if not chained or option.name == "env"]
-    flags = {flag: option for option in options if option.setup for flag in option.flags}
+        options_of += [option for option in COMMON_OPTIONS if not chained or option.name == "env"]
+    flags = {flag: option for option in options_of if option.setup for flag in option.flags}
     flag, equals, _ = current.partition("=")
-    asked = flags.get(flag if equals else before[-1])
-    if asked and asked.metavar:
+    asked = flags.get(flag if equals else "".join(before[-1:]))
+    found: dict[str, str] = {}
+    if not before:
+        found = {name: row.summary for name, row in known.items()}
+    elif asked and asked.metavar:
         found = dict.fromkeys(((flag + equals) * bool(equals) + choice for choice in asked.choices), "")
     elif current.startswith("-"):
         environ = launch_environ(host)
@@ -3273,12 +3256,15 @@ def candidates(typed: Sequence[str], host: Host) -> dict[str, str]:
             engine = one.engine(one.name, [], environ, host) if isinstance(one, Mode) and one.engine else []
             for long, takes in EngineOptions(engine, host, environ).known.values():
                 found[long + "=" * (takes == "=")] = f"Option of {before[0]}."
-        for flag, row in flags.items():
-            found[flag + "=" * bool(row.metavar and flag[1] == "-")] = row.help
+        for flag, option in flags.items():
+            found[flag + "=" * bool(option.metavar and flag[1] == "-")] = option.help
     elif isinstance(one, Command) and one.argument:
         names = SHELLS if one.argument == "SHELL" else [kernel.name for kernel in our_kernels(host)]
         found = dict.fromkeys(names, "")
-    return {name: help for name, help in found.items() if name.startswith(current)}
+    found = {name: help for name, help in found.items() if name.startswith(current)}
+    for name, help in found.items():
+        print(name + {"bash": "", "zsh": ":" + help, "fish": "\t" + help}[shell])
+    return 0 if found else 1
 
 
 # ---- managing -----------------------------------------------------------------------------------
@@ -3323,8 +3309,7 @@ def our_kernel(name: str, host: Host) -> Installed:
     if name.lower() in kernels:
         return kernels[name.lower()]
     if name.lower() in [*installed_kernels(), "python3"]:
-        hint = f"Use jupyter kernelspec for it: {name}."
-        raise UserError(f"The kernel {name} was not made by envkernel.", hint)
+        raise UserError(f"The kernel {name} was not made by envkernel.", "Use jupyter kernelspec for it.")
     hint = suggestion(name, list(kernels)) if kernels else "envkernel has made none yet."
     raise UserError(f"There is no kernel named {name}.", hint)
 
@@ -3455,9 +3440,7 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
 
 def one_line(text: str) -> str:
     r"""Return a text as it may be in a line on a terminal: a newline as ``\n``, ESC as ``\x1b``."""
-    import re
-
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def list_command(options: Mapping[str, Any], host: Host) -> int:
@@ -3510,22 +3493,19 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
         argv = ["..." if word in (LOADER, NODE_BOOT) else word for word in plan.argv]
         stages.append({"argv": argv, "environment": {name: after.get(name) for name in names}})
         before = after
-    shown: dict[str, Any] = {
-        "name": kernel.name,
-        "display_name": kernel.spec.get("display_name", ""),
-        "directory": kernel.directory,
-        "command": ["envkernel", *kernel.command] if kernel.command else [],
-        "state": f"{error.message} {error.hint}" if error else "ok",
-        "running": listed(find_running([kernel], TimedHost()).get(kernel.name, ())),
-        **(stages[0] if stages else {"argv": [], "environment": {}}),
-        **({"node": stages[1]} if stages[1:] else {}),
-    }
+    shown: dict[str, Any] = {"name": kernel.name, "display_name": kernel.spec.get("display_name", "")}
+    shown["directory"] = kernel.directory
+    shown["command"] = ["envkernel", *kernel.command] if kernel.command else []
+    shown["state"] = f"{error.message} {error.hint}" if error else "ok"
+    shown["running"] = listed(find_running([kernel], TimedHost()).get(kernel.name, ()))
+    shown.update(stages[0] if stages else {"argv": [], "environment": {}})
+    shown.update({"node": stages[1]} if stages[1:] else {})
     if options.get("json"):
         print(to_json(shown).decode())
         return 0
     lines = [("kernel", f"{kernel.name} ({shown['display_name']})"), ("directory", kernel.directory)]
     lines += [("made by", shlex.join(shown["command"]) or "envkernel 1.x"), ("state", shown["state"])]
-    lines += [("running", what) for what in [", ".join(shown["running"])] if what]
+    lines += [("running", ", ".join(shown["running"]))] if shown["running"] else []
     for stage, where in zip(stages, ("executes", "on the node")):
         lines.append((where, shlex.join(stage["argv"])))
         for name, value in stage["environment"].items():
@@ -3685,9 +3665,7 @@ class Check:
     """One run of a kernel through everything a client does; steps: name, seconds and error of each."""
 
     def __init__(self, kernel: Installed, plans: Sequence[Plan], host: Host) -> None:
-        self.kernel = kernel
-        self.plan, self.inner = plans[0], plans[-1]
-        self.host = host
+        self.kernel, self.plan, self.inner, self.host = kernel, plans[0], plans[-1], host
         self.steps: list[dict[str, Any]] = []
         self.mark = os.urandom(8).hex()
         self.probe, self.sleep = PROBES.get(kernel.spec.get("language", "python"), ("", ""))
@@ -3706,6 +3684,8 @@ class Check:
 
     def run(self, log: Any) -> None:
         """Start the kernel, use it, shut it down and look for what is left."""
+        import time
+
         from jupyter_client.manager import KernelManager
 
         self.manager = manager = KernelManager(kernel_name=self.kernel.name)
@@ -3723,7 +3703,14 @@ class Check:
                 self.client.stop_channels()
         finally:
             self.step("shutdown", manager.shutdown_kernel)
-        self.step("leftovers", lambda: self.leftovers(before))
+
+        def leftovers() -> str:
+            deadline = time.monotonic() + 10
+            while (left := self.traces() - before) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            return "still there: " + ", ".join(sorted(left)) if left else ""
+
+        self.step("leftovers", leftovers)
 
     def wait(self) -> str:
         """Wait for the first answer, then until what the kernel publishes is received, as Jupyter does."""
@@ -3812,10 +3799,10 @@ class Check:
         found: dict[str, str] = {}
         for pid in filter(str.isdigit, self.host.listdir("/proc")):
             environ = (self.host.read(f"/proc/{pid}/environ") or b"").split(b"\0")
-            if b"ENVKERNEL_CHECK=" + self.mark.encode() in environ:
-                words = (self.host.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
+            words = (self.host.read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
+            if words[0] and b"ENVKERNEL_CHECK=" + self.mark.encode() in environ:
                 found[pid] = os.fsdecode(b" ".join(words[:4]).strip())
-        return {pid: command for pid, command in found.items() if command}
+        return found
 
     def traces(self) -> set[str]:
         """Return what there is: this check's processes and directories, the kernelspec's containers, jobs."""
@@ -3834,15 +3821,6 @@ class Check:
             return found
         kind, said = "job" if job else "container", self.host.output(argv, self.plan.environ)
         return found.union(f"{kind} {name}" for name in os.fsdecode(said.out).split())
-
-    def leftovers(self, before: set[str]) -> str:
-        """Look for what outlives the kernel, for ten seconds at most."""
-        import time
-
-        deadline = time.monotonic() + 10
-        while (left := self.traces() - before) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return "still there: " + ", ".join(sorted(left)) if left else ""
 
 
 def private_bases(environ: Mapping[str, str], host: Host) -> set[str]:
