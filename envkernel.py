@@ -193,8 +193,10 @@ def no_environment(what: str, path: str, host: Host, hint: str) -> UserError:
 
     what: "conda environment" or "virtualenv".  hint: what to do where nothing is there.
     """
-    closed = unreadable_part(path + ("/bin/activate" if what == "virtualenv" else "/conda-meta"))
-    if closed:
+    closed = path + ("/bin/activate" if what == "virtualenv" else "/conda-meta")
+    while not os.path.exists(closed) and closed not in ("", "/"):
+        closed = os.path.dirname(closed)
+    if closed and not os.access(closed, os.X_OK if os.path.isdir(closed) else os.R_OK):
         message = f"You may not read {closed}, so the {what} {path} can't be used."
         return UserError(message, f"Ask its owner for the right to (ls -ld {closed}), or take another one.")
     inner = [f"{path}/{name}" for name in (".venv", "venv", "env")]
@@ -3648,7 +3650,8 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
             for step in kernel.launch.steps:
                 remove_tree(f"{base}/{shared_name(step, kernel.launch, host)}")
             remove_empty(base)
-            remove_stale(base, os.environ)
+            for recipe, lock in stale_recipes(base):
+                clean_up(recipe, os.environ, [lock])
     return 0
 
 
@@ -3955,20 +3958,12 @@ class Host:
 
     def output(self, argv: Sequence[str], environ: Environ) -> Output:
         """Run a program with no stdin; return what it said.  Raises UserError where it can't be started."""
-        out, err = _scratch_file(), _scratch_file()
-        try:
-            status = os.waitpid(spawn(argv, environ, out=out, err=err, group=os.getpgrp()), 0)[1]
-            return Output(exit_status(status), _read_all(out), _read_all(err))
-        finally:
-            os.close(out)
-            os.close(err)
+        return run_program(argv, environ)
 
     def source(self, actions: Sequence[tuple[str, str, str]], environ: Environ) -> dict[str, str]:
-        """Let bash source scripts and set variables, in order; return the environment that results.
+        """Let bash do actions of `SOURCING`; return the environment that results.  Raises UserError.
 
-        actions: ``("source", script, "")``, ``("export", name, value)`` or ``("eval", commands, "")``.
         Only the difference is applied to `environ`, for bash rewrites some variables of its own.
-        Raises UserError where a script ended the shell.
         """
         scripts = [name for kind, name, _ in actions if kind == "source"]
         if self.quiet:
@@ -4041,8 +4036,10 @@ class Host:
             remove_empty(os.path.dirname(directory))
 
     def listens(self, launch: Launch, environ: Environ) -> bool:
-        """Start a kernel as Jupyter does, and end it; return whether all its unix sockets were there."""
+        """Start a kernel as Jupyter does, and kill it; return whether all its unix sockets were there."""
+        import subprocess
         import tempfile
+        import time
 
         with tempfile.TemporaryDirectory(prefix="envkernel-") as scratch:
             path = scratch + "/connection.json"
@@ -4057,37 +4054,22 @@ class Host:
             words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
             argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), *words]
             environ = {**environ, "JUPYTER_DATA_DIR": scratch, "JPY_PARENT_PID": str(os.getpid())}
-            return try_kernel(argv, environ, supervision)
-
-
-def try_kernel(argv: Sequence[str], environ: Environ, supervision: Supervision) -> bool:
-    """Return whether a kernel's unix sockets can be connected to; it is killed, and cleans up."""
-    import subprocess
-    import time
-
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(argv, 0, None, null, null, null, env=environ, start_new_session=True)
-    missing = list(range(len(STREAMS)))
-    end = time.monotonic() + 20
-    while missing and process.poll() is None and time.monotonic() < end:
-        try:
-            connect_ipc(supervision.relay["ip"], missing[0]).close()
-            del missing[0]
-        except OSError:
-            time.sleep(0.02)
-    process.kill()
-    process.wait()
-    end = time.monotonic() + 20
-    while os.path.exists(supervision.directory + ".lock") and time.monotonic() < end:
-        time.sleep(0.02)
-    return not missing
-
-
-def unreadable_part(path: str) -> str:
-    """Return what on the way to `path` this user may not read or enter, empty where nothing is in it."""
-    while not os.path.exists(path) and path not in ("", "/"):
-        path = os.path.dirname(path)
-    return "" if os.access(path, os.X_OK if os.path.isdir(path) else os.R_OK) else path
+            null = subprocess.DEVNULL
+            process = subprocess.Popen(argv, 0, None, null, null, null, env=environ, start_new_session=True)
+            missing = list(range(len(STREAMS)))
+            end = time.monotonic() + 20
+            while missing and process.poll() is None and time.monotonic() < end:
+                try:
+                    connect_ipc(supervision.relay["ip"], missing[0]).close()
+                    del missing[0]
+                except OSError:
+                    time.sleep(0.02)
+            process.kill()
+            process.wait()
+            end = time.monotonic() + 20
+            while os.path.exists(supervision.directory + ".lock") and time.monotonic() < end:
+                time.sleep(0.02)
+            return not missing
 
 
 def archive_names(path: str) -> list[str] | None:
@@ -4102,10 +4084,7 @@ def archive_names(path: str) -> list[str] | None:
 
 
 def create_virtualenv(path: str, python: str, host: Host) -> None:
-    """Make a virtualenv with ipykernel; where there is one already, only ipykernel, if it is missing.
-
-    Raises UserError where that fails.
-    """
+    """Make a virtualenv, unless there is one, and install ipykernel if it is missing.  Raises UserError."""
     inside = path + "/bin/python"
     commands = [[inside, "-m", "pip", "install", "ipykernel"]]
     uv = search_program("uv", path_entries(os.environ), host)
@@ -4128,10 +4107,7 @@ def create_virtualenv(path: str, python: str, host: Host) -> None:
 
 
 class ImageHost(Host):
-    """The inside of an image: what setup asks there, each time by a short run of it.
-
-    One run lists the programs on the image's PATH and the kernelspecs beside them.
-    """
+    """The inside of an image, by short runs of it; the first lists programs and kernelspecs on its PATH."""
 
     LISTING = (
         "IFS=:; set -f; printf '%s\\n' \"$PATH\"; set +f; for d in $PATH; do "
@@ -4218,13 +4194,18 @@ system printed for a shell."""
 
 def bash_environ(words: Sequence[str], environ: Environ, quiet: bool) -> dict[str, str]:
     """Return the environment that bash writes to its stdout, empty where it wrote none."""
-    file = _scratch_file()
-    try:
-        os.waitpid(spawn(["/bin/bash", *words], environ, -1, file, -1 if quiet else 2, os.getpgrp()), 0)
-        entries = os.fsdecode(_read_all(file)).split("\0")
-    finally:
-        os.close(file)
-    return dict(entry.partition("=")[::2] for entry in entries if entry)
+    said = run_program(["/bin/bash", *words], environ, -1 if quiet else 2)
+    return dict(entry.partition("=")[::2] for entry in os.fsdecode(said.out).split("\0") if entry)
+
+
+def run_program(argv: Sequence[str], environ: Environ, err: int | None = None) -> Output:
+    """Run a program with no stdin; return what it said, on stderr too unless that goes to the file `err`."""
+    with open(_scratch_file(), "r+b") as out, open(_scratch_file(), "r+b") as said:
+        pid = spawn(argv, environ, -1, out.fileno(), said.fileno() if err is None else err, os.getpgrp())
+        status = os.waitpid(pid, 0)[1]
+        out.seek(0)
+        said.seek(0)
+        return Output(exit_status(status), out.read(), said.read())
 
 
 def _scratch_file() -> int:
@@ -4236,12 +4217,6 @@ def _scratch_file() -> int:
     file, path = tempfile.mkstemp()
     os.unlink(path)
     return file
-
-
-def _read_all(file: int) -> bytes:
-    """Return what a seekable file descriptor holds."""
-    os.lseek(file, 0, os.SEEK_SET)
-    return b"".join(iter(lambda: os.read(file, 1 << 16), b""))
 
 
 def from_json(text: bytes | str) -> Any:
@@ -4261,10 +4236,7 @@ def to_json(value: Any) -> bytes:
 def spawn(
     argv: Sequence[str], environ: Environ, stdin: int = -1, out: int = 1, err: int = 2, group: int = 0
 ) -> int:
-    """Start a program in a process group, 0 for its own; return its pid.  Raises UserError.
-
-    stdin, out, err: its files, -1 for none.
-    """
+    """Start a program with files (-1: none) in a group (0: its own); return its pid.  Raises UserError."""
     null: Any = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0)
     actions = [null] if stdin < 0 else [(os.POSIX_SPAWN_DUP2, stdin, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, max(file, 0), to) for file, to in ((err, 2), (out, 1))]
@@ -4289,9 +4261,6 @@ def cannot_start(program: str, error: OSError) -> UserError:
 
 # ---- launch log ---------------------------------------------------------------------------------
 
-LOGS_KEPT = 10
-"""How many launches of one kernel are remembered."""
-
 _SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH")
 
 
@@ -4303,10 +4272,7 @@ def quoted(word: str) -> str:
 
 
 def masked(assignment: str) -> str:
-    """Return NAME=VALUE with the value hidden where the name or a password in a URL calls for it.
-
-    The value may be such an assignment again: ``--pass=--env=TOKEN=x``, where --pass hands an option on.
-    """
+    """Return NAME=VALUE, where VALUE may be such a text again, without passwords and other secrets."""
     name, equals, value = assignment.partition("=")
     secret = name != "--pass" and any(word in name.upper() for word in _SECRET_NAMES)
     if equals and (secret or ("://" in value and "@" in value)):
@@ -4315,10 +4281,7 @@ def masked(assignment: str) -> str:
 
 
 def log_text(tokens: Sequence[str], plan: Plan | None, before: Environ, now: float, pid: int) -> str:
-    """Return what the log of a launch says at its start; plan is None where planning failed.
-
-    tokens: the run phase's command line.  before: the environment that Jupyter gave.
-    """
+    """Return what the log of a launch says at its start.  before: the environment that Jupyter gave."""
     import time
 
     lines = [
@@ -4348,10 +4311,9 @@ def log_place(name: str, environ: Environ) -> tuple[str, str]:
 
 
 def start_log(name: str, text: str, environ: Environ, file_name: str = "") -> tuple[str, str]:
-    """Write a launch log that only this user can read and forget the oldest.
+    """Write a launch log that only this user can read and forget all but the last ten.
 
-    file_name: of the connection file.  Returns the new log's path (empty where it can't be written), and that
-    of the last one for such a connection file: Jupyter has started that kernel again.
+    Returns its path (empty where it can't be written), and the last one's for the same connection file.
     """
     import time
 
@@ -4362,9 +4324,8 @@ def start_log(name: str, text: str, environ: Environ, file_name: str = "") -> tu
     try:
         os.makedirs(directory, 0o700, exist_ok=True)
         olds = sorted(old for old in os.listdir(directory) if old.startswith(prefix))
-        same = [old for old in olds if file_name and old.endswith(mark)]
-        earlier = f"{directory}/{same[-1]}" if same else ""
-        for old in olds[: 1 - LOGS_KEPT]:
+        earlier = next((f"{directory}/{old}" for old in olds[::-1] if file_name and old.endswith(mark)), "")
+        for old in olds[:-9]:
             os.unlink(f"{directory}/{old}")
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(os.fsencode(text))
@@ -4384,11 +4345,7 @@ def printable(text: str, secret: str = "") -> str:
 
 
 def log_end(path: str, status: int, reason: UserError | None, said: bytes = b"", key: str = "") -> None:
-    """Add to a launch log how the program ended.
-
-    status: as in `Output`.  reason: why a kernel that had answered ended although nobody asked it to.
-    said: the beginning of what the program said on stderr.  key: never shown.
-    """
+    """Add to a launch log how the program ended, and what it said at last.  key: never shown."""
     lines = printable(said.decode("utf-8", "replace"), key).splitlines()
     ended = f"signal {-status}" if status < 0 else f"exit status {status}"
     text = ["stderr:", *("  " + line for line in lines), "ended: " + ended]
@@ -4410,10 +4367,6 @@ def append_log(path: str, text: str) -> None:
 # ---- private directories, locks, processes ------------------------------------------------------
 
 
-def _ignore(*unused: object) -> None:
-    """Do nothing: a signal's handler, or nobody to call."""
-
-
 def kernel_key(text: str) -> str:
     """Return 16 hexadecimal digits that stand for a text (a connection file's path)."""
     from binascii import crc32
@@ -4425,8 +4378,7 @@ def kernel_key(text: str) -> str:
 def private_base(environ: Environ, place: str, host: Host) -> str:
     """Return the directory that holds the private directories of this user's kernels.
 
-    In the runtime directory (in memory, the user's own) or else among temporary files.  place: ``home``
-    where the engine can't see either (but a rootful daemon can't read a home on a network), ``tmp``: in /tmp.
+    place: ``home`` where an engine sees no other (but a rootful daemon may not read that), ``tmp``: in /tmp.
     """
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     if place == "home":
@@ -4438,10 +4390,9 @@ def private_base(environ: Environ, place: str, host: Host) -> str:
 
 
 def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, Any]]:
-    """Return the path of Jupyter's connection file, its text and what it says.
+    """Return Jupyter's connection file: path, text and what it says.  Raises UserError.
 
     Where nothing is being launched (`show`, setup) these are a placeholder and nothing.
-    Raises UserError where the file can't be read.
     """
     path = launch.options.get("connection-file") or CONNECTION_FILE
     if path == CONNECTION_FILE:
@@ -4460,59 +4411,39 @@ def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, A
 
 
 class Supervision(Record):
-    """What accompanies a program from before its start until nothing of it is left.
+    """What accompanies a program from before its start until nothing of it is left."""
 
-    directory: private directory of this kernel (mode 0700), created before all else and removed last;
-    with ``.lock`` added, the lock by which the next start waits for the clean-up.
-    files: pairs (path, bytes) to write, mode 0600.  copies: pairs (directory, its copy to make).
-    signal: command that passes a signal on to the kernel, ``{signal}`` standing for its name; empty
-    where the program's process group gets it; leader: the program itself too.  init: command that prints the
-    pid of an init on this host whose one child is the kernel; its process group gets the signal.
-    cleanup: commands to run when the program is gone; they succeed where nothing is left to do.
-    remove: further files and directories to remove.  litter: the program leaves files where it is started.
-    container: its name for docker or podman.  shared: the one of several kernels.
-    connection: what Jupyter's connection file says.  relay: where the kernel listens as seen from this
-    host, if not there: a connection as well (``transport: ipc``: `ip` and ``-1`` or ``:1`` are the paths).
-    owner: number of the user that root gives the private directory to, -1 for nobody.
-    explain: ``(status, said, host) -> UserError or None``: why the program ended, where that is known.
-    """
-
-    directory: str
-    files: list[tuple[str, bytes]] = []
-    copies: list[tuple[str, str]] = []
-    signal: list[str] = []
-    leader: bool = True
-    init: list[str] = []
-    cleanup: list[Sequence[str]] = []
-    remove: list[str] = []
-    litter: bool = False
-    container: str = ""
+    directory: str  # of this kernel alone (0700): made first, removed last; with ``.lock`` added, its lock
+    files: list[tuple[str, bytes]] = []  # (path, content) to write, mode 0600
+    copies: list[tuple[str, str]] = []  # (directory, its copy to make)
+    signal: list[str] = []  # sends ``{signal}`` to the kernel; without, the program's process group gets it
+    leader: bool = True  # the program itself, which leads its group, gets it too
+    init: list[str] = []  # prints the pid of an init on this host; its one child leads the kernel's group
+    cleanup: list[Sequence[str]] = []  # commands for the end; they succeed where nothing is left to do
+    remove: list[str] = []  # further files and directories to remove
+    litter: bool = False  # the program leaves files where it is started
+    container: str = ""  # its name for docker or podman
     shared: Shared | None = None
-    connection: dict[str, Any] = {}
-    relay: dict[str, Any] = {}
-    owner: int = -1
-    explain: Callable[[int, str, Host], UserError | None] | None = None
+    connection: dict[str, Any] = {}  # what Jupyter's connection file says
+    relay: dict[str, Any] = {}  # where the kernel listens if not there; ipc: at `ip` with ``-1`` or ``:1``
+    owner: int = -1  # whom root gives the private directory to
+    explain: Callable[[int, str, Host], UserError | None] | None = None  # (status, said, host): why it ended
 
 
 class Shared(Record):
-    """A container that several kernels share: commands for it, and what is made and removed with it.
+    """A container that several kernels share."""
 
-    alive: prints ``true`` where it runs.  start, stop: when the first kernel comes and, unless keep, the last
-    is gone.  copies: pairs (directory, its copy).
-    """
-
-    alive: list[str]
-    start: list[str]
-    stop: list[str]
-    keep: bool = False
-    copies: list[tuple[str, str]] = []
+    alive: list[str]  # prints ``true`` where it runs
+    start: list[str]  # when the first kernel comes
+    stop: list[str]  # when the last is gone
+    keep: bool = False  # do not stop it
+    copies: list[tuple[str, str]] = []  # (directory, its copy), made and removed with it
 
 
 class Membership:
     """This kernel's share in a shared container, held by locks: they end with who holds them.
 
-    Each kernel's keeper holds ``users.lock`` together with the others; who can have it alone is the
-    last.  ``start.lock`` keeps starting and stopping apart.
+    All keepers share ``users.lock``: who gets it alone is the last.  ``start.lock`` is to start and stop.
     """
 
     def __init__(self, shared: Shared, directory: str, locks: Sequence[int] = ()) -> None:
@@ -4545,10 +4476,7 @@ class Membership:
         return said
 
     def leave(self, environ: Environ, interrupted: bool) -> None:
-        """Stop the container, unless it is to be kept or others use it.
-
-        interrupted: its start may have been, and the engine may be about to create it.
-        """
+        """Stop the container, unless others use it.  interrupted: the engine may be about to create it."""
         import fcntl
         import time
 
@@ -4571,11 +4499,7 @@ class Membership:
 
 
 def take_lock(path: str) -> int:
-    """Return an open lock file that this process holds alone, made where it is missing.
-
-    Waits for the process that cleans up after the kernel that had the same connection file: its ports and its
-    directory are free from then on.  Raises UserError where the directory is not this user's own.
-    """
+    """Return an open lock file that this process holds alone, when nobody else does.  Raises UserError."""
     import fcntl
 
     while True:
@@ -4660,7 +4584,7 @@ def make_copies(copies: Sequence[tuple[str, str]]) -> None:
 
 
 def process_stat(pid: int) -> list[int]:
-    """Return what proc(5) numbers from 4 on in /proc/pid/stat, nothing where a process is gone or a zombie.
+    """Return fields 4 to 52 of /proc/pid/stat, nothing where a process is gone or a zombie.
 
     0: parent, 1: process group, 2: session, 18: start time, which with the pid names a process for good.
     """
@@ -4688,28 +4612,20 @@ def send_signals(pids: Sequence[int], number: int) -> None:
 
 def group_members(group: int) -> list[int]:
     """Return the members of a process group but its leader and an init, which both pass signals on."""
-
-    def is_member(pid: int) -> bool:
-        if pid == group or process_stat(pid)[1:2] != [group]:
-            return False
-        numbers = (Host().read(f"/proc/{pid}/status") or b"").partition(b"\nNSpid:")[2].partition(b"\n")[0]
-        return numbers.split()[1:][-1:] != [b"1"]
-
-    return find_processes(is_member)
+    pids = find_processes(lambda pid: pid != group and process_stat(pid)[1:2] == [group])
+    texts = [(Host().read(f"/proc/{pid}/status") or b"").partition(b"\nNSpid:")[2] for pid in pids]
+    return [pid for pid, text in zip(pids, texts) if text.partition(b"\n")[0].split()[1:][-1:] != [b"1"]]
 
 
 def retry(command: Sequence[str], environ: Environ, seconds: float = 60) -> bool:
-    """Run a command that cleans up until it succeeds or time is up: a daemon may be restarting.
-
-    Returns whether it succeeded.  One that hangs is killed; the first attempt has 10 s in any case.
-    """
+    """Run a command until it succeeds (a daemon may be restarting) or time is up; return which."""
     import time
     from subprocess import DEVNULL, TimeoutExpired, run
 
     end = time.monotonic() + seconds
     pause = 1
     while True:
-        limit = max(end - time.monotonic(), 10)
+        limit = max(end - time.monotonic(), 10)  # then it hangs
         try:
             if not run(command, env=environ, stdin=DEVNULL, stdout=DEVNULL, timeout=limit).returncode:
                 return True
@@ -4730,14 +4646,11 @@ def tcp_socket(address: str) -> socket.socket:
 
 
 def connect_ipc(address: str, number: int) -> socket.socket:
-    """Return a socket connected to a kernel, which joins address and number with ``-`` or ``:``.
-
-    Raises OSError.  Through /proc, for the address of a unix socket has room for 107 bytes only.
-    """
+    """Return a socket connected to a kernel, which joins address and number with ``-`` or ``:``."""
     import socket
 
     directory, name = os.path.split(address)
-    opened = os.open(directory, os.O_RDONLY)
+    opened = os.open(directory, os.O_RDONLY)  # a unix socket's address has room for 107 bytes only
     sock = socket.socket(socket.AF_UNIX)
     sock.setblocking(False)
     try:
@@ -4752,30 +4665,21 @@ def connect_ipc(address: str, number: int) -> socket.socket:
 
 
 def was_connected(connection: Mapping[str, Any], host: Host) -> bool:
-    """Return whether anybody is connected to a kernel's TCP ports, or was within the last minute (proc(5)).
-
-    A kernel that is gone can't be asked any more whether it ever answered.
-    """
-    listening = b"0A"
+    """Return whether anybody is connected to a kernel's TCP ports, or was within a minute (proc(5))."""
     wanted = [b":%04X" % int(connection[name + "_port"]) for name in STREAMS if connection]
     tables = [host.read(path) or b"" for path in ("/proc/net/tcp", "/proc/net/tcp6")]
     rows = [line.split() for table in tables for line in table.splitlines()[1:]]
-    return any(row[1][-5:] in wanted and row[3] != listening for row in rows)
+    return any(row[1][-5:] in wanted and row[3] != b"0A" for row in rows)  # 0A: it listens
 
 
 def ended_error(status: int, where: str, said: str, install: str = "install %s") -> UserError:
-    """Return the error for a kernel that ended before it ever answered, the exit status explained.
-
-    status: as in `Output`.  where: what it ran in.  said: the end of its stderr.  install: as in `Plan`.
-    """
+    """Return the error for a kernel that ended before it answered.  said: the end of its stderr."""
     import re
     import signal
 
     number = -status if status < 0 else status - 128 if 128 < status < 160 else 0
-    words = f"exit status {status}"
-    if number:
-        names = {known.value: known.name for known in signal.Signals}
-        words = f"signal {names.get(number, number)}"
+    names = {known.value: known.name for known in signal.Signals}
+    words = f"signal {names.get(number, number)}" if number else f"exit status {status}"
     hint = "What it said is below; start its command by hand to see more."
     missing = re.search(r"No module named '?([\w.]+)", said)
     library = re.search(r"([\w./+-]+\.so[\w.]*): cannot open shared object file", said)
@@ -4799,8 +4703,7 @@ def ended_error(status: int, where: str, said: str, install: str = "install %s")
 def watched(plan: Plan, launch: Launch, host: Host) -> Plan:
     """Return the plan of a kernel that Jupyter starts again, with a keeper if the start before it failed.
 
-    Where no process remains next to a kernel, nobody reads its stderr when it ends before it answers; then
-    Jupyter starts it again, within seconds, with the same connection file.
+    A kernel that ends before it answers is started again within seconds, with the same connection file.
     """
     import time
 
@@ -4835,27 +4738,21 @@ def watched(plan: Plan, launch: Launch, host: Host) -> Plan:
 
 
 class Recipe(Record):
-    """What has to be done when a kernel is over, as plain data: it travels, and is kept in the lock file.
-
-    session: that of everything the keeper starts, 0 for none.  started: when (time.monotonic), 0 where only
-    files are to be removed.  log: of the launch.  The others: as in `Supervision`.
-    """
+    """What has to be done when a kernel is over, as plain data: it travels, and is kept in the lock file."""
 
     directory: str
-    session: int = 0
-    started: float = 0.0
+    session: int = 0  # of everything the keeper starts, 0 for none
+    started: float = 0.0  # when (time.monotonic), 0 where only files are to be removed
     cleanup: list[Sequence[str]] = []
     remove: list[str] = []
     shared: dict[str, Any] | None = None
     container: str = ""
-    log: str = ""
+    log: str = ""  # path of the launch log
 
 
 def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
-    """End what a keeper has started, remove what it leaves, and unlock.
-
-    locks: that of the directory, then those of its `Membership` in a shared container.
-    """
+    """End what a keeper has started, remove what it leaves, and unlock.  locks: as in `Keeper`."""
+    import re
     import time
 
     killed = end_session(recipe.session)
@@ -4872,20 +4769,14 @@ def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
     elif interrupted:
         failed = commands  # the engine may have been about to create what had to be removed
         time.sleep(2 * bool(failed))
-        send_signals(container_monitors(recipe.container), 9)
+        if recipe.container:  # podman leaves a monitor where it is killed while it creates one
+            words = rb"[^\0]*/conmon\0(.*\0)?%s\0" % re.escape(os.fsencode(recipe.container))
+            find, read = re.compile(words, re.DOTALL).match, Host().read
+            pids = find_processes(lambda pid: find(read(f"/proc/{pid}/cmdline") or b"") is not None)
+            send_signals(pids, 9)
     for command in failed:
         if not retry(command, environ):
             append_log(recipe.log, "not cleaned up: " + " ".join(map(quoted, command)))
-
-
-def container_monitors(name: str) -> list[int]:
-    """Return what stays of a container where podman is killed while it creates one."""
-
-    def is_monitor(pid: int) -> bool:
-        words = (Host().read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
-        return words[0].endswith(b"/conmon") and os.fsencode(name) in words
-
-    return find_processes(is_monitor) if name else []
 
 
 def end_session(session: int) -> bool:
@@ -4920,7 +4811,7 @@ def become_daemon(files: Sequence[int]) -> None:
     os.setsid()
     signal.set_wakeup_fd(-1)
     for name in RunProcess.SIGNALS:
-        signal.signal(getattr(signal, "SIG" + name), _ignore)  # unlike SIG_IGN not inherited by programs
+        signal.signal(getattr(signal, "SIG" + name), lambda *_: None)  # SIG_IGN is inherited
     drop_stdio(files)
 
 
@@ -4933,10 +4824,7 @@ def drop_stdio(files: Sequence[int]) -> None:
 
 
 def stale_recipes(base: str) -> Iterator[tuple[Recipe, int]]:
-    """Yield what keepers left that were killed together with their run processes, each with its lock.
-
-    base: the directory of the private ones.  Who lives holds a lock.
-    """
+    """Yield what keepers left in `base` that were killed with their run processes, each with its lock."""
     import fcntl
     from contextlib import suppress
 
@@ -4955,12 +4843,6 @@ def read_recipe(lock: int, path: str) -> Recipe:
     if process_stat(recipe.session):  # while a session lives, its number is no new process's
         recipe.session = 0
     return recipe
-
-
-def remove_stale(base: str, environ: Environ) -> None:
-    """Clean up after the keepers of `stale_recipes`."""
-    for recipe, lock in stale_recipes(base):
-        clean_up(recipe, environ, [lock])
 
 
 class Channel:
@@ -5019,16 +4901,11 @@ def write_patiently(file: int, text: bytes) -> None:
 
 
 class Program:
-    """What a keeper holds: an engine's client with a kernel in its container, or a kernel on this host.
+    """What a keeper holds: an engine's client with a kernel in its container, or a kernel on this host."""
 
-    linger: seconds that it outlives its run process, so that a restart finds it.  digest: what the
-    launches have in common that may use it.  over: no further launch can use it.  what: its name.
-    has_front: the keeper owns Jupyter's ports; else the kernel listens there itself.
-    """
-
-    linger = 0.0
-    digest = ""
-    over = False
+    linger = 0.0  # seconds that it outlives its run process, so that a restart finds it
+    digest = ""  # what the launches have in common that may use it
+    over = False  # no further launch can use it
     what = "kernel"
     keeper: Keeper
 
@@ -5036,7 +4913,7 @@ class Program:
         self.plan = plan
         self.supervision = supervision
         self.host = host
-        self.has_front = bool(supervision.relay)
+        self.has_front = bool(supervision.relay)  # else the kernel itself listens at Jupyter's ports
 
     def start(self) -> None:
         """Start it with the keeper as its Jupyter, before asyncio is imported.  Raises UserError."""
@@ -5058,23 +4935,17 @@ class Program:
     async def ready(self) -> None:
         """Return when the kernel can be connected.  Raises UserError."""
         import asyncio
+        from contextlib import suppress
 
+        loop, is_ipc = asyncio.get_running_loop(), self.supervision.relay["transport"] == "ipc"
         for number in range(len(STREAMS)):
-            while not await self.listens(number):
-                await asyncio.sleep(0.01)
-
-    async def listens(self, number: int) -> bool:
-        """Return whether a stream can be connected; what publishes a port may accept before the kernel."""
-        import asyncio
-
-        try:
-            with await self.connect(number) as sock:
-                if self.supervision.relay["transport"] == "ipc":
-                    return True
-                greeting = asyncio.get_running_loop().sock_recv(sock, 1)
-                return bool(await asyncio.wait_for(greeting, 5))
-        except (OSError, asyncio.TimeoutError):
-            return False
+            is_there = False
+            while not is_there:
+                with suppress(OSError, asyncio.TimeoutError), await self.connect(number) as sock:
+                    # what publishes a port may accept before the kernel
+                    is_there = is_ipc or bool(await asyncio.wait_for(loop.sock_recv(sock, 1), 5))
+                if not is_there:
+                    await asyncio.sleep(0.01)
 
     async def connect(self, number: int) -> socket.socket:
         """Return a connected, non-blocking socket to one of the kernel's `STREAMS`.  Raises OSError."""
@@ -5091,29 +4962,24 @@ class Program:
         """Pass a signal of Jupyter's on to the kernel, by the engine's command where there is one."""
         if self.supervision.signal or self.supervision.init:
             self.keeper.aside(self.signal_inside, number)
-        elif self.supervision.leader:
-            send_signals([-self.pid], number)
         else:
-            send_signals(group_members(self.pid), number)
+            send_signals([-self.pid] if self.supervision.leader else group_members(self.pid), number)
 
     def signal_inside(self, number: int) -> None:
         """Signal a kernel in a container, in a thread: by its init's one child, or by the engine."""
         import signal
+        from contextlib import suppress
 
-        try:
+        with suppress(ValueError, IndexError, OSError, UserError):
             if self.supervision.init:
                 init = int(self.host.output(self.supervision.init, self.plan.environ).out)
                 child = (self.host.read(f"/proc/{init}/task/{init}/children") or b"").split()[0]
                 os.killpg(int(child), number)
                 return
-        except (ValueError, IndexError, OSError, UserError):
-            pass
         name = signal.Signals(number).name[3:]
-        argv = [word.replace("{signal}", name) for word in self.supervision.signal]
-        try:
+        with suppress(UserError):  # the engine is gone
+            argv = [word.replace("{signal}", name) for word in self.supervision.signal]
             self.host.output(argv, self.plan.environ)
-        except UserError:  # the engine is gone
-            return
 
     async def wait(self) -> tuple[int, UserError | None]:
         """Return the kernel's exit status, as in `Output`, and why it ended where the engine knows that."""
@@ -5153,10 +5019,7 @@ class Children:
         return self.loop.run_in_executor(None, call, *arguments)
 
     async def copy(self, file: int, target: int, learn: Callable[[bytes], bytes]) -> None:
-        """Pass on what a program says, to its end.  A target that is blocked holds the program up.
-
-        learn: called with each piece; returns what to pass on instead.
-        """
+        """Pass on what `learn` returns for what a program says, to its end; a blocked target holds it up."""
         import asyncio
 
         reader = asyncio.StreamReader(1 << 13)
@@ -5190,15 +5053,12 @@ class Children:
 
 
 class Service(Children):
-    """Serves one run process: Jupyter's ports, until the kernel has ended or nobody wants it any more.
-
-    leaving: set when the run process is gone, or shall be served no longer.  wanted: to end the kernel.
-    """
+    """Serves one run process: Jupyter's ports, until the kernel has ended or nobody wants it any more."""
 
     HOLD = 3.0  # seconds before clients that connect are answered by the front
     DRAIN = 1.0  # seconds that Jupyter has for taking the last that the kernel said
     GRACE = 3.0  # seconds that a kernel has for ending after it was asked to with a signal
-    leaving: asyncio.Event
+    leaving: asyncio.Event  # the run process is gone, or shall be served no longer
 
     def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
         super().__init__()
@@ -5209,7 +5069,7 @@ class Service(Children):
         self.connection: Mapping[str, Any] = program.supervision.connection
         self.front: Front | None = None
         self.cleaning: asyncio.Future[None] | None = None
-        self.wanted = False
+        self.wanted = False  # the end of the kernel is
 
     async def serve_launch(self) -> None:
         """Serve a run process until the kernel has ended or nobody wants it any more."""
@@ -5240,11 +5100,7 @@ class Service(Children):
                 task.cancel()
 
     async def serve_front(self, front: Front | None) -> None:
-        """Open Jupyter's ports and join them with the kernel as soon as it can be connected.
-
-        Below an agent, whose own run process has the front that says what is waited for, the ports are opened
-        when the kernel is there.  Raises UserError; never returns.
-        """
+        """Open Jupyter's ports and join them with the kernel.  Raises UserError; never returns."""
         import asyncio
 
         def answer() -> None:
@@ -5252,7 +5108,7 @@ class Service(Children):
                 front.wait(f"The {self.program.what} is starting.")
 
         hold = self.loop.call_later(self.HOLD, answer)
-        nested = bool(self.launch.options.get("nested"))
+        nested = bool(self.launch.options.get("nested"))  # an agent's run process has a front already
         try:
             if front and not nested:
                 await front.listen()
@@ -5346,7 +5202,7 @@ class Keeper(Service):
         program.keeper = self
         supervision = self.supervision = program.supervision
         self.membership: Membership | None = None
-        self.locks: list[int] = []
+        self.locks: list[int] = []  # the private directory's, then those of the membership
         recipe = self.recipe = Recipe(supervision.directory, os.getpid(), log=launch.options.get("log", ""))
         recipe.cleanup, recipe.container = supervision.cleanup, supervision.container
         recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
@@ -5538,7 +5394,7 @@ class RunProcess:
         os.set_blocking(end, False)
         signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         for name in self.SIGNALS:
-            signal.signal(getattr(signal, "SIG" + name), _ignore)
+            signal.signal(getattr(signal, "SIG" + name), lambda *_: None)
         self.channel = self.attach() or self.fork()
 
     def attach(self) -> Channel | None:
@@ -5609,28 +5465,21 @@ class RunProcess:
             return {"exit": 1, "error": None}
         return None
 
-    def close(self) -> None:
-        """Leave the rest to the keeper, and the signals to what comes next in this process."""
-        import signal
-
-        signal.set_wakeup_fd(-1)
-        for name in self.SIGNALS:
-            signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
-        self.channel.close()
-
 
 def keep(program: Program, launch: Launch) -> int:
-    """Run a program below a keeper; return the exit status for Jupyter.
+    """Run a program below a keeper; return the exit status for Jupyter.  Raises UserError."""
+    import signal
 
-    Raises UserError where it can't be started, or ended before the kernel ever answered.
-    """
     earlier = os.fsdecode(program.host.read(launch.options.get("earlier", "")) or b"")
     launch.options["notice"] = earlier.partition("\nreason: ")[2].partition("\n")[0]
     run_process = RunProcess(program, launch)
     try:
         return run_process.serve()
-    finally:
-        run_process.close()
+    finally:  # the rest is the keeper's, and the signals are for what comes next in this process
+        signal.set_wakeup_fd(-1)
+        for name in RunProcess.SIGNALS:
+            signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
+        run_process.channel.close()
 
 
 # ---- node agent ---------------------------------------------------------------------------------
@@ -5895,7 +5744,8 @@ def make_node_directory() -> tuple[str, int]:
     path = f"{base}/{os.urandom(4).hex()}"
     lock = take_lock(path + ".lock")
     os.mkdir(path, 0o700)
-    remove_stale(base, os.environ)
+    for recipe, stale_lock in stale_recipes(base):
+        clean_up(recipe, os.environ, [stale_lock])
     return path, lock
 
 
