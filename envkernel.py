@@ -4620,17 +4620,16 @@ def group_members(group: int) -> list[int]:
 def retry(command: Sequence[str], environ: Environ, seconds: float = 60) -> bool:
     """Run a command until it succeeds (a daemon may be restarting) or time is up; return which."""
     import time
+    from contextlib import suppress
     from subprocess import DEVNULL, TimeoutExpired, run
 
     end = time.monotonic() + seconds
     pause = 1
     while True:
-        limit = max(end - time.monotonic(), 10)  # then it hangs
-        try:
+        with suppress(OSError, TimeoutExpired):
+            limit = max(end - time.monotonic(), 10)  # then it hangs
             if not run(command, env=environ, stdin=DEVNULL, stdout=DEVNULL, timeout=limit).returncode:
                 return True
-        except (OSError, TimeoutExpired):
-            pass
         if time.monotonic() + pause > end:
             return False
         time.sleep(pause)
@@ -4806,13 +4805,19 @@ def start_cleaner(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> Non
 
 def become_daemon(files: Sequence[int]) -> None:
     """Leave Jupyter's session, its signals to the run process, and some of its files."""
+    os.setsid()
+    handle_signals()
+    drop_stdio(files)
+
+
+def handle_signals(wake: int = -1, ignore: bool = True) -> None:
+    """Write the numbers of signals to the file `wake`; else ignore them, or let them have their effect."""
     import signal
 
-    os.setsid()
-    signal.set_wakeup_fd(-1)
-    for name in RunProcess.SIGNALS:
-        signal.signal(getattr(signal, "SIG" + name), lambda *_: None)  # SIG_IGN is inherited
-    drop_stdio(files)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    handler: Any = (lambda *_: None) if ignore else signal.SIG_DFL  # programs would inherit SIG_IGN
+    for name in ("INT", "QUIT", "USR1", "USR2", "TERM", "HUP"):
+        signal.signal(getattr(signal, "SIG" + name), handler)
 
 
 def drop_stdio(files: Sequence[int]) -> None:
@@ -5203,10 +5208,10 @@ class Keeper(Service):
         supervision = self.supervision = program.supervision
         self.membership: Membership | None = None
         self.locks: list[int] = []  # the private directory's, then those of the membership
-        recipe = self.recipe = Recipe(supervision.directory, os.getpid(), log=launch.options.get("log", ""))
-        recipe.cleanup, recipe.container = supervision.cleanup, supervision.container
-        recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
-        recipe.shared = vars(supervision.shared) if supervision.shared else None
+        self.recipe = Recipe(supervision.directory, os.getpid(), 0.0, supervision.cleanup)
+        self.recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
+        self.recipe.shared = vars(supervision.shared) if supervision.shared else None
+        self.recipe.container, self.recipe.log = supervision.container, launch.options.get("log", "")
 
     def begin(self) -> None:
         """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
@@ -5379,11 +5384,7 @@ def become_keeper(program: Program, launch: Launch, channel: Channel) -> NoRetur
 class RunProcess:
     """Jupyter's child: passes on signals, watches Jupyter, ends as the kernel does."""
 
-    SIGNALS = ("INT", "QUIT", "USR1", "USR2", "TERM", "HUP")
-
     def __init__(self, program: Program, launch: Launch) -> None:
-        import signal
-
         self.program = program
         self.launch = launch
         self.recipe: Recipe | None = None
@@ -5392,9 +5393,7 @@ class RunProcess:
         self.jupyter_start = process_stat(self.jupyter)[18:19] or [0]  # 0: it is gone already
         self.wake, end = os.pipe()
         os.set_blocking(end, False)
-        signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-        for name in self.SIGNALS:
-            signal.signal(getattr(signal, "SIG" + name), lambda *_: None)
+        handle_signals(end)
         self.channel = self.attach() or self.fork()
 
     def attach(self) -> Channel | None:
@@ -5468,17 +5467,13 @@ class RunProcess:
 
 def keep(program: Program, launch: Launch) -> int:
     """Run a program below a keeper; return the exit status for Jupyter.  Raises UserError."""
-    import signal
-
     earlier = os.fsdecode(program.host.read(launch.options.get("earlier", "")) or b"")
     launch.options["notice"] = earlier.partition("\nreason: ")[2].partition("\n")[0]
     run_process = RunProcess(program, launch)
     try:
         return run_process.serve()
     finally:  # the rest is the keeper's, and the signals are for what comes next in this process
-        signal.set_wakeup_fd(-1)
-        for name in RunProcess.SIGNALS:
-            signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
+        handle_signals(ignore=False)
         run_process.channel.close()
 
 

@@ -619,6 +619,10 @@ def test_agent_ends_when_no_keeper_comes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
+    def remove_stale(base: str) -> None:
+        for recipe, stale_lock in envkernel.stale_recipes(base):
+            envkernel.clean_up(recipe, {}, [stale_lock])
+
     base = tmp_path / "base"
     gone, alive = f"{base}/job-1", f"{base}/job-2"
     for directory in (gone, alive):
@@ -628,12 +632,12 @@ def test_what_a_killed_keeper_left_is_removed(tmp_path: Path) -> None:
         if directory == gone:
             os.close(lock)
     Path(f"{base}/other").touch()
-    envkernel.remove_stale(str(base), {})
+    remove_stale(str(base))
     assert sorted(os.listdir(base)) == ["job-2", "job-2.lock", "other"]
     os.close(lock)
-    envkernel.remove_stale(str(base), {})
+    remove_stale(str(base))
     assert os.listdir(base) == ["other"]
-    envkernel.remove_stale(f"{base}/nothing", {})
+    remove_stale(f"{base}/nothing")
 
 
 @pytest.mark.parametrize(
