@@ -2174,52 +2174,35 @@ NODE_OPTIONS = [
     Option("--linger", "Keep the job so long for a restart of its kernel (default: 5).", "SECONDS", run=True),
     Option("--tunnel", "Encrypt the way to the node (with ssh).", "PROGRAM", choices=("ssh",), run=True),
     Option("--node-ports", "Ports on the nodes that can be reached (default: any).", "FIRST-LAST", run=True),
-    Option(
-        "--node-transport",
-        "The kernel's sockets on its node: ipc (default) or tcp.",
-        "HOW",
-        choices=("ipc", "tcp"),
-        run=True,
-    ),
+    Option("--node-transport", "Sockets on the node: ipc or tcp.", "HOW", choices=("ipc", "tcp"), run=True),
     recorded("--tunnel-program", "The program of the tunnel.", "PATH"),
 ]
 """Options that both cluster modes have."""
 
+# what would break the one task and its stdin and stdout, on which the agent depends
 SRUN_REFUSED = ("--multi-prog", "--ntasks", "--nodes", "--pty", "--input", "--output", "--label")
-"""What would break the one task and its stdin and stdout, on which the agent depends."""
 
 
 if TYPE_CHECKING:
-    Ask = Callable[[Sequence[str]], Awaitable["Output"]]
-    """Runs a command of the cluster's; its status is 127 where it can't be run, or says nothing for long."""
+    Ask = Callable[[Sequence[str]], Awaitable["Output"]]  # `Submission.ask`
     Job = Union["SlurmJob", "YarnJob"]
 
 
 class ClusterJob(Record):
     """A kernel that another machine runs: the program that holds the job, and what travels to the node.
 
-    argv, environ: that program, for as long as the job lives.  launch: the rest of the chain.
-    queue_timeout, linger: seconds; no time-out if 0.  tunnel: path of ssh, empty for none.
-    spec: what Skein's client needs to know of the application.
+    launch: the rest of the chain.  queue_timeout, linger: seconds; no time-out if 0.  tunnel: path of ssh,
+    empty for none.  spec: what Skein's client needs to know of the application.
     """
 
-    what = ""
-    detached = False
-    """Whether the program may end once the agent is there."""
-    patience = 10.0
-    """Seconds that a command of the cluster's may take."""
-    grace = 0.0
-    """Seconds that the program has for taking its job back when its stdin ends before the agent is there."""
+    detached = False  # whether the program may end once the agent is there
+    patience = 10.0  # seconds that a command of the cluster's may take
+    grace = 0.0  # seconds that the program has for taking its job back when stdin ends before the agent comes
 
     def __init__(
-        self,
-        argv: Sequence[str],
-        environ: Mapping[str, str],
-        launch: Launch,
-        options: Mapping[str, Any],
-        spec: Mapping[str, Any] | None = None,
+        self, argv: list[str], environ: dict[str, str], launch: Launch, options: Any, spec: Any = None
     ) -> None:
-        self.argv, self.environ, self.spec = list(argv), dict(environ), spec or {}
+        self.argv, self.environ, self.spec = argv, environ, spec or {}
         self.launch = launch.replace(options={**launch.options})
         self.queue_timeout = read_seconds(options, "queue-timeout", 0)
         self.linger = read_seconds(options, "linger", 5)
@@ -2244,8 +2227,7 @@ def check_node_options(options: dict[str, Any], host: Host, environ: Mapping[str
     ports = options.get("node-ports", "1-1")
     first, _, last = ports.partition("-")
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65536):
-        message = f"--node-ports={ports} is no range of ports."
-        raise usage_error(message, "For example: --node-ports=50000-51000.")
+        raise usage_error(f"--node-ports={ports} is no range of ports.", "Write --node-ports=5000-5100.")
     if "tunnel" not in options:
         return options
     program = search_program(options["tunnel"], path_entries(environ), host)
@@ -2264,9 +2246,9 @@ class SlurmJob(ClusterJob):
 
     what = "Slurm job"
 
-    def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
-        """Return what the program gets on stdin.  Raises UserError."""
-        return own_code(host) + to_json(orders) + b"\n"
+    def feed(self, orders: Mapping[str, Any]) -> bytes:
+        """Return what the program gets on stdin."""
+        return own_code() + to_json(orders) + b"\n"
 
     def directories(self, notebook: str) -> list[str]:
         """Return where the kernel may start on its node, the best first; where the agent does if empty."""
@@ -2296,11 +2278,7 @@ class SlurmJob(ClusterJob):
         return f"{text}; expected start {day}{clock[:5]}" if clock else text
 
     def cancel(self, session: int, number: str) -> list[str]:
-        """Return the command that ends a job; it has to succeed for one that has ended.
-
-        A job stays when its srun is killed before its number is known.  Slurm knows the session and the time
-        of its submission.
-        """
+        """Return the command that ends a job: by session and time while srun has not said its number."""
         import time
 
         if any(token.startswith("--jobid") for token in self.argv):
@@ -2340,7 +2318,6 @@ done
 """Cancels what was submitted in a session since a time; the paths and numbers are its arguments."""
 
 PENDING = {"Priority": "others are before it", "Resources": "no node has enough room"}
-"""What users ask about most of the reasons that squeue gives."""
 
 
 def srun_lines(said: str) -> str:
@@ -2366,10 +2343,8 @@ def srun_commands(
     """Return the command whose options may be given.  Raises UserError without srun."""
     srun = search_program("srun", path_entries(environ), host)
     if not srun:
-        raise UserError(
-            "There is no srun on this machine.",
-            "Set the kernel up where jobs can be submitted, or load the module that brings Slurm first.",
-        )
+        hint = "Set the kernel up where jobs can be submitted, or load the module that brings Slurm first."
+        raise UserError("There is no srun on this machine.", hint)
     return [[srun]]
 
 
@@ -2409,14 +2384,8 @@ def plan_slurm(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     if not any(token.startswith("--job-name") for token in step.engine):
         argv.append("--job-name=" + rest.options.get("name", "envkernel"))
     argv += [*step.engine, step.options.get("node-python", "python3"), "-I", "-S", "-c", NODE_BOOT]
-    return plan.replace(
-        argv=argv,
-        environ=environ,
-        search=None,
-        where="the Slurm job",
-        install="install %s on the nodes",
-        job=SlurmJob(argv, environ, rest, step.options),
-    )
+    plan = plan.replace(argv=argv, environ=environ, search=None, install="install %s on the nodes")
+    return plan.replace(where="the Slurm job", job=SlurmJob(argv, environ, rest, step.options))
 
 
 class YarnJob(ClusterJob):
@@ -2427,7 +2396,7 @@ class YarnJob(ClusterJob):
     patience = 30.0
     grace = 8.0
 
-    def feed(self, orders: Mapping[str, Any], host: Host) -> bytes:
+    def feed(self, orders: Mapping[str, Any]) -> bytes:
         return to_json({"spec": self.spec, "orders": dict(orders)}) + b"\n"
 
     def directories(self, notebook: str) -> list[str]:
@@ -2453,15 +2422,11 @@ class YarnJob(ClusterJob):
         return client_error(await ask([*self.argv[:-1], "report", known]))
 
 
-YARN_SAYS = "envkernel: YARN"
-"""How a line of the helper's begins that tells of the application."""
+YARN_SAYS = "envkernel: YARN"  # how a line of the helper's begins that tells of the application
 
 
 def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Check the packed environment, Skein, Java, the ``yarn`` command and the queue.
-
-    Raises UserError for what is missing.
-    """
+    """Raise UserError unless the packed environment, Skein, Java, ``yarn`` and the queue are there."""
     options = check_node_options(step.options, host, environ)
     for name in ("memory", "vcores"):
         if not options.get(name, "1").isdigit() or int(options.get(name, "1")) < 1:
@@ -2526,14 +2491,9 @@ def plan_yarn(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         "files": {**files, "envkernel.py": os.path.abspath(__file__)},
     }
     environ, argv = cluster_environ(plan.environ), [*yarn_client(), "submit"]
-    return plan.replace(
-        argv=argv,
-        environ=environ,
-        search=None,
-        where="the YARN container",
-        install=f"install %s in the environment and pack {path.replace('%', '%%')} again",
-        job=YarnJob(argv, environ, rest, step.options, spec),
-    )
+    install = f"install %s in the environment and pack {path.replace('%', '%%')} again"
+    plan = plan.replace(argv=argv, environ=environ, search=None, where="the YARN container", install=install)
+    return plan.replace(job=YarnJob(argv, environ, rest, step.options, spec))
 
 
 register(
@@ -5481,30 +5441,17 @@ def keep(program: Program, launch: Launch) -> int:
 #
 #   keeper --(control connection, one connection per stream)-- agent -- starter -- kernel
 #
-# On a node this file is two processes.  The *starter* is what srun or YARN runs.  It forks the agent, and
-# the kernel whenever the agent asks for one: nothing forks below a running event loop.  The *agent*
-# listens on one port, where each connection proves that it knows the secret that came with the file.
-#
-# The keeper connects to the agent, not the other way round: login nodes reach compute nodes (it is how
-# `ssh -L` and Skein's client do it), nothing but loopback listens on the login node, and a stream costs
-# no round trip to ask for it.
+# On a node this file is two processes.  The *starter* is what srun or YARN runs.  It forks the agent, and the
+# kernel when the agent asks for one: nothing forks below a running event loop.  The *agent* listens on one
+# port, where each connection proves that it knows the secret.  The keeper connects to it, not the other way
+# round: login nodes reach compute nodes, as `ssh -L` and Skein do, and a login node listens on loopback only.
 
-ANNOUNCES = b"envkernel-agent "
-"""How the line begins that says where an agent listens, or which error there was on the way to it."""
-
-PING, LOST, GRACE = 5.0, 20.0, 2.5
-"""Seconds between two heartbeats, without one until the other side counts as lost, for a kernel's end (a
-cluster that ends a job may kill after 3)."""
-
-PATIENCE, SLOW_PATIENCE = 8.0, 30.0
-"""Seconds in which the keeper has to come, the latter behind ssh or Skein: srun may have been killed."""
-
-ORDERS = len(STREAMS)
-"""Number of the connection that carries orders to the agent, after those of the kernel's five streams."""
-
-TAIL = 4000
-"""Bytes of what a program said that are kept for an explanation."""
-
+ANNOUNCES = b"envkernel-agent "  # how the line begins that says where an agent listens, or an error
+PING, LOST = 5.0, 20.0  # seconds between two heartbeats, and without one until the other side counts as lost
+GRACE = 2.5  # seconds for a kernel's end: a cluster that ends a job may kill after 3
+PATIENCE, SLOW_PATIENCE = 8.0, 30.0  # seconds in which the keeper has to come; the latter behind ssh or Skein
+ORDERS = len(STREAMS)  # number of the connection that carries orders, after those of the kernel's streams
+TAIL = 4000  # bytes of what a program said that are kept for an explanation
 HANDSHAKE = b"envkernel3"
 
 
@@ -5514,11 +5461,8 @@ def announce(file: int, **place: Any) -> None:
 
 
 async def shake_hands(sock: socket.socket, secret: bytes, number: int = -1) -> int:
-    """Prove to each other over a new connection that both sides know the secret; return which stream it is.
-
-    number: that of the stream; the agent, which has to be told, gives none.  What follows belongs to the
-    stream.  The nonces are new, so that a proof serves only once.  Raises OSError.
-    """
+    """Prove to each other that both sides know the secret; return the number of the stream, which the agent
+    learns this way.  The nonces are new, so that a proof serves only once.  Raises OSError."""
     import asyncio
     import hmac
 
@@ -5578,10 +5522,7 @@ def starter_signals() -> set[int]:
 
 
 def agent_main(stdin: Any) -> int:
-    """What `NODE_BOOT` runs on the node: read the orders, announce where the agent listens, serve.
-
-    That goes to stdout, or (YARN) to the descriptor that the orders name.
-    """
+    """What `NODE_BOOT` runs: read the orders, announce the agent's place on the file they name, serve."""
     import signal
     import socket
 
@@ -5620,18 +5561,15 @@ def agent_main(stdin: Any) -> int:
 
 
 class Starter:
-    """The process that the cluster runs: parent of the agent, and of the kernel, which the agent asks for.
+    """Parent of the agent, which sends SIGUSR1 for its messages, and of the kernel, which the agent asks for.
 
-    It sleeps until a signal comes; the agent rings with SIGUSR1 for its messages.  The kernel's connection
-    file is in memory only.  orders: see `JobProgram`.  channel: to the agent.  stderr: for the kernel.
+    orders: see `JobProgram`.  file: the kernel's connection file, in memory only.  stderr: for the kernel.
     """
 
     def __init__(self, orders: Mapping[str, Any], channel: Channel, agent: int, stderr: int) -> None:
         channel.sock.setblocking(False)
         self.orders, self.channel, self.agent, self.stderr = orders, channel, agent, stderr
-        self.kernel = self.launch = 0
-        self.file = self.lock = -1
-        self.directory = ""
+        self.directory, self.kernel, self.file, self.lock = "", 0, -1, -1
 
     def run(self) -> int:
         """Serve until the agent has ended; return its exit status."""
@@ -5663,18 +5601,18 @@ class Starter:
         if transport == "ipc":
             self.directory, self.lock = make_node_directory()
         own = node_connection(self.orders["connection"], transport, self.directory)
-        self.launch, self.file = launch, os.memfd_create("connection")
+        self.file = os.memfd_create("connection")
         os.fchmod(self.file, 0o600)
         os.write(self.file, to_json(own))
-        self.kernel = fork(lambda: self.become_kernel(own))
+        self.kernel = fork(lambda: self.become_kernel(own, launch))
 
-    def become_kernel(self, connection: Mapping[str, Any]) -> int:
+    def become_kernel(self, connection: Mapping[str, Any], number: int) -> int:
         """In the child: run the rest of the chain on the node.  An error goes to the agent."""
         import signal
 
         os.setsid()
         place = {name: connection[name] for name in connection if name.endswith(("transport", "_port"))}
-        place.update(started=self.launch, pid=os.getpid(), directory=self.directory)
+        place.update(started=number, pid=os.getpid(), directory=self.directory)
         self.channel.send(place)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, starter_signals())
@@ -5690,9 +5628,8 @@ class Starter:
             environ.update(self.orders["environ"], JPY_PARENT_PID=str(parent))
             plan = plan_launch(launch, host, environ)
             if not launch.steps:
-                where = f"the PATH of node {node_name(environ)}"
-                install = "install %s on the nodes"
-                plan = plan.replace(search=path_entries(environ), where=where, install=install)
+                plan = plan.replace(search=path_entries(environ), install="install %s on the nodes")
+                plan = plan.replace(where=f"the PATH of node {node_name(environ)}")
             return execute(finish_plan(plan, launch, host), launch, host)
         except UserError as error:
             self.channel.send({"problem": vars(error)})
@@ -5728,10 +5665,7 @@ def node_connection(connection: Mapping[str, Any], transport: str, directory: st
 
 
 def make_node_directory() -> tuple[str, int]:
-    """Make the private directory in which a node's kernel binds its sockets; also returns its lock.
-
-    Where all of a node's processes were killed before it was removed, the next start does that.
-    """
+    """Make the private directory of a kernel's sockets; return it and its lock.  Removes stale ones."""
     root = os.environ.get("TMPDIR", "/tmp")
     if len(root) > 60 or not os.access(root, os.W_OK):  # the path of a unix socket has 107 bytes
         root = "/tmp"
@@ -5765,11 +5699,8 @@ def enter_directory(directories: Sequence[str], node: str) -> None:
 
 
 class NodeKernel:
-    """A kernel as the agent knows it: where it listens, and what went wrong before it was started.
-
-    place: what its connection file says of addresses; ``started``: the number of its launch; ``pid``;
-    ``directory``: that of its unix sockets, which are opened and lose their names as soon as all are there.
-    """
+    """A kernel as the agent knows it.  place: what its connection file says of addresses, its pid, and the
+    ``directory`` of its unix sockets, which are opened and lose their names as soon as all are there."""
 
     def __init__(self, place: Mapping[str, Any]) -> None:
         self.place, self.launch = place, place["started"]
@@ -5821,11 +5752,8 @@ class NodeKernel:
 
 
 class Agent(Children):
-    """Carries the kernel's streams over authenticated connections, and the keeper's orders to the starter.
-
-    It outlives its parent, the starter, to remove what that leaves.  orders: see `JobProgram`.
-    starter: messages from and to it.  stderr: the end of a pipe with what kernels say there.
-    """
+    """Carries the kernel's streams over authenticated connections, and the keeper's orders to the starter,
+    its parent, which it outlives to remove what that leaves.  stderr: a pipe with what kernels say there."""
 
     def __init__(
         self, orders: Mapping[str, Any], listener: socket.socket, starter: Channel, stderr: int
@@ -6000,10 +5928,7 @@ class Agent(Children):
 
 
 def memory_kills(host: Host) -> int:
-    """Return how many processes of this one's control group were killed for want of memory.
-
-    See cgroups(7), memory.events of version 2 and memory.oom_control of version 1.
-    """
+    """Return how many processes of this control group were killed for want of memory; see cgroups(7)."""
     for line in (host.read("/proc/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
         _, controllers, path = line.split(":", 2)
         places = {"": f"{path}/memory.events", "memory": f"/memory{path}/memory.oom_control"}
@@ -6014,11 +5939,8 @@ def memory_kills(host: Host) -> int:
 
 
 def over_memory(environ: Mapping[str, str], host: Host, root: int) -> dict[str, Any] | None:
-    """Return the problem of a YARN container that has more memory than it asked for, None for any other.
-
-    The NodeManager adds up what all its processes have, and says only in its own log why it kills.
-    root: the first process of the container.
-    """
+    """Return the problem of a YARN container, whose first process is `root`, with more memory than it asked
+    for: the NodeManager adds up what all its processes have, and says only in its own log why it kills."""
     asked = int(environ.get("SKEIN_RESOURCE_MEMORY", 0))
     pids, used = [str(root)] if asked else [], 0
     for pid in pids:
@@ -6040,8 +5962,7 @@ def node_name(environ: Mapping[str, str]) -> str:
 def listen_on_node(orders: Mapping[str, Any], environ: Mapping[str, str]) -> socket.socket:
     """Return a socket that listens on one address of this node, at a port of ``--node-ports`` if given.
 
-    Slurm: that from which this node reaches the host srun runs on, as srun's own connections do.
-    YARN: that of the NodeManager.  With ``--tunnel=ssh`` loopback, for ssh ends on this node.
+    Slurm: that from which this node reaches the host srun runs on.  YARN: that of the NodeManager.
     Raises UserError where each port is taken.
     """
     import socket
@@ -6070,27 +5991,20 @@ def listen_on_node(orders: Mapping[str, Any], environ: Mapping[str, str]) -> soc
         except OSError as error:
             sock.close()
             reason = os.strerror(error.errno or 0)
-    among = f"of --node-ports={ports} " if ports else ""
-    raise UserError(
-        f"No port {among}can be opened on {address}, an address of node {node_name(environ)}: {reason}.",
-        "Give a wider range: --node-ports=FIRST-LAST." if ports else "Ask the administrators of the cluster.",
-    )
+    among, node = f"of --node-ports={ports} " if ports else "", node_name(environ)
+    message = f"No port {among}can be opened on {address}, an address of node {node}: {reason}."
+    raise UserError(message, "Give a wider range (--node-ports=FIRST-LAST), or ask the administrators.")
 
 
 # ---- jobs on a cluster --------------------------------------------------------------------------
 
 
 class Submission:
-    """The program that holds the job, srun or Skein's client: what it gets, what it says, how it ends.
-
-    agent: the agent's place when that is known.  id: of the job.  state: what it waits for.
-    """
+    """The program that holds the job.  agent: its place, once known.  state: what the job waits for."""
 
     def __init__(self, job: Job, orders: Mapping[str, Any], keeper: Keeper) -> None:
-        self.job, self.keeper, self.host = job, keeper, keeper.program.host
-        self.id = self.state = ""
-        self.waits = False
-        self.early = b""
+        self.job, self.keeper = job, keeper
+        self.id, self.state, self.early, self.waits = "", "", b"", False
         stdin, self.stdin = os.pipe()
         self.out, out_end = os.pipe()
         self.err, err_end = os.pipe()
@@ -6098,7 +6012,7 @@ class Submission:
         self.pid = spawn(job.argv, job.environ, stdin, out_end, err_end)
         for file in (stdin, out_end, err_end):
             os.close(file)
-        self.input = job.feed(orders, self.host)
+        self.input = job.feed(orders)
 
     def follow(self) -> None:
         """Begin to feed the program, whose stdin stays open while the job is wanted, and to hear it."""
@@ -6147,9 +6061,8 @@ class Submission:
     def note_id(self, number: str) -> None:
         """Write the job's id into the launch log, and have the job cancelled by it."""
         append_log(self.keeper.launch.options.get("log", ""), f"job: {number}")
-        if number != self.id:
-            self.id = number
-            self.cancel_later()
+        self.id = number
+        self.cancel_later()
 
     def cancel_later(self, wanted: bool = True) -> None:
         """Have the job cancelled when this process is gone, however it ends, or not any more."""
@@ -6179,29 +6092,19 @@ class Submission:
         if self.agent.done() and (self.job.detached or self.agent.exception()):
             await asyncio.Event().wait()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        program = os.path.basename(self.job.argv[0])
-        return await self.explain(f"The {self.job.what} {self.id} has ended ({program}: {how}).")
-
-    async def explain(self, message: str) -> UserError:
-        """Return why the job is over.  message: what is seen of it here."""
-        said = self.keeper.tail.decode(errors="replace")
-        return await self.job.explain(message.replace("  ", " "), said, self.id, self.ask)
+        name = f"{self.job.what} {self.id}".strip()
+        message = f"The {name} has ended ({os.path.basename(self.job.argv[0])}: {how})."
+        return await self.job.explain(message, self.keeper.tail.decode(errors="replace"), self.id, self.ask)
 
     async def end(self, link: AgentLink) -> None:
-        """End the program: first by the end of stdin, then by a signal.
-
-        link: to the agent, which has been ordered to end, if it is still there.
-        """
+        """End the program: first by the end of stdin, then by a signal.  link: to an agent that is to end."""
         import asyncio
 
         stdin, _ = await self.feeding
         if not stdin.is_closing():
             stdin.abort()
-        seconds = self.job.grace
-        if link.control:
-            seconds = GRACE + 1
-        elif not self.waits:
-            seconds = max(seconds, 2)  # the agent may be about to start, and to see the end of stdin
+        # while the job does not wait, the agent may be about to start, and to see the end of stdin
+        seconds = GRACE + 1 if link.control else max(self.job.grace, 0 if self.waits else 2)
         await asyncio.wait({self.exit}, timeout=seconds)
         if not self.exit.done():
             send_signals([self.pid], 15)
@@ -6213,7 +6116,7 @@ class Submission:
         """Run a command of the cluster's; return what it said, status 127 where it does not end."""
         import asyncio
 
-        asking = self.keeper.aside(self.host.output, argv, self.job.environ)
+        asking = self.keeper.aside(self.keeper.program.host.output, argv, self.job.environ)
         try:
             return await asyncio.wait_for(asking, self.job.patience)
         except (asyncio.TimeoutError, UserError):
@@ -6221,10 +6124,7 @@ class Submission:
 
 
 class AgentLink:
-    """The way to the agent on a node: a tunnel where one is wanted, orders, and the kernel's streams.
-
-    place: where the agent listens, when it does.  tunnel: the exit status of ssh.
-    """
+    """The way to the agent: orders, the kernel's streams, and `tunnel`, the exit status of ssh."""
 
     def __init__(self, job: Job, secret: str, keeper: Keeper) -> None:
         self.job, self.secret, self.keeper = job, bytes.fromhex(secret), keeper
@@ -6232,13 +6132,28 @@ class AgentLink:
         self.control: asyncio.StreamWriter | None = None
         self.tunnel: asyncio.Future[int] | None = None
 
-    async def open(self, place: dict[str, Any]) -> asyncio.StreamReader:
-        """Open the connection for orders; return what the agent's news come on.  Raises UserError."""
+    async def open(self, place: dict[str, Any]) -> None:
+        """Open the connection for orders, through a tunnel where one is wanted.  Raises UserError."""
         import asyncio
 
         self.place = place
         if self.job.tunnel:
-            await self.open_tunnel()
+            path = self.keeper.supervision.directory + "/tunnel"
+            options = ("BatchMode=yes", "ExitOnForwardFailure=yes", "StreamLocalBindMask=0177")
+            flags = [f"-o{option}" for option in (*options, "ServerAliveInterval=5")]
+            way = f"{path}:127.0.0.1:{place['port']}"
+            err, err_end = os.pipe()
+            argv = [self.job.tunnel, "-N", "-T", *flags, "-L", way, place["node"]]
+            pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
+            os.close(err_end)
+            self.copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.keeper.on_stderr))
+            self.tunnel = asyncio.ensure_future(self.keeper.exited(pid))
+            while not os.path.exists(path):
+                if self.tunnel.done():
+                    await asyncio.wait({self.copy}, timeout=1)
+                    raise self.tunnel_error()
+                await asyncio.sleep(0.05)
+            place["path"] = path
         encrypted = any(name.startswith("curve") for name in self.keeper.connection)
         if not encrypted and not place["address"].startswith(("127.", "::1")):
             text = f"What this kernel says is signed, but crosses the network to {place['node']} readable."
@@ -6248,16 +6163,13 @@ class AgentLink:
         for pause in (1, 2, 3, 0):
             try:
                 sock = await self.connect(ORDERS)
+                self.news, self.control = await asyncio.open_connection(sock=sock)
+                return
             except OSError:
                 await asyncio.sleep(pause)
-                continue
-            reader, self.control = await asyncio.open_connection(sock=sock)
-            return reader
-        raise UserError(
-            "The node {node} can't be reached at {address}, port {port}.".format(**self.place),
-            "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
-            "this host and the nodes and give --node-ports=FIRST-LAST.",
-        )
+        hint = "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
+        hint += "this host and the nodes and give --node-ports=FIRST-LAST."
+        raise UserError("The node {node} can't be reached at {address}, port {port}.".format(**place), hint)
 
     async def connect(self, number: int) -> socket.socket:
         """Return a connection to the agent that has proved itself.  Raises OSError."""
@@ -6270,33 +6182,10 @@ class AgentLink:
         try:
             await asyncio.wait_for(self.keeper.loop.sock_connect(sock, address), 10)
             await asyncio.wait_for(shake_hands(sock, self.secret, number), 10)
-        except BaseException as error:
+        except (OSError, asyncio.TimeoutError) as error:  # the latter is no OSError before Python 3.11
             sock.close()
-            if isinstance(error, asyncio.TimeoutError):  # no OSError before Python 3.11
-                raise ConnectionRefusedError("The agent does not answer.") from None
-            raise
+            raise ConnectionRefusedError("The agent does not answer.") from error
         return sock
-
-    async def open_tunnel(self) -> None:
-        """Lead a tunnel to the agent and wait until it can be used.  Raises UserError."""
-        import asyncio
-
-        path = self.keeper.supervision.directory + "/tunnel"
-        options = ("BatchMode=yes", "ExitOnForwardFailure=yes", "StreamLocalBindMask=0177")
-        flags = [f"-o{option}" for option in (*options, "ServerAliveInterval=5")]
-        way = f"{path}:127.0.0.1:{self.place['port']}"
-        err, err_end = os.pipe()
-        argv = [self.job.tunnel, "-N", "-T", *flags, "-L", way, self.place["node"]]
-        pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
-        os.close(err_end)
-        self.copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.keeper.on_stderr))
-        self.tunnel = asyncio.ensure_future(self.keeper.exited(pid))
-        while not os.path.exists(path):
-            if self.tunnel.done():
-                await asyncio.wait({self.copy}, timeout=1)
-                raise self.tunnel_error()
-            await asyncio.sleep(0.05)
-        self.place["path"] = path
 
     def tunnel_error(self) -> UserError:
         """Return the error for a tunnel that broke, or could not be opened."""
@@ -6309,42 +6198,9 @@ class AgentLink:
         if self.control:
             self.control.write(to_json(message) + b"\n")
 
-    async def follow(
-        self, reader: asyncio.StreamReader, on_news: Callable[[dict[str, Any]], None]
-    ) -> UserError | None:
-        """Pass on what the agent reports; return why the cluster stops it.  Raises UserError: it is lost."""
-        import asyncio
-
-        message: dict[str, Any] = {}
-        silent = 0.0
-        try:
-            while "stopped" not in message and silent < LOST:
-                try:
-                    line = await asyncio.wait_for(reader.readline(), PING)
-                except asyncio.TimeoutError:  # an OSError since Python 3.11
-                    self.send(ping=1)
-                    silent += PING
-                else:
-                    silent, message = 0.0, from_json(line or b'{"stopped": 0}')
-                    on_news(message)
-        except OSError:
-            message = {}
-        self.control = None
-        if silent >= LOST:
-            text = f"The node {self.place['node']} has not answered for {LOST:g} s."
-            raise UserError(text, "Start the kernel again; it will get another node if that one is down.")
-        if self.tunnel and self.tunnel.done():
-            raise self.tunnel_error()
-        return UserError(**message["problem"]) if message.get("problem") else None
-
 
 class JobProgram(Program):
-    """A kernel in a job of a cluster: srun or Skein's client as the program, an agent on the node.
-
-    The job outlives the kernel for `linger` seconds, so that a restart gets it.
-    orders: what the agent has to know; travels over srun's stdin or in Skein's key-value store.
-    launches: how often the kernel was restarted.  life: the task that brings the job to its end.
-    """
+    """A kernel in a job of a cluster, which outlives it for `linger` seconds, so that a restart gets it."""
 
     what = "job"
 
@@ -6362,17 +6218,12 @@ class JobProgram(Program):
         same = repr((job.argv, vars(job.launch), secrets))
         self.digest = hashlib.sha256(same.encode(errors="surrogatepass")).hexdigest()
         names = launch.options.get("env", ())
-        self.orders = {
-            "secret": os.urandom(32).hex(),
-            "connection": connection,
-            "launch": {**vars(job.launch), "steps": [vars(step) for step in job.launch.steps]},
-            "directories": job.directories(os.getcwd()),
-            "environ": {name: os.environ[name] for name in names if name in os.environ},
-            "transport": job.transport,
-            "tunnel": job.tunnel,
-            "node-ports": job.node_ports,
-        }
-        self.launches = 0
+        steps = [vars(step) for step in job.launch.steps]
+        self.orders = {"tunnel": job.tunnel, "node-ports": job.node_ports, "transport": job.transport}
+        self.orders.update(secret=os.urandom(32).hex(), directories=job.directories(os.getcwd()))
+        self.orders.update(connection=connection, launch={**vars(job.launch), "steps": steps})
+        self.orders["environ"] = {name: os.environ[name] for name in names if name in os.environ}
+        self.launches = 0  # restarts of the kernel
         self.life: asyncio.Future[UserError] | None = None
 
     def start(self) -> None:
@@ -6392,20 +6243,17 @@ class JobProgram(Program):
     async def wait(self) -> tuple[int, UserError | None]:
         import asyncio
 
-        life = self.follow_job()
-        ends: set[asyncio.Future[Any]] = {life, self.ended}
+        life: asyncio.Future[Any] = self.follow_job()
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({life, self.ended}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:  # nobody uses this kernel any more
             self.link.send(signal=9)
             raise
         if life.done():
             self.over = True
-            error = life.result()
-            return error.status or 1, error
+            return life.result().status or 1, life.result()
         message = self.ended.result()
-        status = message["ended"]
-        problem = UserError(**message["problem"]) if message["problem"] else None
+        status, problem = message["ended"], message["problem"] and UserError(**message["problem"])
         if not problem and not self.keeper.answered(status):
             where = f"{self.plan.where} on {self.link.place['node']}"
             problem = ended_error(status, where, message["tail"], self.plan.install)
@@ -6416,7 +6264,7 @@ class JobProgram(Program):
         self.launches += 1
         self.expect_kernel()
         self.link.send(start=self.launches)
-        self.submission.note_id(self.submission.id)
+        append_log(self.keeper.launch.options.get("log", ""), f"job: {self.submission.id}")
         if self.submission.state and not self.link.control:
             self.keeper.report(self.submission.state)
 
@@ -6438,13 +6286,6 @@ class JobProgram(Program):
         self.listening = asyncio.Event()
         self.ended: asyncio.Future[dict[str, Any]] = self.keeper.loop.create_future()
 
-    def on_news(self, message: dict[str, Any]) -> None:
-        """Note how the kernel of this launch does."""
-        if message.get("listening") == self.launches:
-            self.listening.set()
-        if "ended" in message and message["launch"] == self.launches and not self.ended.done():
-            self.ended.set_result(message)
-
     def follow_job(self) -> asyncio.Future[UserError]:
         """Return the task that brings the job to its end, and why it ended; it lives through restarts."""
         if not self.life:
@@ -6458,9 +6299,7 @@ class JobProgram(Program):
         import asyncio
 
         submission = self.submission
-        stdin, _ = await submission.feeding
-        stdin.write(submission.input)
-        submission.input = b""
+        (await submission.feeding)[0].write(submission.input)
         program = asyncio.ensure_future(submission.ended())
         steps = asyncio.ensure_future(self.follow_agent())
         ends: set[asyncio.Future[Any]] = {program, steps}
@@ -6474,8 +6313,9 @@ class JobProgram(Program):
                     await asyncio.wait({program}, timeout=3)
             if program.done():
                 return program.result()
-            node = submission.agent.result()["node"]
-            return await submission.explain(f"The node {node} broke off the connection without a word.")
+            message = f"The node {self.link.place['node']} broke off the connection without a word."
+            said = self.keeper.tail.decode(errors="replace")
+            return await self.job.explain(message, said, submission.id, submission.ask)
         except UserError as error:
             return error
         finally:
@@ -6483,41 +6323,58 @@ class JobProgram(Program):
             steps.cancel()
 
     async def follow_agent(self) -> UserError | None:
-        """Connect to the agent and follow it, as `AgentLink.follow`; the job is cancelled if that is lost."""
+        """Follow the agent; return why the cluster stops it.  Raises UserError where it is lost."""
         import asyncio
 
         limit = self.job.queue_timeout or None
         try:
             place = await asyncio.wait_for(self.submission.agent, limit)
         except asyncio.TimeoutError:
-            message = f"The job did not start within {limit:g} s, the --queue-timeout."
+            text = f"The job did not start within {limit:g} s, the --queue-timeout."
             hint = "Try again later, ask for less, or for a partition or queue that has room."
-            raise UserError(message, hint, detail=self.submission.state) from None
-        reader = await self.link.open(place)
+            raise UserError(text, hint, detail=self.submission.state) from None
+        link, silent = self.link, 0.0
+        message: dict[str, Any] = {}
+        await link.open(place)
         if self.job.detached:  # the agent ends the job now, and well
             self.submission.cancel_later(False)
         if self.launches:  # restarted while the job waited
-            self.link.send(start=self.launches)
+            link.send(start=self.launches)
         try:
-            return await self.link.follow(reader, self.on_news)
-        except UserError:
-            self.submission.cancel_later()
-            raise
+            while "stopped" not in message and silent < LOST:
+                try:
+                    line = await asyncio.wait_for(link.news.readline(), PING)
+                except asyncio.TimeoutError:  # an OSError since Python 3.11
+                    link.send(ping=1)
+                    silent += PING
+                    continue
+                silent, message = 0.0, from_json(line or b'{"stopped": 0}')
+                if message.get("listening") == self.launches:
+                    self.listening.set()
+                if "ended" in message and message["launch"] == self.launches and not self.ended.done():
+                    self.ended.set_result(message)
+        except OSError:
+            message = {}
+        link.control = None
+        if silent < LOST and not (link.tunnel and link.tunnel.done()):
+            return UserError(**message["problem"]) if message.get("problem") else None
+        self.submission.cancel_later()
+        if silent < LOST:
+            raise link.tunnel_error()
+        text = f"The node {place['node']} has not answered for {LOST:g} s."
+        raise UserError(text, "Start the kernel again; it will get another node if that one is down.")
 
 
-def own_code(host: Host) -> bytes:
+def own_code() -> bytes:
     """Return this file as `NODE_BOOT` reads it: bytecode for the same Python, source for another one."""
     import marshal
     import zlib
     from importlib.machinery import SourceFileLoader
     from importlib.util import MAGIC_NUMBER
 
-    source = host.read(__file__)
-    if source is None:
-        hint = "Install envkernel again, or set the kernel up again."
-        raise UserError(f"The file {__file__} can't be read.", hint)
-    code = marshal.dumps(SourceFileLoader("envkernel", __file__).get_code("envkernel"))
-    code, source = zlib.compress(code, 1), zlib.compress(source, 1)
+    loader = SourceFileLoader("envkernel", __file__)
+    code = zlib.compress(marshal.dumps(loader.get_code("envkernel")), 1)
+    source = zlib.compress(loader.get_data(__file__), 1)
     return b"%s %d %d\n" % (MAGIC_NUMBER.hex().encode(), len(code), len(source)) + code + source
 
 
@@ -6527,13 +6384,10 @@ YARN_SCRIPT = "source environment/bin/activate\nexport PATH\nexec python -I envk
 """What YARN's container runs, with nothing of the user's.  conda-pack's script exports no PATH, and a Python
 that does not find itself there takes itself for the one that it was built as."""
 
-NOTHING_LEFT = 3
-"""Exit status of a helper whose application has ended, or was never submitted."""
-
+NOTHING_LEFT = 3  # exit status of a helper whose application has ended, or was never submitted
 YARN_ENDS = ("FINISHED", "FAILED", "KILLED")
-
+# in the application's key-value store, which only who holds its certificate can read
 ORDERS_KEY, AGENT_KEY = "envkernel.orders", "envkernel.agent"
-"""Keys in the application's key-value store, which only who holds its certificate can read."""
 
 
 def yarn_main(words: Sequence[str]) -> int:
@@ -6594,10 +6448,8 @@ def check_queue(client: Any, name: str) -> None:
 
 
 def submit_application(skein: Any, client: Any) -> None:
-    """Submit the application that stdin describes and bring its agent the orders; then end this process.
-
-    When stdin ends before that is done, nobody waits any more: the application is killed.
-    """
+    """Submit the application that stdin describes and bring its agent the orders, then end this process; if
+    stdin ends before that is done, the application is killed."""
     import threading
     import time
 
@@ -6675,10 +6527,8 @@ def kill_application(client: Any, number: str) -> bool:
 
 
 def yarn_agent() -> NoReturn:
-    """What YARN's container runs: a child gets the orders, for Skein's client needs 50 MB; be the agent.
-
-    The exec frees 30 MB: what compiling this file took.
-    """
+    """What YARN's container runs: be the agent, by an exec that frees 30 MB.  A child fetches the orders, for
+    Skein's client needs 50 MB."""
     orders, orders_end = os.pipe()
     place_end, place = os.pipe()
 
@@ -6705,7 +6555,7 @@ def yarn_agent() -> NoReturn:
     if not text:
         sys.exit(1)
     file = os.memfd_create("agent")
-    write_patiently(file, own_code(Host()) + to_json({**from_json(text), "place": place}) + b"\n")
+    write_patiently(file, own_code() + to_json({**from_json(text), "place": place}) + b"\n")
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
     os.set_inheritable(place, True)
