@@ -7455,6 +7455,7 @@ async def listen_encrypted(front: Front) -> None:
     add_site_packages()
     import zmq
 
+    front.mailbox.has_subscriber = True  # one that a keeper held subscribes again only when it is read
     context: Any = zmq.Context()
     with tempfile.TemporaryDirectory(prefix="envkernel-") as directory:
         for stream, name in enumerate(STREAMS):
