@@ -4439,9 +4439,10 @@ class Membership:
         """Stop the container, unless others use it.  interrupted: the engine may be about to create it."""
         import fcntl
         import time
+        from contextlib import suppress
 
         fcntl.flock(self.start_lock, fcntl.LOCK_EX)
-        try:
+        with suppress(BlockingIOError):
             fcntl.flock(self.users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self.shared.keep:
                 retry(self.shared.stop, environ)
@@ -4451,8 +4452,6 @@ class Membership:
                 for path in [*(copy for _, copy in self.shared.copies), self.directory]:
                     remove_tree(path)
                     remove_empty(os.path.dirname(path))
-        except BlockingIOError:
-            pass
         for lock in self.locks:  # the run process may have them open for long
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
@@ -4750,17 +4749,16 @@ def end_session(session: int) -> bool:
 
 def start_cleaner(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
     """Start a process that only cleans up, and give it the locks."""
-    child = os.fork()
-    if not child:
-        try:
-            if os.fork() == 0:
-                become_daemon((0, 1, 2))
-                for file, following in zip([2, *sorted(locks)], [*sorted(locks), 1024]):
-                    os.closerange(file + 1, following)
-                clean_up(recipe, environ, locks)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+
+    def clean() -> int:
+        if os.fork() == 0:
+            become_daemon((0, 1, 2))
+            for file, following in zip([2, *sorted(locks)], [*sorted(locks), 1024]):
+                os.closerange(file + 1, following)
+            clean_up(recipe, environ, locks)
+        return 0
+
+    os.waitpid(fork(clean), 0)
 
 
 def become_daemon(files: Sequence[int]) -> None:
@@ -5027,14 +5025,19 @@ class Service(Children):
 
     def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
         super().__init__()
-        self.program = program
+        self.program, self.launch, self.channel = program, launch, channel
         self.environ = program.plan.environ
-        self.launch = launch
-        self.channel = channel
-        self.connection: Mapping[str, Any] = program.supervision.connection
+        supervision = self.supervision = program.supervision
+        self.connection: Mapping[str, Any] = supervision.connection
         self.front: Front | None = None
         self.cleaning: asyncio.Future[None] | None = None
         self.wanted = False  # the end of the kernel is
+        self.membership: Membership | None = None
+        self.locks: list[int] = []  # the private directory's, then those of the membership
+        self.recipe = Recipe(supervision.directory, os.getpid(), 0.0, supervision.cleanup)
+        self.recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
+        self.recipe.shared = vars(supervision.shared) if supervision.shared else None
+        self.recipe.container, self.recipe.log = supervision.container, launch.options.get("log", "")
 
     async def serve_launch(self) -> None:
         """Serve a run process until the kernel has ended or nobody wants it any more."""
@@ -5154,24 +5157,13 @@ class Service(Children):
 
     async def end(self) -> None:
         """End the program and clean up."""
-        raise NotImplementedError
+        await self.program.end()
+        locks, self.locks = self.locks, []
+        await self.aside(clean_up, self.recipe, self.environ, locks)
 
 
 class Keeper(Service):
     """Keeps a program: serves one run process, with `linger` one after the other, then cleans up."""
-
-    visitors: asyncio.Queue[Any]
-
-    def __init__(self, program: Program, launch: Launch, channel: Channel) -> None:
-        super().__init__(program, launch, channel)
-        program.keeper = self
-        supervision = self.supervision = program.supervision
-        self.membership: Membership | None = None
-        self.locks: list[int] = []  # the private directory's, then those of the membership
-        self.recipe = Recipe(supervision.directory, os.getpid(), 0.0, supervision.cleanup)
-        self.recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
-        self.recipe.shared = vars(supervision.shared) if supervision.shared else None
-        self.recipe.container, self.recipe.log = supervision.container, launch.options.get("log", "")
 
     def begin(self) -> None:
         """Take the lock, send the recipe and start the program, before asyncio.  Raises UserError."""
@@ -5217,7 +5209,7 @@ class Keeper(Service):
 
         self.loop = asyncio.get_running_loop()
         self.leaving = asyncio.Event()
-        self.visitors = asyncio.Queue()
+        self.visitors: asyncio.Queue[Any] = asyncio.Queue()
         self.loop.add_signal_handler(signal.SIGCHLD, self.collect)
         self.loop.add_signal_handler(signal.SIGTERM, self.stop)
         if self.program.linger:
@@ -5250,27 +5242,23 @@ class Keeper(Service):
             if not number:  # Jupyter is gone
                 self.stop()
             elif ends and (self.program.linger or self.program.over):
-                self.give_up(-number)
+                self.leave(-number)
             elif number != signal.SIGINT or not (self.front and self.front.interrupt()):
                 if ends and not self.wanted:
                     self.wanted = True
-                    self.loop.call_later(self.GRACE, self.give_up)
+                    self.loop.call_later(self.GRACE, self.leave, -15)
                 self.program.send_signal(number)
 
     def stop(self) -> None:
         """End without waiting for a restart: Jupyter is gone, or this process is asked to end."""
         self.program.over = True
         self.visitors.put_nowait(None)
-        self.give_up()
+        self.leave(-15)
 
-    def give_up(self, status: int = -15) -> None:
-        """Let the run process end without waiting for the program."""
-        if not self.leaving.is_set():
+    def leave(self, status: int | None = None) -> None:
+        """Serve the present run process no longer; let it end with a status, if there is one."""
+        if status is not None and not self.leaving.is_set():
             self.send_exit(status)
-        self.leave()
-
-    def leave(self) -> None:
-        """Serve the present run process no longer."""
         if self.channel.sock.fileno() >= 0:
             self.loop.remove_reader(self.channel.sock)
         self.leaving.set()
@@ -5308,37 +5296,6 @@ class Keeper(Service):
         self.loop.add_reader(self.channel.sock, self.receive)
         await self.program.attach(self.connection)
         return True
-
-    async def end(self) -> None:
-        """End the program and clean up."""
-        await self.program.end()
-        locks, self.locks = self.locks, []
-        await self.aside(clean_up, self.recipe, self.environ, locks)
-
-
-def become_keeper(program: Program, launch: Launch, channel: Channel) -> NoReturn:
-    """Keep a program, in the process that was forked for it."""
-    keeper = Keeper(program, launch, channel)
-    try:
-        become_daemon([0])
-        keeper.begin()
-        import asyncio
-
-        asyncio.run(keeper.serve())
-    except UserError as error:
-        keeper.channel.send({"exit": error.status, "error": vars(error)})
-    except Exception:
-        import traceback
-
-        write_patiently(2, traceback.format_exc().encode(errors="replace"))
-        keeper.channel.send({"exit": 1, "error": None})
-    try:
-        keeper.channel.close()
-        drop_stdio((1, 2))
-        if keeper.locks:
-            clean_up(keeper.recipe, keeper.environ, keeper.locks)
-    finally:
-        os._exit(0)
 
 
 class RunProcess:
@@ -5379,11 +5336,31 @@ class RunProcess:
 
         near, far = socket.socketpair()
         gc.freeze()  # so that the two go on sharing their memory
-        if not os.fork():
-            near.close()
-            become_keeper(self.program, self.launch, Channel(far))
-        far.close()
-        return Channel(near)
+        if os.fork():
+            far.close()
+            return Channel(near)
+        near.close()
+        keeper = self.program.keeper = Keeper(self.program, self.launch, Channel(far))
+        try:
+            become_daemon([0])
+            keeper.begin()
+            import asyncio
+
+            asyncio.run(keeper.serve())
+        except UserError as error:
+            keeper.channel.send({"exit": error.status, "error": vars(error)})
+        except Exception:
+            import traceback
+
+            write_patiently(2, traceback.format_exc().encode(errors="replace"))
+            keeper.channel.send({"exit": 1, "error": None})
+        try:
+            keeper.channel.close()
+            drop_stdio((1, 2))
+            if keeper.locks:
+                clean_up(keeper.recipe, keeper.environ, keeper.locks)
+        finally:
+            os._exit(0)
 
     def serve(self) -> int:
         """Serve until the kernel has ended; return the exit status.  Raises UserError for the notebook."""
