@@ -252,20 +252,16 @@ class Record:
 
 
 class Option(Record):
-    """One option of envkernel's own: the definition that setup, run, help and completion share.
+    """One option of envkernel's own: the definition that setup, run, help and completion share."""
 
-    spelling: ``"--bind -B"``, the long flag first.  metavar: empty where it takes no value.  many: may be
-    repeated.  run: is written into the kernelspec.  setup: may be typed.  group: its title in the help.
-    """
-
-    spelling: str
+    spelling: str  # "--bind -B", the long flag first
     help: str
-    metavar: str = ""
-    many: bool = False
-    run: bool = False
-    setup: bool = True
+    metavar: str = ""  # empty where it takes no value
+    many: bool = False  # may be repeated
+    run: bool = False  # is written into the kernelspec
+    setup: bool = True  # may be typed
     choices: Sequence[str] = ()
-    group: str = ""
+    group: str = ""  # its title in the help
 
     @property
     def flags(self) -> list[str]:
@@ -277,47 +273,35 @@ class Option(Record):
 
 
 class Step(Record):
-    """One mode of a chain with its options by name (True for a flag, a list where one may be repeated).
-
-    engine: tokens that go to the engine (docker run, apptainer exec, srun) as they stand.
-    """
+    """One mode of a chain."""
 
     mode: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # by name: True for a flag, a list where one may be repeated
     targets: list[str] = []
-    engine: list[str] = []
+    engine: list[str] = []  # what goes to the engine (docker run, apptainer exec, srun) as it stands
 
 
 class Launch(Record):
-    """What a kernelspec says: the chain of modes, then the kernel command with Jupyter's placeholders in it.
-
-    options: the kernel's (``name``, ``connection-file``, ``env``: names of variables, ...).  legacy: of 1.x.
-    """
+    """What a kernelspec says: the chain of modes, then the kernel command with Jupyter's placeholders."""
 
     steps: list[Step]
     command: list[str]
-    options: dict[str, Any] = {}
-    legacy: bool = False
+    options: dict[str, Any] = {}  # the kernel's: name, connection-file, env, ...
+    legacy: bool = False  # of 1.x
 
 
 class Plan(Record):
-    """What a launch will do: nothing has been done yet.
+    """What a launch will do: nothing has been done yet."""
 
-    argv, environ: the program that takes this process's place, or runs below it where there is `supervision`
-    (for the keeper) or a `job` (on a cluster).  search: the directories in which a bare program name has to
-    be found; None: not on this host.  where: their name in messages.  install: how to install ``%s`` there.
-    given: the variables of ``--env``.  probe: how a command is run once in a container; empty for none.
-    """
-
-    argv: list[str]
+    argv: list[str]  # takes this process's place, or runs below it where there is a supervision or a job
     environ: dict[str, str]
-    search: list[str] | None = None
-    where: str = "this machine"
-    install: str = "install %s"
+    search: list[str] | None = None  # where a bare program name has to be found; None: not on this host
+    where: str = "this machine"  # the name of that in messages
+    install: str = "install %s"  # how to do so there
     supervision: Supervision | None = None
-    given: dict[str, str] = {}
-    probe: list[str] = []
-    job: Job | None = None
+    given: dict[str, str] = {}  # the variables of --env
+    probe: list[str] = []  # how a command is run once in a container; empty for none
+    job: Job | None = None  # on a cluster
 
 
 class Output(Record):
@@ -329,27 +313,20 @@ class Output(Record):
 
 
 class Mode(Record):
-    """A row of the registry.
-
-    setup: ``(step, host, environ, common) -> Step``: checks and normalises; common: the common options.
-    plan: ``(step, plan, host, rest) -> Plan``: one fold of the launch; rest: the `Launch` after this step.
-    target: metavar of what follows the options; empty for none.  targets: ``(least, most)`` of them.
-    minus: a target may begin with a minus.  remote: it takes the rest of the chain along: the fold ends here.
-    engine: ``(name, tokens, environ, host) -> [[program, subcommand], ...]``, whose options may be given.
-    """
+    """A row of the registry."""
 
     name: str
     summary: str
     options: list[Option]
-    setup: Callable[..., Step]
-    plan: Callable[..., Plan]
+    setup: Callable[..., Step]  # (step, host, environ, common options): checks and normalises
+    plan: Callable[..., Plan]  # (step, plan, host, rest): one fold of the launch; rest: after this step
     aliases: Sequence[str] = ()
-    target: str = ""
-    targets: tuple[int, int] = (1, 1)
-    minus: bool = False
-    remote: bool = False
+    target: str = ""  # metavar of what follows the options; empty for none
+    targets: tuple[int, int] = (1, 1)  # least and most of them
+    minus: bool = False  # a target may begin with a minus
+    remote: bool = False  # it takes the rest of the chain along: the fold ends here
     container: bool = False
-    engine: Callable[..., list[list[str]]] | None = None
+    engine: Callable[..., list[list[str]]] | None = None  # (name, tokens, environ, host): its programs
     example: str = ""
 
 
@@ -662,33 +639,27 @@ def read_options(
         if not token.startswith("-") or token == "-":
             step.targets.append(token)
         elif option and not (may_be_engines and engine().find(flag)):
-            own.append(read_option(option, token, queue))
+            text = token[len(flag) + 1 :]
+            if not option.metavar and equals:
+                raise usage_error(f"--{option.name} takes no value.", "Leave %r out." % ("=" + text))
+            if option.metavar and not equals:
+                if not queue or queue[0] == "--":
+                    hint = f"For example: --{option.name} {option.metavar}."
+                    raise usage_error(f"--{option.name} needs a value.", hint)
+                text = queue.pop(0)
+            if option.name == "env" and "=" not in text:
+                if not queue or queue[0].startswith("-"):
+                    raise usage_error(f"--env {text} has no value.", f"Write it as --env {text}=VALUE.")
+                text += "=" + queue.pop(0)
+            if option.metavar and text in ("", "--"):  # argparse would drop the dashes
+                hint = "Leave it out, or give it one."
+                raise usage_error(f"--{option.name} was given an empty value.", hint)
+            own.append(f"--{option.name}={text}" if option.metavar else "--" + option.name)
         elif not engine().read(token, queue, step.engine):
             if not unloads or token.startswith("--") or "-" + token in flags:
                 raise unknown_option(name, flag, flags, engine())
             step.targets.append(token)
     return vars(make_parser().parse_args([name, *own]))
-
-
-def read_option(option: Option, token: str, queue: list[str]) -> str:
-    """Return an option in its normal form, with its value taken from `queue` where it is not in `token`."""
-    flag = "--" + option.name
-    _, equals, text = token.partition("=")
-    if not option.metavar:
-        if equals:
-            raise usage_error(f"{flag} takes no value.", "Leave %r out." % ("=" + text))
-        return flag
-    if not equals:
-        if not queue or queue[0] == "--":
-            raise usage_error(f"{flag} needs a value.", f"For example: {flag} {option.metavar}.")
-        text = queue.pop(0)
-    if option.name == "env" and "=" not in text:
-        if not queue or queue[0].startswith("-"):
-            raise usage_error(f"--env {text} has no value.", f"Write it as --env {text}=VALUE.")
-        text += "=" + queue.pop(0)
-    if text in ("", "--"):  # argparse would drop the dashes
-        raise usage_error(f"{flag} was given an empty value.", "Leave it out, or give it one.")
-    return f"{flag}={text}"
 
 
 def unknown_option(name: str, flag: str, flags: Mapping[str, Option], engine: EngineOptions) -> UserError:
@@ -868,11 +839,8 @@ def carry_out(argv: Sequence[str], host: Host) -> int:
 
 # ---- environment modes --------------------------------------------------------------------------
 
-IGNORED_BY_PYTHON = (13, 25)
-"""SIGPIPE and SIGXFSZ, which Python ignores for itself; a kernel must not inherit that."""
-
-SHELL_OWN = frozenset(("_", "SHLVL", "PWD", "OLDPWD", "PS1", "OPTIND"))
-"""Variables that bash itself rewrites, no script of an environment."""
+IGNORED_BY_PYTHON = (13, 25)  # SIGPIPE and SIGXFSZ; a kernel must not inherit that
+SHELL_OWN = frozenset(("_", "SHLVL", "PWD", "OLDPWD", "PS1", "OPTIND"))  # bash itself rewrites them
 
 
 def path_entries(environ: Mapping[str, str]) -> list[str]:
@@ -962,31 +930,27 @@ def shell_scripts(directory: str, host: Host) -> list[str]:
     return [directory + "/" + name for name in sorted(host.listdir(directory)) if name.endswith(".sh")]
 
 
-def conda_prefix(name: str, host: Host, environ: Mapping[str, str]) -> str:
-    """Return the prefix that a name or path of a conda environment means.  Raises UserError."""
-    if "/" in name or name in (".", "..") or name.startswith("~"):
-        return host.absolute(os.path.expandvars(name))
+def setup_conda(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
+    """Resolve the environment's name and find conda's root, so that run needs neither.  Raises UserError."""
+    name = step.targets[0]
     prefixes = os.fsdecode(host.read(host.absolute("~/.conda/environments.txt")) or b"").split("\n")
     roots = [os.path.dirname(os.path.dirname(environ.get("CONDA_EXE", "")))]
     roots += [conda_root(prefix, host, environ) for prefix in [environ.get("CONDA_PREFIX", ""), *prefixes]]
     roots = [root for root in roots if root]
-    if name in ("base", "root") and roots:
-        return roots[0]
     homes = [home for home in environ.get("CONDA_ENVS_PATH", "").split(":") if home]
     homes += [root + "/envs" for root in roots] + [host.absolute("~/.conda/envs")]
-    for prefix in [f"{home}/{name}" for home in homes] + prefixes:
-        if os.path.basename(prefix) == name and host.isdir(prefix + "/conda-meta"):
-            return host.absolute(prefix)
-    known = {*map(os.path.basename, prefixes), *(found for home in homes for found in host.listdir(home))}
-    known = known - {""} | ({"base"} if roots else set())
-    hint = suggestion(name, sorted(known)) if known else "Give its path instead."
-    hint = no_environment("conda environment", host.absolute(name), host, hint).hint
-    raise UserError(f"There is no conda environment named {name}.", hint)
-
-
-def setup_conda(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Resolve the environment's name and find conda's root, so that run needs neither."""
-    prefix = conda_prefix(step.targets[0], host, environ)
+    named = [f"{home}/{name}" for home in homes] + [path for path in prefixes if path.endswith("/" + name)]
+    found = [prefix for prefix in named if host.isdir(prefix + "/conda-meta")]
+    found = roots[:1] if name in ("base", "root") and roots else found
+    if "/" in name or name in (".", "..") or name.startswith("~"):
+        found = [os.path.expandvars(name)]
+    if not found:
+        known = {*map(os.path.basename, prefixes), *(entry for home in homes for entry in host.listdir(home))}
+        known = known - {""} | ({"base"} if roots else set())
+        hint = suggestion(name, sorted(known)) if known else "Give its path instead."
+        hint = no_environment("conda environment", host.absolute(name), host, hint).hint
+        raise UserError(f"There is no conda environment named {name}.", hint)
+    prefix = host.absolute(found[0])
     root = conda_root(prefix, host, environ)
     return step.replace(targets=[prefix], options={**step.options, **({"root": root} if root else {})})
 
@@ -999,9 +963,14 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     if text is None or host.isdir(path + "/conda-meta"):
         hint = f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create)."
         raise no_environment("virtualenv", path, host, hint)
-    if any(holds_code(text, os.fsencode(place)) for place in (path, host.real_path(path))):
-        hint = "Create the virtualenv again in a directory without $ ` \" and ' in its name."
-        raise UserError(f"{script} does not quote the name of its directory: bash would run that.", hint)
+    for place in (path, host.real_path(path)):  # older creators wrote it without quoting
+        bare = text.replace(os.fsencode(quoted(place)), b"")
+        in_double = any(c in place for c in '$`"') or place.endswith("\\")
+        bare = bare if in_double else bare.replace(os.fsencode(f'"{place}"'), b"")
+        bare = bare if "'" in place else bare.replace(os.fsencode(f"'{place}'"), b"")
+        if (in_double or "'" in place) and os.fsencode(place) in bare:
+            hint = "Create the virtualenv again in a directory without $ ` \" and ' in its name."
+            raise UserError(f"{script} does not quote the name of its directory: bash would run that.", hint)
     environ = host.source([("source", script, "")], plan.environ)
     if not environ.get("VIRTUAL_ENV"):
         message = f"{script} does not activate the virtualenv {path}: it sets no VIRTUAL_ENV."
@@ -1011,16 +980,6 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     install = f"uv pip install --python {python} %s" if is_uvs else python + " -m pip install %s"
     where = f"the virtualenv {path}"
     return plan.replace(environ=environ, search=[path + "/bin"], where=where, install=install)
-
-
-def holds_code(script: bytes, path: bytes) -> bool:
-    """Return whether a shell would run a part of the path, which older creators wrote without quoting it."""
-    in_double = any(c in path for c in b'$`"') or path.endswith(b"\\")
-    in_single = b"'" in path
-    script = script.replace(os.fsencode(quoted(os.fsdecode(path))), b"")
-    script = script if in_double else script.replace(b'"' + path + b'"', b"")
-    script = script if in_single else script.replace(b"'" + path + b"'", b"")
-    return (in_double or in_single) and path in script
 
 
 def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common: dict[str, Any]) -> Step:
@@ -1034,14 +993,13 @@ def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common:
         inside = path + "/bin/python"
         if chosen and host.is_executable(inside):
             ask = ["-c", "import sys; print(sys.version)"]
-            found = python if "/" in python else search_program(python, path_entries(environ), host)
-            has, wanted = (host.output([name, *ask], environ).out for name in (inside, found or python))
+            found = python if "/" in python else search_program(python, path_entries(environ), host) or python
+            has, wanted = (host.output([name, *ask], environ).out for name in (inside, found))
             if has != wanted:
                 text = f"{path} is there already with Python {os.fsdecode(has).split(' ')[0]}, not {python}."
                 raise UserError(text, "Give a directory that does not exist yet, or leave --python out.")
         create_virtualenv(path, python, host)
-    options = {name: value for name, value in step.options.items() if name != "create"}
-    step = step.replace(targets=[path], options=options)
+    step = step.replace(targets=[path], options={})
     active = plan_virtualenv(step, Plan([], dict(environ)), host, Launch([], [])).environ["VIRTUAL_ENV"]
     if host.real_path(active) != host.real_path(path):
         text = f"{path} was made as {active} and moved: its activate script puts that on PATH.\n"
@@ -1094,20 +1052,16 @@ def parse_modules(text: bytes) -> tuple[dict[str, str | None], list[bool]]:
 
 
 def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
-    r"""Read a quoted string; return its value and the place after it (0: there is none).
-
-    Environment Modules escape the quote alone, so that only the next statement tells ``\'`` from a value that
-    ends in a backslash.  Lmod quotes as Lua's ``%q`` does: ``\`` and up to three digits or a character.
-    """
+    r"""Read a quoted string; return its value and the place after it (0: there is none)."""
     quote, value = text[at : at + 1], b""
     at += 1
     statements = (b"\nos.environ[", b"\ndel os.environ[", b"\n_mlstatus", b"\nimport ", b"\npass", b"\n\n")
-    if quote == b"'":
+    if quote == b"'":  # Environment Modules escape the quote alone: the next statement tells the end
         end = text.find(quote, at)
         while end > at and text[end - 1 : end] == b"\\" and not text.startswith(statements, end + 1):
             end = text.find(quote, end + 1)
         return text[at:end].replace(b"\\'", b"'"), end + 1
-    while quote == b'"':
+    while quote == b'"':  # as Lua's %q
         end = text.find(quote, at)
         escape = text.find(b"\\", at, end)
         if escape < 0 or end < 0:
@@ -1176,8 +1130,8 @@ def plan_lmod(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     if start.get("LOADEDMODULES") and program and not search_program(program, search, host):
         outside = run_modules(["purge"], command, environ, host).get("PATH", "").split(":")
         search = [entry for entry in entries if entry not in outside or entry in kept]
-    is_missing = program and not search_program(program, search, host)
-    if rest.legacy and is_missing and search_program(program, entries, host):
+    found = not program or search_program(program, search, host)
+    if rest.legacy and not found and search_program(program, entries, host):
         host.warn(f"envkernel: none of the modules has {program}; taking the one on PATH.\n".encode())
         search = entries
     install = "load a module with %s, chain a mode (-- virtualenv PATH), or give --python=/usr/bin/python3"
@@ -3324,7 +3278,7 @@ def launch_logs(name: str, host: Host) -> list[tuple[str, str, dict[str, str]]]:
 
 
 class Running(Record):
-    """Something that runs, as `list` calls it (empty for a process next to a container), and how it ends."""
+    """What runs, as `list` calls it (empty for a process next to a container), and how it is ended."""
 
     what: str
     stop: list[str] = []
@@ -3382,11 +3336,10 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
     processes = run_processes(host)
     for kernel in kernels:
         argv = kernel.spec["argv"]
-        same = [
-            pid
-            for pid, (words, _) in processes.items()
-            if len(words) == len(argv) and all(CONNECTION_FILE in a or a == b for a, b in zip(argv, words))
-        ]
+        same = []
+        for pid, (words, _) in processes.items():
+            if len(words) == len(argv) and all(CONNECTION_FILE in a or a == b for a, b in zip(argv, words)):
+                same.append(pid)
         first = [pid for pid in same if processes[pid][1] not in same]  # a keeper is a copy of its parent
         jobs = {pid: "" for pid in first if host.read(f"/proc/{pid}/task/{pid}/children")}
         for _, _, log in launch_logs(kernel.name, host):
@@ -3425,9 +3378,8 @@ def list_command(options: Mapping[str, Any], host: Host) -> int:
         state = (error.message if error else "ok") + (f", running: {runs}" if runs else "")
         mode = "+".join(step.mode for step in steps) or "?"
         rows.append([kernel.name, mode, target, kernel.directory, state])
-    for name, found in running.items():
-        state = f"belongs to no kernel that Jupyter finds here; end it: envkernel stop {name}"
-        rows.append([name, "leftover", ", ".join(listed(found)), "", state])
+    state = "belongs to no kernel that Jupyter finds here; end it: envkernel stop "
+    rows += [[name, "leftover", ", ".join(listed(ones)), "", state + name] for name, ones in running.items()]
     if options.get("json"):
         keys = ("name", "mode", "target", "directory", "state")
         print(to_json([dict(zip(keys, row)) for row in rows]).decode())
@@ -3478,10 +3430,10 @@ def show_command(options: Mapping[str, Any], host: Host) -> int:
 
 def update_command(options: Mapping[str, Any], host: Host) -> int:
     """``envkernel update NAME``: write a kernel again from the command that made it; or all of them."""
-    if options.get("all") and options.get("NAME"):
+    every, failed = options.get("all"), []
+    if every and options.get("NAME"):
         raise usage_error("--all updates every kernel.", f"Leave {options['NAME']} or --all out.")
-    failed = []
-    for kernel in our_kernels(host) if options.get("all") else [our_kernel(options["NAME"], host)]:
+    for kernel in our_kernels(host) if every else [our_kernel(options["NAME"], host)]:
         try:
             command = kernel.command or command_of_1x(kernel)
             own = command.index("--") if "--" in command else len(command)
@@ -3494,7 +3446,7 @@ def update_command(options: Mapping[str, Any], host: Host) -> int:
             entries = [entry for step in kernel.launch.steps for entry in step.options.get("recorded", [])]
             setup(command, host, kernel.directory, dict(entry.partition("=")[::2] for entry in entries))
         except UserError as error:
-            if not options.get("all"):
+            if not every:
                 raise
             failed.append(kernel.name)
             sys.stdout.flush()
@@ -3531,10 +3483,9 @@ def log_command(options: Mapping[str, Any], host: Host) -> int:
     failed = next((log for log in logs if {"not started", "reason"} & log[2].keys()), logs[0])
     texts = []
     for log in logs if options.get("all") else [failed, logs[0]][failed is logs[0] :]:
-        path, text, lines = log
         title = "The last abnormal end: " if log is failed and log is not logs[0] else ""
-        state = f"running: {lines['running']}\n" if "running" in lines else ""
-        texts.append(f"{title}{path}\n{text}{state}")
+        state = f"running: {log[2]['running']}\n" if "running" in log[2] else ""
+        texts.append(f"{title}{log[0]}\n{log[1]}{state}")
     sys.stdout.write("\n".join(texts))
     return 0
 
@@ -3560,8 +3511,7 @@ def stop_command(options: Mapping[str, Any], host: Host) -> int:
             pids = [pid for pid in pids if process_stat(pid)]
     for job in filter(None, [one.job for one in found]):
         plans, _ = examine(our_kernel(name, host), host)
-        argv = plans[0].job.cancel(0, job) if plans and plans[0].job else []
-        if argv:
+        if plans and plans[0].job and (argv := plans[0].job.cancel(0, job)):
             host.output(argv, plans[0].environ)
     end_containers(find_running(kernels, TimedHost()).get(name, ()), host)
     deadline = time.monotonic() + 10
@@ -3837,7 +3787,6 @@ class Command(Record):
 _JSON = Option("--json", "Print JSON.")
 _LOGS = Option("--all", "Print all logs that are kept, the newest first.")
 _EVERY = Option("--all", "Update all kernels instead of one.")
-
 COMMANDS: dict[str, Command] = {
     "list": Command(list_command, "", "List the kernels of envkernel, and what is broken.", [_JSON]),
     "show": Command(show_command, "NAME", "Show how a kernel was made and what it would do now.", [_JSON]),

@@ -155,14 +155,13 @@ def test_conda_that_is_gone():
     ],
 )
 def test_a_conda_name_is_looked_up_at_setup(typed, files, environ, prefix):
-    assert envkernel.conda_prefix(typed, FakeHost(files), environ) == prefix
+    assert envkernel.setup_conda(Step("conda", {}, [typed]), FakeHost(files), environ, {}).targets == [prefix]
 
 
 def test_an_unknown_conda_name_gets_a_suggestion():
+    host = FakeHost({"/h/science/conda-meta/x": b""})
     with pytest.raises(UserError, match="no conda environment named scince") as caught:
-        envkernel.conda_prefix(
-            "scince", FakeHost({"/h/science/conda-meta/x": b""}), {"CONDA_ENVS_PATH": "/h"}
-        )
+        envkernel.setup_conda(Step("conda", {}, ["scince"]), host, {"CONDA_ENVS_PATH": "/h"}, {})
     assert caught.value.hint == "Did you mean science?"
 
 
