@@ -6065,11 +6065,10 @@ class AgentLink:
         self.place = place
         if self.job.tunnel:
             path = self.keeper.supervision.directory + "/tunnel"
-            options = ("BatchMode=yes", "ExitOnForwardFailure=yes", "StreamLocalBindMask=0177")
-            flags = [f"-o{option}" for option in (*options, "ServerAliveInterval=5")]
+            flags = ["-oBatchMode=yes", "-oExitOnForwardFailure=yes", "-oStreamLocalBindMask=0177"]
             way = f"{path}:127.0.0.1:{place['port']}"
             err, err_end = os.pipe()
-            argv = [self.job.tunnel, "-N", "-T", *flags, "-L", way, place["node"]]
+            argv = [self.job.tunnel, "-N", "-T", *flags, "-oServerAliveInterval=5", "-L", way, place["node"]]
             pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
             os.close(err_end)
             self.copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.keeper.on_stderr))
@@ -6257,8 +6256,7 @@ class JobProgram(Program):
             place = await asyncio.wait_for(self.submission.agent, limit)
         except asyncio.TimeoutError:
             text = f"The job did not start within {limit:g} s, the --queue-timeout."
-            hint = "Try again later, ask for less, or for a partition or queue that has room."
-            raise UserError(text, hint, detail=self.submission.state) from None
+            raise UserError(text, "Try again later, or ask for less.", detail=self.submission.state) from None
         link, silent = self.link, 0.0
         message: dict[str, Any] = {}
         await link.open(place)
