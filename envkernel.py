@@ -84,21 +84,9 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
             "The Docker daemon does not answer.",
             "Start it (systemctl start docker), or correct DOCKER_HOST.",
         ),
-        (
-            ("permission denied while trying to connect",),
-            "You may not talk to the Docker daemon.",
-            "Have an administrator add you to the group docker, or use podman.",
-        ),
-        (
-            ("No such image", "image not known"),
-            "There is no image {image} here.",
-            "Fetch it: {engine} pull {image}",
-        ),
-        (
-            ("error waiting for container", "unexpected EOF"),
-            "The container engine went away, and the kernel with it.",
-            "Restart the kernel when the engine is back.",
-        ),
+        (("trying to connect",), "You may not talk to the Docker daemon.", "Join its group, or use podman."),
+        (("such image", "image not known"), "There is no image {image} here.", "Try: {engine} pull {image}"),
+        (("error waiting", "unexpected EOF"), "The container engine went away.", "Restart the kernel."),
         (
             ("unresolvable CDI devices", "could not select device driver"),
             "{engine} can't give the container the GPUs of this machine.",
@@ -111,70 +99,22 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
         ),
     ),
     "apptainer": (
-        (
-            ("executable file not found",),
-            "The image {image} has no such program.",
-            "Add it in %post of the image's definition file, for example: pip install ipykernel",
-        ),
+        (("executable file not found",), "The image {image} has no such program.", "Install it in %post."),
         (("mount source",), "A directory to bind does not exist.", "Create it, or leave it out."),
-        (
-            ("failed to set working directory",),
-            "The directory to work in is not in the container.",
-            "Bind it (--bind, --pwd), or name another one with --workdir.",
-        ),
-        (("image format not recognized",), "{image} is no image.", "Make it again: envkernel update NAME."),
-        (
-            ("equesting capability set",),
-            "The engine may not take the rights that it starts containers with here.",
-            "Let it use a user namespace: --userns.",
-        ),
-        (
-            ("namespace",),
-            "The engine may not create the namespaces of a container here.",
-            "Have an administrator allow user namespaces, or install the engine with setuid.",
-        ),
+        (("set working dir",), "The directory to work in is not in the container.", "Add --bind."),
+        (("format not recognized",), "{image} is no image.", "Make it again: envkernel update NAME."),
+        (("capability set",), "The engine may not take the rights it needs.", "Try: --userns."),
+        (("namespace",), "The engine may not create the namespaces of a container.", "Have them allowed."),
     ),
     "srun": (
-        (
-            ("DUE TO TIME LIMIT", "job: TIMEOUT"),
-            "The {job} has reached its time limit.",
-            "Ask for more: --time=HOURS:00:00.",
-        ),
-        (
-            ("DUE TO NODE FAILURE", "Node failure", "job: NODE_FAIL"),
-            "The node of {job} has failed.",
-            "Start the kernel again: it gets another node.",
-        ),
-        (
-            ("DUE TO PREEMPTION", "job: PREEMPTED"),
-            "The {job} had to make way for another.",
-            "Start the kernel again.",
-        ),
-        (
-            ("oom", "emory lim", "OUT_OF_MEMORY"),
-            "The {job} has used more memory than it asked for.",
-            "Ask for more: --mem=8G.",
-        ),
-        (
-            ("has been revoked", "was cancelled", "Job cancelled", "CANCELLED AT", "job: CANCELLED"),
-            "The {job} was cancelled.",
-            "Start the kernel again.",
-        ),
-        (
-            ("execve()",),
-            "The node of {job} has no such Python.",
-            "Name one that it has: --node-python=PATH.",
-        ),
-        (
-            ("Unable to contact slurm controller", "configuration source"),
-            "Slurm does not answer.",
-            "Ask whether it is down; `sinfo` has to work where Jupyter runs.",
-        ),
-        (
-            ("Unable to allocate resources: ", "allocation failure: "),
-            "Slurm refuses the job: {reason}.",
-            "Change the options for srun: `sinfo -s` lists the partitions, `sinfo -Nl` what nodes have.",
-        ),
+        (("TIME LIMIT", "job: TIMEOUT"), "The {job} has reached its time limit.", "Ask for more: --time=."),
+        (("NODE FAIL", "Node fail", "NODE_FAIL"), "The node of {job} has failed.", "Start the kernel again."),
+        (("PREEMPT",), "The {job} had to make way for another.", "Start the kernel again."),
+        (("oom", "emory lim", "OF_MEM"), "The {job} has used more memory than it asked for.", "Use --mem=."),
+        (("revoked", "ancelled", "CANCELLED"), "The {job} was cancelled.", "Start the kernel again."),
+        (("execve()",), "The node of {job} has no such Python.", "Name one that it has: --node-python=PATH."),
+        (("slurm controller", "configuration source"), "Slurm does not answer.", "Ask why `sinfo` fails."),
+        (("allocate resources:", "allocation failure: "), "Slurm refuses the job: {reason}.", "See `sinfo`."),
     ),
 }
 """What programs say when they fail: patterns (one is enough), message and hint; the first row counts."""
@@ -1274,21 +1214,10 @@ CONTAINER_OPTIONS = [
     Option("--engine", "Program that runs the container (default: the mode's own).", "PROGRAM", run=True),
     Option("--build", "Build the image of this directory or FILE.def, at each update again.", "PATH"),
     Option("--build-option", "One argument for the engine's build; repeatable.", "TOKEN", many=True),
-    Option(
-        "--pull",
-        "When to fetch the image (default: a missing one, after a question at a terminal).",
-        "WHEN",
-        choices=("missing", "always", "never"),
-    ),
+    Option("--pull", "When to fetch IMAGE (default: ask).", "WHEN", choices=("missing", "always", "never")),
     Option("--shared", "Run all kernels of this kernelspec in one container.", run=True),
     Option("--keep", "With --shared: leave it running after the last kernel.", run=True),
-    Option(
-        "--transport",
-        "How the kernel is reached: unix sockets (default where setup sees that they work) or tcp.",
-        "HOW",
-        choices=("ipc", "tcp"),
-        run=True,
-    ),
+    Option("--transport", "Kernel's sockets (default: what works).", "HOW", choices=("ipc", "tcp"), run=True),
     recorded("--program", "The engine's program.", "PATH"),
     recorded("--place", "Where private directories go.", "WHERE"),
     recorded("--reach", "How setup reached the kernel.", "HOW"),
@@ -1373,11 +1302,8 @@ def find_engine(step: Step, environ: Mapping[str, str], host: Host) -> str:
         path = name if "/" in name else search_program(name, environ.get("PATH", os.defpath).split(":"), host)
         if path and host.is_executable(host.absolute(path)):
             return host.absolute(path)
-    raise UserError(
-        "There is no {} on this machine.".format(" and no ".join(wanted)),
-        f"Install it, load its module first (envkernel lmod ... -- {step.mode} ...), or give --engine=PATH.",
-        127,
-    )
+    hint = f"Install it, load its module (envkernel lmod ... -- {step.mode} ...), or give --engine=PATH."
+    raise UserError("There is no {} on this machine.".format(" and no ".join(wanted)), hint, 127)
 
 
 def container_commands(
@@ -1448,11 +1374,7 @@ def shared_name(step: Step, launch: Launch, host: Host) -> str:
 
 
 def kernel_connection(spec: ContainerSpec, host_network: bool, transport: str, host: Host) -> dict[str, Any]:
-    """Decide where the kernel listens; return what its connection file says, and record how it is reached.
-
-    On unix sockets in its private directory, or (``tcp``) on Jupyter's port numbers at a loopback address
-    of the kernel's own, by the host's network or published there; the keeper listens at Jupyter's own.
-    """
+    """Decide where the kernel listens (tcp: at a loopback address of its own); return its connection file."""
     jupyters = spec.supervision.connection
     if transport == "ipc" or not (transport or host_network):  # neither: a kernelspec of envkernel 1.x
         numbers = {name + "_port": number for number, name in enumerate(STREAMS, 1)}
@@ -1658,11 +1580,8 @@ class ContainerEnd(Record):
         events, engine = os.fsdecode(told.out).lower(), os.path.basename(self.program)
         events += '"action":"oom"' if host.exists(self.mark) else ""
         what = "was stopped (SIGTERM)" if status == 143 else "was killed (SIGKILL)"
-        for event, reason in (
-            ("kill", f"was killed ({engine} kill)"),
-            ("stop", f"was stopped ({engine} stop)"),
-            ("oom", "ran out of memory and was killed"),
-        ):
+        ends = {"kill": f"was killed ({engine} kill)", "stop": f"was stopped ({engine} stop)"}
+        for event, reason in {**ends, "oom": "ran out of memory and was killed"}.items():
             what = reason if f'"action":"{event}"' in events or f'"status":"{event}"' in events else what
         hint = "Restart the kernel; if it ran out of memory, give it more (--memory), or use less."
         return UserError(f"The kernel's container {self.name} {what}.", hint, status)
@@ -1692,8 +1611,8 @@ def engine_error(program: str, image: str, status: int, said: str) -> UserError 
 
 # -- singularity and apptainer --
 
-_LEAKS = ("PYTHON", "JPY_", "JUPYTER", "IPYTHON", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_", "R_")
-"""How variables begin that would change a kernel in an image, or tell it what is Jupyter's own."""
+_LEAKS = ("PYTHON", "IPYTHONDIR", "R_HOME", "R_LIBS", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_")
+"""How variables begin that would change a kernel in an image; others are Jupyter's own."""
 
 
 def apptainer_step(step: Step, legacy: bool = False) -> Step:
@@ -1749,7 +1668,8 @@ def plan_apptainer(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     install = "pip install %s (a line for %%post of its definition file)"
     plan = plan.replace(where=f"the image {image}", install=install, search=None)
     plan.probe = [program, "exec", *head, *binds, image]
-    environ = {name: value for name, value in plan.environ.items() if not name.startswith(_LEAKS)}
+    leaks = (*_LEAKS, "JPY_", "JUPYTER")
+    environ = {name: value for name, value in plan.environ.items() if not name.startswith(leaks)}
     for family in ("APPTAINER", "SINGULARITY"):
         environ.setdefault(f"{family}_NO_EVAL", "1")  # no shell evaluates the values
         given = {"PYTHONNOUSERSITE": "1", **spec.environ, **plan.given}
@@ -1778,9 +1698,8 @@ class ApptainerEnd(Record):
         lines = [line for line in said.splitlines() if line.startswith(("FATAL:", "\x1b[31mFATAL"))]
         if status != 255 or not lines:
             return None
-        error = explain("apptainer", "\n".join(lines), image=self.image) or UserError(
-            f"The container of {self.image} can't be started.", "Correct what the engine says."
-        )
+        other = UserError(f"The container of {self.image} can't be started.", "Correct what the engine says.")
+        error = explain("apptainer", "\n".join(lines), image=self.image) or other
         error.detail = said.strip()
         return error
 
@@ -1965,10 +1884,7 @@ def show_build(argv: Sequence[str]) -> NoReturn:
 
 
 def need_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
-    """Return the step with its image's absolute path, built or fetched where that was asked for.
-
-    One that was fetched before is fetched again at an update only.
-    """
+    """Return the step with its image's absolute path, built or (again at an update) fetched if asked for."""
     options, image = dict(step.options), "".join(step.targets)
     if "://" in image:
         options["uri"], image = image, ""
@@ -2003,10 +1919,7 @@ def need_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping
 
 
 def probe_image(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
-    """Start the image with a program that does not exist; return the step with the options that need it.
-
-    That shows whether the engine takes the options, sees the private directory and binds, and has an init.
-    """
+    """Start the image with a program that does not exist; return the step with what the engine needs."""
     apptainer, image, program = step.mode in APPTAINER_PROGRAMS, step.targets[0], "/no/such/program"
     tries: list[dict[str, Any]] = [{"init": True}, {}, {"init": True, "place": "home"}, {"place": "home"}]
     if apptainer:
@@ -2030,10 +1943,7 @@ def probe_image(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
 
 
 def container_user(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
-    """Return the step with what lets a user of the user's choice (``--user=X``) use the private directory.
-
-    Root gives the directory to them; in rootless podman X can be the user.
-    """
+    """Return the step with what lets a user of the user's choice (``--user=X``) use the private directory."""
     if step.options["identity"] != "given":
         return step
     plan = plan_engine(step, Plan([], dict(environ)), host, Launch([], []))
@@ -2656,10 +2566,7 @@ def setup_command(request: Request, steps: Sequence[Step]) -> list[str]:
 
 
 def launcher(python: str, script: str) -> list[str]:
-    """Return the start of a command line that runs this file.
-
-    ``-I`` ignores PYTHON* variables and the current directory, ``-S`` saves the time of ``site``.
-    """
+    """Return the start of a command line that runs this file (-S saves the time of ``site``)."""
     return [python, "-I", "-S", "-c", LOADER, script]
 
 
@@ -2723,21 +2630,15 @@ def check_request(request: Request) -> None:
     if not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name[0] in ".-":
         hint = "Use ASCII letters, digits, '.', '_' and '-' only, and begin with a letter, a digit or '_'."
         raise usage_error(f"{name!r} can't be the name of a kernel.", hint)
-    if len(name) > 255:
-        raise usage_error(f"The kernel's name has {len(name)} characters.", "A directory's may have 255.")
     after = ["a kernel command after --"] if request.command is not None else []
     making = any(step.options.get("create") for step in request.steps)  # --python makes the virtualenv
     given = {"--" + option for option in common}
-    for one, *others in (
-        ("--user", "--sys-prefix", "--prefix"),
-        ("--sys-prefix", "--prefix"),
-        ("--kernel", "--kernel-template"),
-        ("--kernel-cmd", *after),
-        ("--python", *([] if making else after)),
-    ):
-        for other in others:
-            if one in given and other in [*given, *after]:
-                raise usage_error(f"{one} and {other} exclude each other.", "Give one of them.")
+    apart = [("--user", "--sys-prefix"), ("--user", "--prefix"), ("--sys-prefix", "--prefix")]
+    apart += [("--kernel", "--kernel-template"), *(("--kernel-cmd", other) for other in after)]
+    apart += [("--python", other) for other in after if not making]
+    for one, other in apart:
+        if one in given and other in [*given, *after]:
+            raise usage_error(f"{one} and {other} exclude each other.", "Give one of them.")
     for entry in common.get("env", []):
         if not entry.partition("=")[0]:
             raise usage_error(f"--env {entry} names no variable.", "Write it as --env NAME=VALUE.")
@@ -2810,16 +2711,18 @@ def logo_files(kernel: Kernel, mode: str, own: str, host: Host) -> dict[str, byt
     if not own:
         return {**kernel.files, LOGO_SVG: badge_logo(kernel.files, mode, kernel.language)}
     others = {name: data for name, data in kernel.files.items() if not name.startswith("logo-")}
-    return {**others, **own_logos(own, host.read(own))}
+    data = host.read(own) or b""
+    if b"<svg" in data[:4096]:
+        return {**others, LOGO_SVG: data}
+    if not data.startswith(_PNG_START):
+        raise UserError(f"The logo {own} can't be read as PNG or SVG.", "Give the path of a PNG or SVG file.")
+    return {**others, LOGO_SVG: logo_svg(data, "image/png"), **dict.fromkeys(LOGO_PNGS, data)}
 
 
 def setup_steps(
     request: Request, host: Host, environ: Mapping[str, str]
 ) -> tuple[list[Step], Mapping[str, str]]:
-    """Let each mode check and normalise its step, in the environment that the modes before it make.
-
-    Returns the steps and the environment after the last of them.
-    """
+    """Let each mode check and normalise its step; return the steps and the environment that they make."""
     steps: list[Step] = []
     for step in request.steps:
         mode = MODES[step.mode]
@@ -2901,8 +2804,7 @@ def write_bytecode(python: str, script: str, host: Host) -> str:
         os.umask(umask)
     if host.output([python, "-I", "-S", "-c", ASK_BYTECODE, script], {}).status != 3:
         return ""
-    cache = os.path.join(os.path.dirname(script), "__pycache__")
-    return f"Python can't keep the bytecode of {script} in {cache}: each start compiles it, which takes 0.3 s"
+    return f"Python can't keep the bytecode of {script} next to it: each start takes 0.3 s to compile it"
 
 
 def kernelspec_directory(common: Mapping[str, Any]) -> str:
@@ -2935,16 +2837,12 @@ def need_jupyter(name: str) -> Any:
     from importlib import import_module
 
     if os.path.expanduser("~") == "~":
-        message = f"HOME is not set, and the system knows no user {os.getuid()}."
-        raise UserError("Your home directory is not known: " + message, "Set HOME to a directory of yours.")
+        raise UserError("Your home directory is not known.", "Set HOME to a directory of yours.")
     try:
         return import_module(name)
     except ImportError:
-        install = f"{sys.executable} -m pip install jupyter_client"
-        raise UserError(
-            f"This Python ({sys.executable}) has no jupyter_client, which setup needs.",
-            f"Install it ({install}), or call envkernel with the Python that Jupyter runs on.",
-        ) from None
+        hint = "Install it with pip, or call envkernel with the Python that Jupyter runs on."
+        raise UserError(f"This Python ({sys.executable}) has no jupyter_client.", hint) from None
 
 
 def install_kernelspec(
@@ -2955,11 +2853,7 @@ def install_kernelspec(
     directory: str = "",
     replace: bool = True,
 ) -> None:
-    """Write a kernelspec, whole or not at all.
-
-    files: what is in it beside kernel.json.  readable: others may read it, whatever the umask.
-    directory: a kernelspec whose files are copied first.  replace: one that is there may go.
-    """
+    """Write a kernelspec, whole or not at all.  directory: another one, whose files are copied first."""
     import errno
     import json
     import shutil
@@ -2992,11 +2886,8 @@ def install_kernelspec(
             shutil.rmtree(made, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and os.path.isdir(destination):
             raise name_taken(destination) from None
-        own = "--sys-prefix " if has_jupyter() else ""
-        raise UserError(
-            f"The kernelspec can't be written to {destination}: {os.strerror(error.errno or 0)}.",
-            f"Choose a place where you may write: --user (for you), {own}or --prefix=DIR.",
-        ) from None
+        message = f"The kernelspec can't be written to {destination}: {os.strerror(error.errno or 0)}."
+        raise UserError(message, "Choose a place where you may write: --user, or --prefix=DIR.") from None
     finally:
         os.umask(umask)
         if old and os.path.lexists(old) and not os.path.lexists(destination):
@@ -3012,19 +2903,16 @@ def first_missing(directory: str) -> str:
     return missing
 
 
-def has_jupyter() -> bool:
-    """Return whether the environment that envkernel runs in has a Jupyter that starts kernels."""
-    from importlib.util import find_spec
-
-    return any(map(find_spec, ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")))
-
-
 def say_installed(done: str, common: Mapping[str, Any], directory: str) -> None:
     """Report where the kernelspec is, what to do where Jupyter does not look, and how to test it."""
+    from importlib.util import find_spec
+
     from jupyter_core.paths import jupyter_path
 
+    clients = ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")
+    lonely = sys.prefix != sys.base_prefix and not any(map(find_spec, clients))
     print(f"{done} the kernel {common['name'].lower()} in {directory}")
-    if directory.startswith(sys.prefix + "/share/") and sys.prefix != sys.base_prefix and not has_jupyter():
+    if lonely and directory.startswith(sys.prefix + "/share/"):
         print(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
     elif os.path.dirname(directory) not in jupyter_path("kernels"):
         base = quoted(os.path.dirname(os.path.dirname(directory)))
@@ -3090,17 +2978,6 @@ def badge_logo(files: Mapping[str, bytes], mode: str, language: str) -> bytes:
         f"{svg_letter(escape(language[:1].upper()), 32, 32, 40, '#5a6270')}</svg>"
     )
     return logo_svg(tile.encode(), "image/svg+xml", badge)
-
-
-def own_logos(path: str, data: bytes | None) -> dict[str, bytes]:
-    """Return the logos that ``--logo FILE`` asks for; data: None if it can't be read.  Raises UserError."""
-    if data is None:
-        raise UserError(f"The logo {path} can't be read.", "Give the path of a PNG or SVG file.")
-    if b"<svg" in data[:4096]:
-        return {LOGO_SVG: data}
-    if not data.startswith(_PNG_START):
-        raise UserError(f"The logo {path} is not a PNG file and not an SVG.", "Give a PNG or SVG file.")
-    return {LOGO_SVG: logo_svg(data, "image/png"), **dict.fromkeys(LOGO_PNGS, data)}
 
 
 # ---- completion ---------------------------------------------------------------------------------

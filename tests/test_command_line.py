@@ -294,14 +294,6 @@ def test_a_name_is_suggested_once():
     assert envkernel.suggestion("--nmae", ["--name", "--name", "--net"]) == "Did you mean --name or --net?"
 
 
-def test_a_name_that_no_directory_can_have_is_refused():
-    request = Request({"name": "x" * 300}, [Step("virtualenv", {}, ["/v"])])
-    with pytest.raises(UserError) as caught:
-        envkernel.check_request(request)
-    assert caught.value.status == 2
-    assert "300 characters" in caught.value.message
-
-
 def test_a_later_mode_without_its_target_is_not_told_of_a_name():
     error = refused("slurm", "--name=x", "--", "conda")
     assert error.message == "conda needs PREFIX-OR-NAME."

@@ -56,27 +56,22 @@ def test_png_files_are_copied_unchanged():
 
 
 def test_the_users_own_logo_replaces_all():
-    assert envkernel.own_logos("x.svg", SVG) == {"logo-svg.svg": SVG}
-    logos = envkernel.own_logos("x.png", PNG)
+    class Files(envkernel.Host):
+        def read(self, path):
+            return {"/x.png": PNG, "/x.svg": SVG, "/x.gif": b"GIF89a"}.get(path)
+
+    bare = envkernel.Kernel([])
+    assert envkernel.logo_files(bare, "conda", "/x.svg", Files()) == {"logo-svg.svg": SVG}
+    logos = envkernel.logo_files(bare, "conda", "/x.png", Files())
     shown = ET.fromstring(logos.pop("logo-svg.svg"))
     assert [element.get("href") for element in shown] == [
         "data:image/png;base64," + base64.b64encode(PNG).decode()
     ]
     assert logos == {"logo-32x32.png": PNG, "logo-64x64.png": PNG}
     kernel = envkernel.Kernel([], files={"logo-svg.svg": SVG, "kernel.js": b"js"})
-
-    class Files(envkernel.Host):
-        def read(self, path):
-            return {"/x.png": PNG}.get(path)
-
     made = envkernel.logo_files(kernel, "conda", "/x.png", Files())
     assert sorted(made) == ["kernel.js", "logo-32x32.png", "logo-64x64.png", "logo-svg.svg"]
     assert base64.b64encode(PNG) in made["logo-svg.svg"], "else the logo of a template would be preferred"
-    with pytest.raises(envkernel.UserError, match="can't be read"):
-        envkernel.logo_files(kernel, "conda", "/none.png", Files())
-
-
-def test_a_logo_of_another_kind_is_refused():
-    with pytest.raises(envkernel.UserError, match="not a PNG file") as error:
-        envkernel.own_logos("x.gif", b"GIF89a")
-    assert error.value.hint == "Give a PNG or SVG file."
+    for path in ("/none.png", "/x.gif"):
+        with pytest.raises(envkernel.UserError, match="can't be read as PNG or SVG"):
+            envkernel.logo_files(kernel, "conda", path, Files())
