@@ -129,10 +129,7 @@ def explain(program: str, said: str, **names: str) -> UserError | None:
 
 
 def no_environment(what: str, path: str, host: Host, hint: str) -> UserError:
-    """Return the error for a path that is no environment of the wanted kind, with where there is one.
-
-    what: "conda environment" or "virtualenv".  hint: what to do where nothing is there.
-    """
+    """Return the error for a path that is no "conda environment" or "virtualenv", with where there is one."""
     closed = path + ("/bin/activate" if what == "virtualenv" else "/conda-meta")
     while not os.path.exists(closed) and closed not in ("", "/"):
         closed = os.path.dirname(closed)
@@ -1496,7 +1493,13 @@ def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         alive = [program, "container", "inspect", "--format={{.State.Running}}", name]
         supervision.shared = Shared(alive, idle, remove, bool(step.options.get("keep")), supervision.copies)
         supervision.copies = []
-        argv = [*exec_argv(spec, program, name, options), *spec.command]
+        pid = spec.inside + "/pid"  # exec passes no signals on: a shell inside writes down the process group
+        shell = [program, "exec", name, "sh", "-c"]
+        supervision.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
+        gone = 'test ! -e "$0" || kill -s KILL -- "-$(cat "$0")" || true'
+        supervision.cleanup.append(["/bin/sh", "-c", '"$@" || true', "sh", *shell, gone, pid])
+        note = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
+        argv = [program, "exec", *options, name, *note, *spec.command]
     else:
         supervision.signal = [program, "kill", "--signal={signal}", name]
         supervision.container = name
@@ -1508,22 +1511,8 @@ def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     return plan.replace(argv=argv, environ=environ, supervision=supervision)
 
 
-def exec_argv(spec: ContainerSpec, program: str, name: str, options: Sequence[str]) -> list[str]:
-    """Return how a kernel is run in a running container, and record in `spec` how it is signalled."""
-    pid = spec.inside + "/pid"  # exec passes no signals on: a shell inside writes down the process group
-    shell = [program, "exec", name, "sh", "-c"]
-    spec.supervision.signal = [*shell, 'kill -s "$0" -- "-$(cat "$1")"', "{signal}", pid]
-    gone = 'test ! -e "$0" || kill -s KILL -- "-$(cat "$0")" || true'
-    spec.supervision.cleanup.append(["/bin/sh", "-c", '"$@" || true', "sh", *shell, gone, pid])
-    return [program, "exec", *options, name, "sh", "-c", 'echo $$ > "$0" && exec "$@"', pid]
-
-
 def identity_tokens(step: Step, spec: ContainerSpec, host: Host) -> list[str]:
-    """Return the options that let files in bound directories belong to the user, and HOME be writable.
-
-    identity: ``user`` (rootful), ``keep-id`` (rootless podman), ``keep-id:uid=X`` (there with --user=X),
-    ``root`` (rootless docker, where the container's root is the user), ``given`` (with --user=X).
-    """
+    """Return the options that let files in bound directories belong to the user, and HOME be writable."""
     who = step.options.get("identity", "given")
     uid, gid, groups = host.ids()
     tokens = ["--security-opt=label=disable"] if step.options.get("no-selinux") else []
@@ -2647,17 +2636,20 @@ def check_request(request: Request) -> None:
 def setup(
     tokens: Sequence[str], host: Host, directory: str = "", recorded: Mapping[str, str] | None = None
 ) -> int:
-    """The setup phase: check what was asked for, then write the kernelspec, or nothing (UserError).
-
-    directory, recorded: of an existing kernelspec that is written again, and variables it had recorded.
-    """
+    """Check what was asked for, then write the kernelspec, or nothing.  directory: of one that is updated."""
     request = parse_setup(tokens, host)
     common = request.common
     common.setdefault("name", derive_name(request, host))
     check_request(request)
     for name in {"prefix", "logo"} & common.keys():
         common[name] = host.absolute(common[name])
-    destination = directory or kernelspec_directory(common)
+    need_jupyter("jupyter_client.kernelspec")
+    from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
+
+    prefix = common.get("prefix") or ("sys-prefix" in common and sys.prefix)
+    base = os.path.join(prefix, "share", "jupyter") if prefix else SYSTEM_JUPYTER_PATH[0]
+    base = jupyter_data_dir() if "user" in common else base
+    destination = directory or os.path.join(base, "kernels", common["name"].lower())
     if directory:
         common["update"] = True
     elif os.path.exists(destination) and not common.get("replace"):
@@ -2684,6 +2676,8 @@ def name_taken(directory: str) -> UserError:
 
 def write_kernel(request: Request, destination: str, host: Host, environ: Mapping[str, str]) -> None:
     """Prepare the modes and the kernel of a request, then write the kernelspec, or print it (--dry-run)."""
+    import importlib.util
+
     common, script, python = request.common, os.path.abspath(__file__), os.path.normpath(sys.executable)
     steps, _ = setup_steps(request, host, environ)
     kernel, launch = prepare_kernel(request, steps, host, environ)
@@ -2703,7 +2697,17 @@ def write_kernel(request: Request, destination: str, host: Host, environ: Mappin
     replace = "replace" in common or "update" in common
     install_kernelspec(destination, spec, files, "user" not in common, kernel.directory, replace)
     write_bytecode(python, script, host)
-    say_installed("Updated" if "update" in common else "Installed", common, destination)
+    name, base = common["name"].lower(), os.path.dirname(destination)
+    print("Updated" if "update" in common else "Installed", f"the kernel {name} in {destination}")
+    clients = ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")
+    lonely = sys.prefix != sys.base_prefix and not any(map(importlib.util.find_spec, clients))
+    if lonely and destination.startswith(sys.prefix + "/share/"):
+        print(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
+    elif base not in need_jupyter("jupyter_core.paths").jupyter_path("kernels"):
+        path = quoted(os.path.dirname(base))
+        print(f"Jupyter does not look there: start it with JUPYTER_PATH={path}, or use --user.")
+    if "check" not in common:
+        print(f"Test it: {called_as()} check {name}")
 
 
 def logo_files(kernel: Kernel, mode: str, own: str, host: Host) -> dict[str, bytes]:
@@ -2807,21 +2811,8 @@ def write_bytecode(python: str, script: str, host: Host) -> str:
     return f"Python can't keep the bytecode of {script} next to it: each start takes 0.3 s to compile it"
 
 
-def kernelspec_directory(common: Mapping[str, Any]) -> str:
-    """Return the directory in which jupyter_client installs a kernel (``--user``, ``--prefix``)."""
-    need_jupyter("jupyter_client.kernelspec")
-    from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
-
-    prefix = common.get("prefix") or ("sys-prefix" in common and sys.prefix)
-    base = os.path.join(prefix, "share", "jupyter") if prefix else SYSTEM_JUPYTER_PATH[0]
-    return os.path.join(jupyter_data_dir() if "user" in common else base, "kernels", common["name"].lower())
-
-
 def installed_kernels() -> dict[str, str]:
-    """Return the directories of all kernelspecs that Jupyter finds here, by name.
-
-    As `find_kernel_specs` of jupyter_client, which takes longer to import than all that `list` asks.
-    """
+    """Return the directories of all kernelspecs, as `find_kernel_specs` (slow to import) does, by name."""
     found: dict[str, str] = {}
     ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
     for place in [*need_jupyter("jupyter_core.paths").jupyter_path("kernels"), ipython + "/kernels"]:
@@ -2901,24 +2892,6 @@ def first_missing(directory: str) -> str:
     while directory and not os.path.isdir(directory):
         missing, directory = directory, os.path.dirname(directory)
     return missing
-
-
-def say_installed(done: str, common: Mapping[str, Any], directory: str) -> None:
-    """Report where the kernelspec is, what to do where Jupyter does not look, and how to test it."""
-    from importlib.util import find_spec
-
-    from jupyter_core.paths import jupyter_path
-
-    clients = ("jupyter_server", "notebook", "nbclient", "jupyter_console", "qtconsole")
-    lonely = sys.prefix != sys.base_prefix and not any(map(find_spec, clients))
-    print(f"{done} the kernel {common['name'].lower()} in {directory}")
-    if lonely and directory.startswith(sys.prefix + "/share/"):
-        print(f"There is no Jupyter in {sys.prefix}, and no other looks there: use --user.")
-    elif os.path.dirname(directory) not in jupyter_path("kernels"):
-        base = quoted(os.path.dirname(os.path.dirname(directory)))
-        print(f"Jupyter does not look there: start it with JUPYTER_PATH={base}, or use --user.")
-    if "check" not in common:
-        print(f"Test it: {called_as()} check {common['name'].lower()}")
 
 
 # ---- logos --------------------------------------------------------------------------------------
