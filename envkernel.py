@@ -2808,7 +2808,7 @@ def write_bytecode(python: str, script: str, host: Host) -> str:
         os.umask(umask)
     if host.output([python, "-I", "-S", "-c", ASK_BYTECODE, script], {}).status != 3:
         return ""
-    return f"Python can't keep the bytecode of {script} next to it: each start takes 0.3 s to compile it"
+    return f"Python can't keep the bytecode of {script} next to it: each start compiles it (0.3 s)"
 
 
 def installed_kernels() -> dict[str, str]:
