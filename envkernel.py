@@ -7409,7 +7409,7 @@ def main(argv: Sequence[str]) -> int:
         return setup_or_manage(argv)
     except UserError as error:
         os.write(2, error_text(error))
-        return 1 if error.status in (126, 127) else error.status
+        return 1 if error.status in (126, 127) and argv[1:2] != ["run"] else error.status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has enough

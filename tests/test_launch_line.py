@@ -82,6 +82,8 @@ def test_it_becomes_the_kernel_or_says_why_not(loader, script, tmp_path):
     broken = call(script, *words[:5], "/gone", *words[6:], loader=loader)
     assert broken.returncode == 1
     assert "There is no virtualenv at /gone." in broken.stderr
+    missing = call(script, "venv", "run", str(venv), "--", "nosuchprogram", loader=loader)
+    assert missing.returncode == 127
 
 
 def test_bytecode_is_written_once_and_for_whoever_may_read_the_file(script):
