@@ -84,9 +84,17 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
             "The Docker daemon does not answer.",
             "Start it (systemctl start docker), or correct DOCKER_HOST.",
         ),
-        (("trying to connect",), "You may not talk to the Docker daemon.", "Join its group, or use podman."),
+        (
+            ("permission denied while trying to connect",),
+            "You may not talk to the Docker daemon.",
+            "Have an administrator add you to the group docker, or use podman.",
+        ),
         (("such image", "image not known"), "There is no image {image} here.", "Try: {engine} pull {image}"),
-        (("error waiting", "unexpected EOF"), "The container engine went away.", "Restart the kernel."),
+        (
+            ("error waiting for container", "unexpected EOF"),
+            "The container engine went away, and the kernel with it.",
+            "Restart the kernel when it is back.",
+        ),
         (
             ("unresolvable CDI devices", "could not select device driver"),
             "{engine} can't give the container the GPUs of this machine.",
@@ -99,22 +107,58 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
         ),
     ),
     "apptainer": (
-        (("executable file not found",), "The image {image} has no such program.", "Install it in %post."),
+        (
+            ("executable file not found",),
+            "The image {image} has no such program.",
+            "Install it in %post of the image's definition file, for example: pip install ipykernel",
+        ),
         (("mount source",), "A directory to bind does not exist.", "Create it, or leave it out."),
-        (("set working dir",), "The directory to work in is not in the container.", "Add --bind."),
-        (("format not recognized",), "{image} is no image.", "Make it again: envkernel update NAME."),
-        (("capability set",), "The engine may not take the rights it needs.", "Try: --userns."),
-        (("namespace",), "The engine may not create the namespaces of a container.", "Have them allowed."),
+        (
+            ("failed to set working directory",),
+            "The directory to work in is not in the container.",
+            "Bind it (--bind, --pwd), or name another one with --workdir.",
+        ),
+        (("image format not recognized",), "{image} is no image.", "Make it again: envkernel update NAME."),
+        (
+            ("capability set",),
+            "The engine may not take the rights that it needs here.",
+            "Let it use --userns.",
+        ),
+        (
+            ("namespace",),
+            "The engine may not create the namespaces of a container.",
+            "Have an administrator allow user namespaces, or install the engine with setuid.",
+        ),
     ),
     "srun": (
-        (("TIME LIMIT", "job: TIMEOUT"), "The {job} has reached its time limit.", "Ask for more: --time=."),
+        (
+            ("DUE TO TIME LIMIT", "job: TIMEOUT"),
+            "The {job} has reached its time limit.",
+            "Ask for more: --time=HOURS:00:00.",
+        ),
         (("NODE FAIL", "Node fail", "NODE_FAIL"), "The node of {job} has failed.", "Start the kernel again."),
         (("PREEMPT",), "The {job} had to make way for another.", "Start the kernel again."),
-        (("oom", "emory lim", "OF_MEM"), "The {job} has used more memory than it asked for.", "Use --mem=."),
-        (("revoked", "ancelled", "CANCELLED"), "The {job} was cancelled.", "Start the kernel again."),
+        (
+            ("oom", "emory lim", "OUT_OF_MEMORY"),
+            "The {job} has used more memory than it asked for.",
+            "Ask for more: --mem=8G.",
+        ),
+        (
+            ("has been revoked", "was cancelled", "Job cancelled", "CANCELLED AT", "job: CANCELLED"),
+            "The {job} was cancelled.",
+            "Start the kernel again.",
+        ),
         (("execve()",), "The node of {job} has no such Python.", "Name one that it has: --node-python=PATH."),
-        (("slurm controller", "configuration source"), "Slurm does not answer.", "Ask why `sinfo` fails."),
-        (("allocate resources:", "allocation failure: "), "Slurm refuses the job: {reason}.", "See `sinfo`."),
+        (
+            ("Unable to contact slurm controller", "configuration source"),
+            "Slurm does not answer.",
+            "Ask whether it is down; `sinfo` has to work where Jupyter runs.",
+        ),
+        (
+            ("Unable to allocate resources: ", "allocation failure: "),
+            "Slurm refuses the job: {reason}.",
+            "Change the options for srun: `sinfo -s` lists the partitions, `sinfo -Nl` what nodes have.",
+        ),
     ),
 }
 """What programs say when they fail: patterns (one is enough), message and hint; the first row counts."""
@@ -1214,7 +1258,13 @@ CONTAINER_OPTIONS = [
     Option("--pull", "When to fetch IMAGE (default: ask).", "WHEN", choices=("missing", "always", "never")),
     Option("--shared", "Run all kernels of this kernelspec in one container.", run=True),
     Option("--keep", "With --shared: leave it running after the last kernel.", run=True),
-    Option("--transport", "Kernel's sockets (default: what works).", "HOW", choices=("ipc", "tcp"), run=True),
+    Option(
+        "--transport",
+        "How the kernel is reached: unix sockets (ipc, default where setup sees that they work) or tcp.",
+        "HOW",
+        choices=("ipc", "tcp"),
+        run=True,
+    ),
     recorded("--program", "The engine's program.", "PATH"),
     recorded("--place", "Where private directories go.", "WHERE"),
     recorded("--reach", "How setup reached the kernel.", "HOW"),

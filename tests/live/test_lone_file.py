@@ -120,7 +120,7 @@ def test_the_run_phase_loads_next_to_nothing(
 
 def test_a_conda_environment_without_variables_needs_no_json(jupyter: Jupyter, tmp_path: Path) -> None:
     (tmp_path / "env" / "conda-meta").mkdir(parents=True)
-    spec = jupyter.dry_run("conda", tmp_path / "env", *PRINT_ENVIRON)
+    spec = jupyter.dry_run("conda", tmp_path / "env", *PYTHON_KERNEL)
     bare, _ = loaded([sys.executable, "-I", "-S", "-c", "pass"], jupyter.environ)
     assert loaded(spec["argv"], jupyter.environ)[0] - bare <= LOADED
 
