@@ -2850,7 +2850,7 @@ ASK_BYTECODE = (
 
 
 def write_bytecode(python: str, script: str, host: Host) -> str:
-    """Let a Python write its bytecode of envkernel.py, for whoever may read that; return what fails."""
+    """Let a Python write its bytecode of envkernel.py, readable like the file; return what fails."""
     umask = os.umask(0o022)
     try:
         host.output([*launcher(python, script), "--version"], {})

@@ -86,7 +86,7 @@ def test_it_becomes_the_kernel_or_says_why_not(loader, script, tmp_path):
     assert missing.returncode == 127
 
 
-def test_bytecode_is_written_once_and_for_whoever_may_read_the_file(script):
+def test_bytecode_is_written_once_and_for_all_who_may_read_the_file(script):
     script.chmod(0o644)
     old = os.umask(0o077)
     try:

@@ -591,7 +591,7 @@ def test_a_kernel_does_not_inherit_what_python_ignores(call, world):
     assert not int(ignored.split()[1], 16) & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)
 
 
-def test_whoever_reads_the_list_may_stop_reading(call, world):
+def test_a_reader_of_the_list_may_stop_reading(call, world):
     call("virtualenv", "--name=x", "--user", "bare", *TRUE)
     done = subprocess.run(
         f"{sys.executable} {SCRIPT} -h | true", shell=True, capture_output=True, check=False, text=True
