@@ -1148,7 +1148,7 @@ def resolve_program(plan: Plan, host: Host) -> Plan:
     pythons = [name for name in pythons if search_program(name, search, host)]
     if is_python(program) and pythons:
         hint = f"It has {', '.join(pythons)}: choose one of them with --python."
-    elif is_python(program) and "pip install" in plan.install:  # a virtualenv's
+    elif is_python(program) and search and host.exists(os.path.dirname(search[0]) + "/pyvenv.cfg"):
         was, path = host.real_path(f"{search[0]}/{program}"), quoted(os.path.dirname(search[0]))
         again = f"python3 -m venv --clear {path} && {plan.install % 'ipykernel'}"
         hint = f"Its Python is gone (it was {was}); create it again: `{again}`."
@@ -1253,18 +1253,12 @@ CONTAINER_OPTIONS = [
     Option("--mount", "As the engine's; `,copy` mounts a copy; repeatable.", "SPEC", many=True, run=True),
     Option("--gpu", "Let the kernel use this machine's GPUs.", run=True),
     Option("--engine", "Program that runs the container (default: the mode's own).", "PROGRAM", run=True),
-    Option("--build", "Build the image of this directory or FILE.def, at each update again.", "PATH"),
+    Option("--build", "Build the image of this directory or FILE.def, and again at each update.", "PATH"),
     Option("--build-option", "One argument for the engine's build; repeatable.", "TOKEN", many=True),
     Option("--pull", "When to fetch IMAGE (default: ask).", "WHEN", choices=("missing", "always", "never")),
     Option("--shared", "Run all kernels of this kernelspec in one container.", run=True),
     Option("--keep", "With --shared: leave it running after the last kernel.", run=True),
-    Option(
-        "--transport",
-        "How the kernel is reached: unix sockets (ipc, default where setup sees that they work) or tcp.",
-        "HOW",
-        choices=("ipc", "tcp"),
-        run=True,
-    ),
+    Option("--transport", "Sockets (default: ipc where it works).", "HOW", choices=("ipc", "tcp"), run=True),
     recorded("--program", "The engine's program.", "PATH"),
     recorded("--place", "Where private directories go.", "WHERE"),
     recorded("--reach", "How setup reached the kernel.", "HOW"),
@@ -1810,6 +1804,8 @@ def refuse_options(step: Step) -> None:
     if options.get("shared") and options.get("pwd") and not shown:
         hint = "Show them with --bind, for example: --bind ~/notebooks."
         raise usage_error("--pwd with --shared needs the directories of the notebooks.", hint)
+    if options.get("transport") == "tcp" and last_value(step, "--network", "--net") == "none":
+        raise usage_error("--transport=tcp needs a network.", "Leave it or --network=none out.")
 
 
 def image_tokens(step: Step, host: Host, environ: Mapping[str, str]) -> list[str]:
@@ -2041,7 +2037,7 @@ def find_transport(launch: Launch, host: Host, environ: Mapping[str, str]) -> St
     return step.replace(options={**step.options, "reach": reach})
 
 
-_URI = Option("--uri", "Where to fetch IMAGE from, at each update again.", "URI")
+_URI = Option("--uri", "Where to fetch IMAGE from, and again at each update.", "URI")
 for _name in ("docker", "podman", "singularity", "apptainer"):
     _apptainer = _name in APPTAINER_PROGRAMS
     _verb = f"{_name} exec" if _apptainer else f"{_name} run"
@@ -2083,7 +2079,7 @@ NODE_OPTIONS = [
 """Options that both cluster modes have."""
 
 # what would break the one task and its stdin and stdout, on which the agent depends
-SRUN_REFUSED = ("--multi-prog", "--ntasks", "--nodes", "--pty", "--input", "--output", "--label")
+SRUN_REFUSED = ("--multi-prog", "--ntasks", "--nodes", "--pty", "--input", "--output", "--label", "--quiet")
 
 
 if TYPE_CHECKING:
@@ -4549,6 +4545,7 @@ class Recipe(Record):
 
     directory: str
     session: int = 0  # of everything the keeper starts, 0 for none
+    boot: str = ""  # of the machine on which the session is
     started: float = 0.0  # when (time.monotonic), 0 where only files are to be removed
     cleanup: list[Sequence[str]] = []
     remove: list[str] = []
@@ -4652,9 +4649,15 @@ def read_recipe(lock: int, path: str) -> Recipe:
     """Return what the last holder of a lock file wrote into it; an empty one says what to remove."""
     text = os.pread(lock, 1 << 20, 0)
     recipe = Recipe(**from_json(text)) if text else Recipe(path[: -len(".lock")])
-    if process_stat(recipe.session):  # while a session lives, its number is no new process's
+    # while a session lives, its number is no new process's
+    if process_stat(recipe.session) or recipe.boot != boot_id():
         recipe.session = 0
     return recipe
+
+
+def boot_id() -> str:
+    """Return the number of this machine's present boot (random(4))."""
+    return (Host().read("/proc/sys/kernel/random/boot_id") or b"").decode()
 
 
 class Channel:
@@ -4801,7 +4804,7 @@ class Program:
         status = await self.keeper.exited(self.pid)
         self.over = True
         await asyncio.wait({stderr}, timeout=1)
-        if not status or not self.supervision.explain or self.keeper.wanted:
+        if not status or not self.supervision.explain or self.keeper.end_requested:
             return status, None
         said = self.keeper.tail.decode("utf-8", "replace")
         return status, await self.keeper.aside(self.supervision.explain, status, said, self.host)
@@ -4880,10 +4883,10 @@ class Service(Children):
         self.connection: Mapping[str, Any] = supervision.connection
         self.front: Front | None = None
         self.cleaning: asyncio.Future[None] | None = None
-        self.wanted = False  # the end of the kernel is
+        self.end_requested = False
         self.membership: Membership | None = None
         self.locks: list[int] = []  # the private directory's, then those of the membership
-        self.recipe = Recipe(supervision.directory, os.getpid(), 0.0, supervision.cleanup)
+        self.recipe = Recipe(supervision.directory, os.getpid(), boot_id(), 0.0, supervision.cleanup)
         self.recipe.remove = [*supervision.remove, *(copy for _, copy in supervision.copies)]
         self.recipe.shared = vars(supervision.shared) if supervision.shared else None
         self.recipe.container, self.recipe.log = supervision.container, launch.options.get("log", "")
@@ -4947,7 +4950,7 @@ class Service(Children):
         import asyncio
 
         plan, said = self.program.plan, self.tail.decode("utf-8", "replace").strip()
-        if self.wanted:
+        if self.end_requested:
             reason = None
         elif not self.answered(status):
             reason = reason or ended_error(status, plan.where, said, plan.install)
@@ -5093,8 +5096,8 @@ class Keeper(Service):
             elif ends and (self.program.linger or self.program.over):
                 self.leave(-number)
             elif number != signal.SIGINT or not (self.front and self.front.interrupt()):
-                if ends and not self.wanted:
-                    self.wanted = True
+                if ends and not self.end_requested:
+                    self.end_requested = True
                     self.loop.call_later(self.GRACE, self.leave, -15)
                 self.program.send_signal(number)
 
@@ -5135,7 +5138,7 @@ class Keeper(Service):
             arrival.cancel()
             return False
         self.channel, message = arrival.result()
-        self.tail, self.wanted = b"", False
+        self.tail, self.end_requested = b"", False
         self.leaving.clear()
         for file, own in zip(self.channel.files, (1, 2)):
             os.dup2(file, own)
@@ -5873,13 +5876,15 @@ class Submission:
     def on_stderr(self, text: bytes) -> bytes:
         """Learn from the program's stderr how the job stands; return it, to be passed on."""
         self.keeper.on_stderr(text)
+        if self.agent.done():  # from now on a kernel's words are among it
+            return text
         number, waits, state = self.job.read_state(self.keeper.tail.decode(errors="replace"), self.id)
         if number != self.id:
             self.note_id(number)
         if waits and not self.waits:
             self.watching = self.keeper.loop.create_task(self.watch_queue())
         self.waits = waits
-        if state not in ("", self.state) and self.keeper.front and not self.agent.done():
+        if state not in ("", self.state) and self.keeper.front:
             self.state = state
             self.keeper.front.wait(state)
         return text
@@ -5929,8 +5934,12 @@ class Submission:
         stdin, _ = await self.feeding
         if not stdin.is_closing():
             stdin.abort()
-        # while the job does not wait, the agent may be about to start, and to see the end of stdin
-        seconds = GRACE + 1 if link.control else max(self.job.grace, 0 if self.waits else 2)
+        if link.is_lost:
+            seconds = 0.0
+        elif link.control:
+            seconds = GRACE + 1
+        else:  # while the job does not wait, the agent may be about to start, and to see the end of stdin
+            seconds = max(self.job.grace, 0 if self.waits else 2)
         await asyncio.wait({self.exit}, timeout=seconds)
         if not self.exit.done():
             send_signals([self.pid], 15)
@@ -5956,6 +5965,7 @@ class AgentLink:
         self.job, self.secret, self.keeper = job, bytes.fromhex(secret), keeper
         self.place: dict[str, Any] = {}
         self.control: asyncio.StreamWriter | None = None
+        self.is_lost = False  # it was there and is gone
         self.tunnel: asyncio.Future[int] | None = None
 
     async def open(self, place: dict[str, Any]) -> None:
@@ -6179,7 +6189,7 @@ class JobProgram(Program):
                     self.ended.set_result(message)
         except OSError:
             message = {}
-        link.control = None
+        link.control, link.is_lost = None, True
         if silent < LOST and not (link.tunnel and link.tunnel.done()):
             return UserError(**message["problem"]) if message.get("problem") else None
         self.submission.cancel_later()

@@ -661,3 +661,16 @@ def test_misspelt_option_where_srun_finds_no_cluster() -> None:
     with pytest.raises(UserError, match="Slurm does not answer") as caught:
         envkernel.EngineOptions([[SRUN]], world, {})
     assert "sinfo" in caught.value.hint
+
+
+def test_what_a_kernel_says_is_no_news_of_its_own_job() -> None:
+    """A kernel that runs srun itself has lines of srun's on its stderr."""
+    for is_there, number in ((False, "4711"), (True, "4")):
+        submission = object.__new__(envkernel.Submission)
+        submission.keeper, submission.job, submission.id = unittest.mock.Mock(), plan({}, [], {}).job, "4"
+        submission.keeper.tail = b"srun: job 4711 queued and waiting for resources\n"
+        submission.keeper.launch.options = {}
+        submission.agent, submission.waits, submission.state = unittest.mock.Mock(), True, ""
+        submission.agent.done.return_value = is_there
+        assert submission.on_stderr(b"x") == b"x"
+        assert submission.id == number

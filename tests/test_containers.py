@@ -474,11 +474,12 @@ def test_options_of_build_and_run_find_their_places(docker: Engine) -> None:
     [
         ({"copy-workdir": True}, "--copy-workdir and --shared exclude each other"),
         ({"pwd": True}, "--pwd with --shared needs the directories"),
+        ({"transport": "tcp"}, "--transport=tcp needs a network"),
     ],
 )
 def test_what_cannot_be_combined(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        envkernel.refuse_options(Step("docker", {"shared": True, **options}, ["image"]))
+        envkernel.refuse_options(Step("docker", {"shared": True, **options}, ["image"], ["--network=none"]))
     assert caught.value.status == 2
 
 
