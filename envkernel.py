@@ -2969,7 +2969,7 @@ def svg_letter(letter: str, x: int, y: int, size: int, colour: str) -> str:
 
 
 def logo_svg(image: bytes, kind: str, badge: str = "") -> bytes:
-    """Return an SVG that shows an image, as which its scripts don't run, with a badge over it."""
+    """Return an SVG that shows an image, whose scripts do not run then, with a badge over it."""
     from base64 import b64encode
 
     return (
@@ -3245,7 +3245,7 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
             what = f"job {job}" if job else f"process {pid}" * (not contained)
             runs.setdefault(kernel.name, []).append(Running(what, [], pid, job))
     tokens = {token.lower() for words, _ in processes.values() for token in run_tokens(words)}
-    ours = [kernel.name for kernel in kernels]  # what another Jupyter runs is not ours, nor is it left
+    ours = [kernel.name for kernel in kernels]  # what another Jupyter runs is neither ours nor a leftover
     return {name: ones for name, ones in runs.items() if name in ours or "--name=" + name not in tokens}
 
 
@@ -3378,7 +3378,8 @@ def log_command(options: Mapping[str, Any], host: Host) -> int:
         raise UserError(message, "Start it once, or set JUPYTER_DATA_DIR to the one that Jupyter runs with.")
     failed = next((log for log in logs if {"not started", "reason"} & log[2].keys()), logs[0])
     texts = []
-    for log in logs if options.get("all") else [failed, logs[0]][failed is logs[0] :]:
+    newest = [] if failed is logs[0] else [logs[0]]
+    for log in logs if options.get("all") else [failed, *newest]:
         title = "The last abnormal end: " if log is failed and log is not logs[0] else ""
         state = f"running: {log[2]['running']}\n" if "running" in log[2] else ""
         texts.append(f"{title}{log[0]}\n{log[1]}{state}")
@@ -3434,7 +3435,7 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
     kernel = our_kernel(options["NAME"], host)
     try:
         link = os.path.islink(kernel.directory)
-        os.unlink(kernel.directory if link else kernel.directory + "/kernel.json")  # now it is none any more
+        os.unlink(kernel.directory if link else kernel.directory + "/kernel.json")  # delisted
         remove_tree(kernel.directory)
     except OSError as error:
         message = f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}."
@@ -4231,7 +4232,7 @@ class Supervision(Record):
     shared: Shared | None = None
     connection: dict[str, Any] = {}  # what Jupyter's connection file says
     relay: dict[str, Any] = {}  # where the kernel listens if not there; ipc: at `ip` with ``-1`` or ``:1``
-    owner: int = -1  # whom root gives the private directory to
+    owner: int = -1  # user id that gets the private directory from root; -1 for this one
     explain: Callable[[int, str, Host], UserError | None] | None = None  # (status, said, host): why it ended
 
 
@@ -4248,7 +4249,7 @@ class Shared(Record):
 class Membership:
     """This kernel's share in a shared container, held by locks: they end with who holds them.
 
-    All keepers share ``users.lock``: who gets it alone is the last.  ``start.lock`` is to start and stop.
+    All keepers share ``users.lock``: the last one can lock it alone.  ``start.lock`` is to start and stop.
     """
 
     def __init__(self, shared: Shared, directory: str, locks: Sequence[int] = ()) -> None:
@@ -4415,7 +4416,7 @@ def send_signals(pids: Sequence[int], number: int) -> None:
 
 
 def group_members(group: int) -> list[int]:
-    """Return the members of a process group but its leader and an init, which both pass signals on."""
+    """Return the members of a process group except its leader and an init, which pass signals on."""
     pids = find_processes(lambda pid: pid != group and process_stat(pid)[1:2] == [group])
     texts = [(Host().read(f"/proc/{pid}/status") or b"").partition(b"\nNSpid:")[2] for pid in pids]
     return [pid for pid, text in zip(pids, texts) if text.partition(b"\n")[0].split()[1:][-1:] != [b"1"]]
@@ -4834,7 +4835,7 @@ class Children:
         return self.loop.run_in_executor(None, call, *arguments)
 
     async def copy(self, file: int, target: int, learn: Callable[[bytes], bytes]) -> None:
-        """Pass on what `learn` returns for what a program says, to its end; a blocked target holds it up."""
+        """Pass on what `learn` returns for what a program says, to its end; a blocked target delays it."""
         import asyncio
 
         reader = asyncio.StreamReader(1 << 13)
@@ -5285,7 +5286,7 @@ HANDSHAKE = b"envkernel3"
 
 
 def announce(file: int, **place: Any) -> None:
-    """Write where the agent listens, or an ``error``, for who started this process."""
+    """Write where the agent listens, or an ``error``, for the keeper."""
     write_patiently(file, ANNOUNCES + to_json(place) + b"\n")
 
 
@@ -5757,7 +5758,7 @@ class Agent(Children):
 
 
 def memory_kills(host: Host) -> int:
-    """Return how many processes of this control group were killed for want of memory; see cgroups(7)."""
+    """Return how many processes of this control group were killed because memory ran out; see cgroups(7)."""
     for line in (host.read("/proc/self/cgroup") or b"").decode(errors="surrogateescape").splitlines():
         _, controllers, path = line.split(":", 2)
         places = {"": f"{path}/memory.events", "memory": f"/memory{path}/memory.oom_control"}
@@ -5991,7 +5992,7 @@ class AgentLink:
             place["path"] = path
         encrypted = any(name.startswith("curve") for name in self.keeper.connection)
         if not encrypted and not place["address"].startswith(("127.", "::1")):
-            text = f"What this kernel says is signed, but crosses the network to {place['node']} readable."
+            text = f"What this kernel says is signed, but crosses the network to {place['node']} unencrypted."
             text += " Set it up with --tunnel=ssh to encrypt it."
             self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
             append_log(self.keeper.launch.options.get("log", ""), text)
@@ -6454,7 +6455,7 @@ class ZmtpReader:
         if not self.is_greeted:
             greeting = bytes(buffer[: len(GREETING)])
             if greeting[:1] not in (b"", b"\xff") or greeting[9:10] not in (b"", b"\x7f"):
-                raise PeerError("no ZMTP")
+                raise PeerError("not ZMTP")
             if len(greeting) < len(GREETING):
                 return None
             if greeting[10] < 3 or greeting[12:32] != GREETING[12:32]:
@@ -6812,7 +6813,7 @@ class Client(End):
         self.parse()
 
     def on_event(self, is_command: bool, parts: list[bytes]) -> None:
-        """Answer a handshake, ping or beat of the heart, note a subscription, hand a request on."""
+        """Answer a handshake, ping or heartbeat, note a subscription, hand a request on."""
         body, front = parts[0], self.front
         if not self.hello:
             if not is_command or not body.startswith(b"\x05READY"):
@@ -7011,7 +7012,7 @@ class Mailbox:
 class Handover:
     """Passes Jupyter's clients on to the kernel.  connect: (async) returns a socket, connected with a stream.
 
-    Of those that have waited it repeats handshake and subscriptions.  These are never acknowledged, so it
+    It repeats their handshakes and subscriptions.  These are never acknowledged, so it
     sends kernel_info_requests of its own (probes) until the end of the last one has arrived on each iopub
     (behind: where it has not): then nothing is lost of what the kernel says of the messages that were kept.
     """
