@@ -89,7 +89,7 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
             "You may not talk to the Docker daemon.",
             "Have an administrator add you to the group docker, or use podman.",
         ),
-        (("such image", "image not known"), "There is no image {image} here.", "Try: {engine} pull {image}"),
+        (("such image", "not known"), "There is no image {image} here.", "Fetch it: {engine} pull {image}"),
         (
             ("error waiting for container", "unexpected EOF"),
             "The container engine went away, and the kernel with it.",
@@ -4117,10 +4117,8 @@ def log_place(name: str, environ: Environ) -> tuple[str, str]:
 
 
 def start_log(name: str, text: str, environ: Environ, file_name: str = "") -> tuple[str, str]:
-    """Write a launch log that only this user can read and forget all but the last ten.
-
-    Returns its path (empty where it can't be written), and the last one's for the same connection file.
-    """
+    """Write a launch log for this user alone and forget all but the last ten; return its path (empty where it
+    can't be written), and the last one's for the same connection file."""
     import time
 
     directory, prefix = log_place(name, environ)
@@ -4196,10 +4194,8 @@ def private_base(environ: Environ, place: str, host: Host) -> str:
 
 
 def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, Any]]:
-    """Return Jupyter's connection file: path, text and what it says.  Raises UserError.
-
-    Where nothing is being launched (`show`, setup) these are a placeholder and nothing.
-    """
+    """Return Jupyter's connection file: path, text and what it says, or a placeholder and nothing where nothing
+    is launched (`show`, setup).  Raises UserError."""
     path = launch.options.get("connection-file") or CONNECTION_FILE
     if path == CONNECTION_FILE:
         return path, b"", {}
@@ -4380,12 +4376,14 @@ def make_copies(copies: Sequence[tuple[str, str]]) -> None:
     for source, copy in copies:
         private_directory(os.path.dirname(copy))
         remove_tree(copy)
-        done = subprocess.run(["cp", "-a", source, copy], stdin=subprocess.DEVNULL, capture_output=True)
+        argv, null = ["env", "LC_ALL=C", "cp", "-a", source, copy], subprocess.DEVNULL
+        done = subprocess.run(argv, stdin=null, capture_output=True)
         if done.returncode:
             remove_tree(copy)
             hint = "Free some space, point TMPDIR to a larger disk, or bind the directory without copying it."
-            reason = os.fsdecode(done.stderr).partition("\n")[0].rpartition(": ")[2]
-            raise UserError(f"{source} can't be copied to {copy}: {reason}.", hint)
+            said, _, reason = os.fsdecode(done.stderr).partition("\n")[0].rpartition(": ")
+            path = said.partition("'")[2].rpartition("'")[0].replace(copy, source, 1) or source
+            raise UserError(f"{path} can't be copied to {copy}: {reason}.", hint)
 
 
 def process_stat(pid: int) -> list[int]:
@@ -6749,6 +6747,8 @@ def answer(kind: str, request: Json, kernel: KernelProfile, failure: Failure | N
         return None
     if kind == "comm_open":  # the protocol's answer where nobody is at the other end
         return "", {}, [("comm_close", {"comm_id": request.get("comm_id", ""), "data": {}})]
+    if kind == "debug_request":
+        return reply, {}, []
     if kind != "execute_request":
         return ("", {}, []) if reply == kind else (reply, {"status": "error", **failure.error}, [])
     code, is_silent = request.get("code", ""), request.get("silent")
@@ -6889,7 +6889,7 @@ class Mailbox:
         self.size = 0  # of what is kept
         self.cells: list[Json] = []  # headers of executions that show what the launch waits for
         self.failure: Failure | None = None
-        self.has_subscriber = False  # before, only control is answered: clients connect in any order
+        self.has_subscriber = False  # before (but at most 2 s), only control is answered: see `take`
 
     def take(self, client: Client, message: Message) -> None:
         """Answer a message, keep it or hand it to the kernel."""
@@ -6899,7 +6899,9 @@ class Mailbox:
             if not front.notice:
                 front.update()
             return
-        if not self.has_subscriber and client.stream != CONTROL:
+        if not self.has_subscriber and client.stream != CONTROL:  # a client connects in any order
+            if not self.kept:  # after a restart it subscribes again only when it reads
+                front.loop.call_later(2, self.open)
             self.keep(client, message)
             return
         if kind == "interrupt_request":
@@ -6952,6 +6954,7 @@ class Mailbox:
 
     def open(self) -> None:
         """Answer, or keep for the kernel alone, what has waited for a subscriber or for the failure."""
+        self.has_subscriber = True
         for client, message in self.empty():
             self.take(client, message)
 
@@ -6970,7 +6973,6 @@ class Mailbox:
         for header in self.cells:
             self.show_state("display_data", header, [client])
         if not self.has_subscriber:
-            self.has_subscriber = True
             self.open()
 
     def forward(self, client: Client, message: Message) -> None:

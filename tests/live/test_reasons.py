@@ -449,7 +449,8 @@ def test_a_port_that_is_taken_is_no_traceback(jupyter, gone):
 
 
 def test_the_good_path_loads_none_of_it(jupyter, kernel_venv):
-    spec = jupyter.setup("virtualenv", "good", kernel_venv, "--", "/bin/echo", "{connection_file}")
+    command = ["--", sys.executable, "-c", "pass", "{connection_file}"]
+    spec = jupyter.setup("virtualenv", "good", kernel_venv, *command)
     argv = [*spec["argv"]]
     argv[1:1] = ["-X", "importtime"]
     said = subprocess.run(argv, env=jupyter.environ, capture_output=True, text=True, check=True)
