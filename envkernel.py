@@ -4194,8 +4194,8 @@ def private_base(environ: Environ, place: str, host: Host) -> str:
 
 
 def read_connection(launch: Launch, host: Host) -> tuple[str, bytes, dict[str, Any]]:
-    """Return Jupyter's connection file: path, text and what it says; a placeholder and nothing where nothing is
-    launched (`show`, setup).  Raises UserError."""
+    """Return Jupyter's connection file: path, text and what it says; a placeholder and nothing if nothing
+    is launched (`show`, setup).  Raises UserError."""
     path = launch.options.get("connection-file") or CONNECTION_FILE
     if path == CONNECTION_FILE:
         return path, b"", {}
