@@ -5990,7 +5990,7 @@ class AgentLink:
             place["path"] = path
         encrypted = any(name.startswith("curve") for name in self.keeper.connection)
         if not encrypted and not place["address"].startswith(("127.", "::1")):
-            text = f"What this kernel says is signed, but crosses the network to {place['node']} unencrypted."
+            text = f"What this kernel says is signed, but crosses the network to {place['node']} readable."
             text += " Set it up with --tunnel=ssh to encrypt it."
             self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
             append_log(self.keeper.launch.options.get("log", ""), text)
