@@ -3205,6 +3205,8 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
     modes, paths = (*APPTAINER_PROGRAMS, "docker", "podman"), path_entries(os.environ)
     engines = {search_program(mode, paths, host) or "": mode for mode in modes}
     engines.pop("", None)
+    if host.ids()[0] and not host.isdir(host.home() + "/.local/share/containers"):
+        engines = {path: mode for path, mode in engines.items() if mode != "podman"}  # it would set itself up
     instances: dict[str, str] = {}
     for kernel in kernels:
         launch = kernel.launch

@@ -23,6 +23,8 @@ class TestDocker(EngineCases):
         return docker
 
     def test_a_daemon_that_goes_and_comes_back(self, jupyter: Jupyter, python_rootfs: Path) -> None:
+        if os.getuid():
+            missing("root")
         with short_directory("docker") as directory, Daemon(directory, "ekdown").running() as daemon:
             engine = Docker(daemon)
             engine.add_image(python_rootfs, "python")

@@ -18,6 +18,7 @@ from typing import Any, Iterator
 import psutil
 import pytest
 
+from support import missing
 from support.containers import short_directory
 from support.jupyter import Jupyter, Kernel, private_jupyter, wait_for
 from support.modes import MAKERS, Mode
@@ -124,6 +125,8 @@ def answer_of(process: subprocess.Popen[str]) -> Any:
 @pytest.fixture
 def street() -> Iterator[Path]:
     """A directory that everybody can enter, as /tmp is: only what envkernel does keeps others out."""
+    if os.getuid():
+        missing("root, to be a neighbour")
     with short_directory("street") as directory:
         (directory / "tmp").mkdir()
         (directory / "tmp").chmod(0o1777)

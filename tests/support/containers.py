@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
-from support import ROOT, cache_dir
+from support import ROOT, cache_dir, missing
 
 
 class Engine:
@@ -99,6 +99,8 @@ class PlainUser:
     """
 
     def __init__(self, directory: Path, environ: dict[str, str]) -> None:
+        if os.getuid():
+            missing("root, to be somebody else")
         self.hold = directory / "etc"
         self.hold.mkdir(parents=True)
         self.home = directory / "home"
