@@ -6903,7 +6903,7 @@ class Mailbox:
             return
         if not self.has_subscriber and client.stream != CONTROL:  # a client connects in any order
             if not self.kept:  # after a restart it subscribes again only when it reads
-                front.loop.call_later(2, self.open)
+                front.loop.call_later(2, self.open, True)
             self.keep(client, message)
             return
         if kind == "interrupt_request":
@@ -6954,8 +6954,10 @@ class Mailbox:
         kept, self.kept, self.cells, self.size = self.kept, [], [], 0
         return kept
 
-    def open(self) -> None:
+    def open(self, first: bool = False) -> None:
         """Answer, or keep for the kernel alone, what has waited for a subscriber or for the failure."""
+        if first and self.has_subscriber:
+            return
         self.has_subscriber = True
         for client, message in self.empty():
             self.take(client, message)
@@ -6974,8 +6976,7 @@ class Mailbox:
         client.write(zmtp_message(self.front.session.encode("iopub_welcome", welcome, {}, [topic])))
         for header in self.cells:
             self.show_state("display_data", header, [client])
-        if not self.has_subscriber:
-            self.open()
+        self.open(first=True)
 
     def forward(self, client: Client, message: Message) -> None:
         """Hand a message to the kernel; the front's own connection takes those of clients that have left."""
