@@ -52,6 +52,24 @@ def done(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     return result
 
 
+def free_subnet(number: int) -> str:
+    """Return the first three numbers of a /24 network that this machine does not use.
+
+    number: below 4, another for each network of a process.
+    """
+    used = done("ip", "-4", "address").stdout + done("ip", "-4", "route").stdout
+    first = os.getpid() * 4 + number
+    subnets = (f"10.{213 + index // 256 % 8}.{index % 256}" for index in range(first, first + 512, 64))
+    return next(subnet for subnet in subnets if f" {subnet}." not in f" {used}".replace("\n", " "))
+
+
+def describe_machine() -> str:
+    """Return what may explain that a kernel is not reached: addresses, routes and who listens."""
+    argvs = (["ip", "-br", "address"], ["ip", "neighbour"], ["ip", "route"], ["ss", "-ltnpH"])
+    said = [subprocess.run(argv, capture_output=True, text=True, check=False).stdout for argv in argvs]
+    return "\n".join(said)
+
+
 def read_environ(raw: bytes) -> dict[str, str]:
     """Return what ``env -0`` printed, or /proc/PID/environ holds, as a dictionary."""
     return dict(os.fsdecode(entry).partition("=")[::2] for entry in raw.split(b"\0") if entry)

@@ -12,7 +12,7 @@ from typing import Iterator
 
 import pytest
 
-from support import done, missing
+from support import done, free_subnet, missing
 from support.containers import Engine, short_directory
 from support.images import make_rootfs
 
@@ -64,16 +64,12 @@ class Daemon:
     @contextlib.contextmanager
     def running(self) -> Iterator[Daemon]:
         """Have the daemon with its network run for as long as the context lasts."""
-        done("ip", "link", "add", "name", self.bridge, "type", "bridge")
+        number = 1 + (self.bridge != f"ek{os.getpid()}")
+        # an address of its own: else it is that of the last container, and others lose the way to it
+        mac = "02:00:5e:{:02x}:{:02x}:{:02x}".format(number, *(os.getpid() % 65536).to_bytes(2, "big"))
+        done("ip", "link", "add", "name", self.bridge, "address", mac, "type", "bridge")
         try:
-            done(
-                "ip",
-                "address",
-                "add",
-                f"10.{213 + len(self.bridge) % 8}.{os.getpid() % 250}.1/24",
-                "dev",
-                self.bridge,
-            )
+            done("ip", "address", "add", f"{free_subnet(number)}.1/24", "dev", self.bridge)
             done("ip", "link", "set", self.bridge, "up")
             self.start()
             yield self

@@ -20,7 +20,7 @@ import pytest
 from jupyter_client import BlockingKernelClient, KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 
-from support import SCRIPT, read_environ
+from support import SCRIPT, describe_machine, read_environ
 
 MARK = "ENVKERNEL_TEST_MARK"
 
@@ -330,7 +330,11 @@ class Jupyter:
         client = manager.blocking_client()
         try:
             client.start_channels()
-            wait_for(client, executes=self.waits)
+            try:
+                wait_for(client, executes=self.waits)
+            except (queue.Empty, TimeoutError):
+                print(describe_machine())
+                raise
             yield Kernel(manager, client)
         finally:
             client.stop_channels()

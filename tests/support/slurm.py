@@ -21,7 +21,7 @@ from typing import Iterator, Sequence
 
 import pytest
 
-from support import missing
+from support import free_subnet, missing
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "ip", "nsenter")
 
@@ -79,7 +79,7 @@ class Slurm:
         self.dir = Path(tempfile.mkdtemp(prefix="envkernel-slurm-"))
         self.netns = f"ek{os.getpid()}"
         self.link = f"ekv{os.getpid()}"[:14]
-        subnet = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+        subnet = free_subnet(0)
         self.submit, self.far = f"{subnet}.1", f"{subnet}.2"
         self.environ = {"SLURM_CONF": str(self.dir / "slurm.conf")}
         self.own_environ = {**os.environ, **self.environ}  # a test's marks its own processes
