@@ -62,7 +62,7 @@ ANSWER = 1024
 
 
 class UserError(Exception):
-    """Something that the user can fix; `main` alone catches it.
+    """Something that the user can fix.
 
     message: one sentence that names the thing.  hint: what to do.  detail: further lines, such as what a
     program said.  status: exit status (1 fix it, 2 usage, 127 program not found).
@@ -89,7 +89,11 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
             "You may not talk to the Docker daemon.",
             "Have an administrator add you to the group docker, or use podman.",
         ),
-        (("such image", "not known"), "There is no image {image} here.", "Fetch it: {engine} pull {image}"),
+        (
+            ("No such image", "image not known"),
+            "There is no image {image} here.",
+            "Fetch it: {engine} pull {image}",
+        ),
         (
             ("error waiting for container", "unexpected EOF"),
             "The container engine went away, and the kernel with it.",
@@ -120,9 +124,9 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
         ),
         (("image format not recognized",), "{image} is no image.", "Make it again: envkernel update NAME."),
         (
-            ("capability set",),
-            "The engine may not take the rights that it needs here.",
-            "Let it use --userns.",
+            ("equesting capability set",),
+            "The engine may not take the rights that it starts containers with here.",
+            "Let it use a user namespace: --userns.",
         ),
         (
             ("namespace",),
@@ -132,12 +136,20 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
     ),
     "srun": (
         (
-            ("DUE TO TIME LIMIT", "job: TIMEOUT"),
+            ("DUE TO TIME LIMIT", "job: TIMEOUT", "job: DEADLINE"),
             "The {job} has reached its time limit.",
             "Ask for more: --time=HOURS:00:00.",
         ),
-        (("NODE FAIL", "Node fail", "NODE_FAIL"), "The node of {job} has failed.", "Start the kernel again."),
-        (("PREEMPT",), "The {job} had to make way for another.", "Start the kernel again."),
+        (
+            ("DUE TO NODE FAILURE", "Node failure", "job: NODE_FAIL", "job: BOOT_FAIL"),
+            "The node of {job} has failed.",
+            "Start the kernel again: it gets another node.",
+        ),
+        (
+            ("DUE TO PREEMPTION", "job: PREEMPTED"),
+            "The {job} had to make way for another.",
+            "Start the kernel again.",
+        ),
         (
             ("oom", "emory lim", "OUT_OF_MEMORY"),
             "The {job} has used more memory than it asked for.",
@@ -175,9 +187,9 @@ def explain(program: str, said: str, **names: str) -> UserError | None:
 def no_environment(what: str, path: str, host: Host, hint: str) -> UserError:
     """Return the error for a path that is no "conda environment" or "virtualenv", with where there is one."""
     closed = path + ("/bin/activate" if what == "virtualenv" else "/conda-meta")
-    while not os.path.exists(closed) and closed not in ("", "/"):
+    while not host.exists(closed) and closed not in ("", "/"):
         closed = os.path.dirname(closed)
-    if closed and not os.access(closed, os.X_OK if os.path.isdir(closed) else os.R_OK):
+    if closed and not host.is_readable(closed):
         message = f"You may not read {closed}, so the {what} {path} can't be used."
         return UserError(message, f"Ask its owner for the right to (ls -ld {closed}), or take another one.")
     inner = [f"{path}/{name}" for name in (".venv", "venv", "env")]
@@ -1820,12 +1832,10 @@ def image_tokens(step: Step, host: Host, environ: Mapping[str, str]) -> list[str
 
 def engine_info(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
     """Return the step with what docker, or podman by whatever name, reports that each start has to know."""
-    import json
-
     program = step.options["program"]
     said = host.output([program, "info", "--format={{json .}}"], environ)
     try:
-        info = dict(json.loads(said.out))
+        info = dict(from_json(said.out))
     except (ValueError, TypeError):
         info = {}
     if said.status or not info or info.get("ServerErrors"):
@@ -2481,10 +2491,8 @@ def known_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_kernelspec(directory: str, host: Host) -> Kernel:
     """Return the kernel of a kernelspec's directory with its files.  Raises UserError where it is broken."""
-    import json
-
     try:
-        spec = known_fields(json.loads(host.read(directory + "/kernel.json") or b""))
+        spec = known_fields(from_json(host.read(directory + "/kernel.json") or b""))
     except (ValueError, AttributeError, RecursionError):
         spec = {"argv": []}
     if not spec["argv"] or not all(isinstance(word, str) for word in spec["argv"]):
@@ -2569,14 +2577,12 @@ def choose_kernel(request: Request, plan: Plan, host: Host) -> Kernel:
 
 def describe_ipykernel(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
     """Add to an ipykernel what the environment's own one says of itself: metadata, protocol, logos."""
-    import json
-
     said = host.output([*plan.argv[: plan.argv.index("-m")], "-c", DESCRIBE_IPYKERNEL], plan.environ)
     if said.status:
         message = f"ipykernel is there but can't be loaded in {plan.where}."
         hint = f"Fix that, or install it again: {plan.install % 'ipykernel'}."
         raise UserError(message, hint, detail=os.fsdecode(said.err).strip().rpartition("\n")[2])
-    spec = json.loads(said.out.split(b"\nipykernel:")[1].splitlines()[0])
+    spec = from_json(said.out.split(b"\nipykernel:")[1].splitlines()[0])
     own = known_fields(spec)
     texts = {name: host.read(f"{spec['resources']}/{name}") for name in (*LOGO_PNGS, LOGO_SVG)}
     return kernel.replace(
@@ -3090,14 +3096,16 @@ class Installed(Record):
     spec: dict[str, Any]
     tokens: list[str]
     command: list[str] = []
+    parsed: Launch | None = None
 
     @property
     def launch(self) -> Launch:
         """The launch that it stands for, one without modes where it is broken."""
         try:
-            return launch_from_argv(self.tokens)
+            self.parsed = self.parsed or launch_from_argv(self.tokens)
         except UserError:
-            return Launch([], [])
+            self.parsed = Launch([], [])
+        return self.parsed
 
 
 def our_kernels(host: Host) -> list[Installed]:
@@ -3205,7 +3213,7 @@ def find_running(kernels: Sequence[Installed], host: Host) -> dict[str, list[Run
     modes, paths = (*APPTAINER_PROGRAMS, "docker", "podman"), path_entries(os.environ)
     engines = {search_program(mode, paths, host) or "": mode for mode in modes}
     engines.pop("", None)
-    if host.ids()[0] and not host.isdir(host.home() + "/.local/share/containers"):
+    if host.ids()[0] and not host.isdir(host.absolute("~/.local/share/containers")):
         engines = {path: mode for path, mode in engines.items() if mode != "podman"}  # it would set itself up
     instances: dict[str, str] = {}
     for kernel in kernels:
@@ -3437,7 +3445,9 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
     kernel = our_kernel(options["NAME"], host)
     try:
         link = os.path.islink(kernel.directory)
-        os.unlink(kernel.directory if link else kernel.directory + "/kernel.json")  # delisted
+        os.unlink(
+            kernel.directory if link else kernel.directory + "/kernel.json"
+        )  # Jupyter lists it no longer
         remove_tree(kernel.directory)
     except OSError as error:
         message = f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}."
@@ -3742,6 +3752,9 @@ class Host:
     def is_executable(self, path: str) -> bool:
         return os.path.isfile(path) and os.access(path, os.X_OK)
 
+    def is_readable(self, path: str) -> bool:
+        return os.access(path, os.X_OK if os.path.isdir(path) else os.R_OK)
+
     def absolute(self, path: str) -> str:
         """Return `path` absolute, ``~`` resolved, links kept."""
         try:
@@ -3860,7 +3873,7 @@ class Host:
             supervision = plan_launch(launch, self, environ).supervision
             assert supervision
             words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
-            argv = [sys.executable, "-I", "-S", os.path.abspath(__file__), *words]
+            argv = [*launcher(sys.executable, os.path.abspath(__file__)), *words]
             environ = {**environ, "JUPYTER_DATA_DIR": scratch, "JPY_PARENT_PID": str(os.getpid())}
             null = subprocess.DEVNULL
             process = subprocess.Popen(argv, 0, None, null, null, null, env=environ, start_new_session=True)
@@ -4008,7 +4021,7 @@ def bash_environ(words: Sequence[str], environ: Environ, quiet: bool) -> dict[st
 
 def run_program(argv: Sequence[str], environ: Environ, err: int | None = None) -> Output:
     """Run a program with no stdin; return what it said, on stderr too unless that goes to the file `err`."""
-    with open(_scratch_file(), "r+b") as out, open(_scratch_file(), "r+b") as said:
+    with open(scratch_file(), "r+b") as out, open(scratch_file(), "r+b") as said:
         pid = spawn(argv, environ, -1, out.fileno(), said.fileno() if err is None else err, os.getpgrp())
         status = os.waitpid(pid, 0)[1]
         out.seek(0)
@@ -4016,7 +4029,7 @@ def run_program(argv: Sequence[str], environ: Environ, err: int | None = None) -
         return Output(exit_status(status), out.read(), said.read())
 
 
-def _scratch_file() -> int:
+def scratch_file() -> int:
     """Return the descriptor of a file that nobody else sees, in memory where the system can do that."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("envkernel")
@@ -4810,8 +4823,8 @@ class Program:
         said = self.keeper.tail.decode("utf-8", "replace")
         return status, await self.keeper.aside(self.supervision.explain, status, said, self.host)
 
-    async def attach(self, connection: Mapping[str, Any]) -> None:
-        """Start the kernel again for the run process of a restart, with its connection file."""
+    async def attach(self) -> None:
+        """Start the kernel again for the run process of a restart."""
 
     async def lost(self) -> None:
         """Return when no other launch can use it any more, while it waits for one."""
@@ -5147,7 +5160,7 @@ class Keeper(Service):
         self.launch.options.update(message["options"])
         self.send_recipe(self.locks)
         self.loop.add_reader(self.channel.sock, self.receive)
-        await self.program.attach(self.connection)
+        await self.program.attach()
         return True
 
 
@@ -5431,7 +5444,7 @@ class Starter:
         if transport == "ipc":
             self.directory, self.lock = make_node_directory()
         own = node_connection(self.orders["connection"], transport, self.directory)
-        self.file = os.memfd_create("connection")
+        self.file = scratch_file()
         os.fchmod(self.file, 0o600)
         os.write(self.file, to_json(own))
         self.kernel = fork(lambda: self.become_kernel(own, launch))
@@ -6095,7 +6108,7 @@ class JobProgram(Program):
             problem = ended_error(status, where, message["tail"], self.plan.install)
         return status, problem
 
-    async def attach(self, connection: Mapping[str, Any]) -> None:
+    async def attach(self) -> None:
         """Have the agent start another kernel, now or as soon as it is there."""
         self.launches += 1
         self.expect_kernel()
@@ -6389,7 +6402,7 @@ def yarn_agent() -> NoReturn:
     text = b"".join(iter(lambda: os.read(orders, 1 << 16), b""))
     if not text:
         sys.exit(1)
-    file = os.memfd_create("agent")
+    file = scratch_file()
     write_patiently(file, own_code() + to_json({**from_json(text), "place": place}) + b"\n")
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
@@ -6521,25 +6534,23 @@ class Session:
 
     def encode(self, kind: str, content: Json, parent: Json, idents: Sequence[bytes] = ()) -> list[bytes]:
         """Return the frames of a new message.  parent: header of the message that it answers."""
-        import json
         from datetime import datetime, timezone
 
         header = {"msg_id": os.urandom(16).hex(), "session": self.name, "username": "", "version": "5.3"}
         header.update(msg_type=kind, date=datetime.now(timezone.utc).isoformat())
-        parts = [json.dumps(part).encode() for part in (header, parent, {}, content)]
+        parts = [to_json(part) for part in (header, parent, {}, content)]
         return [*idents, DELIMITER, self.signature(parts), *parts]
 
     def decode(self, parts: list[bytes]) -> Message:
         """Return a message whose signature is right.  Raises PeerError."""
         import hmac
-        import json
 
         try:
             at = parts.index(DELIMITER)
             signature, *signed = parts[at + 1 : at + 6]
             if self.key and not hmac.compare_digest(signature, self.signature(signed)):
                 raise PeerError("a wrong signature")
-            header, parent, _, content = map(json.loads, signed)
+            header, parent, _, content = map(from_json, signed)
             if not isinstance(content, dict) or not isinstance(header["msg_id"], str):
                 raise PeerError("no message of Jupyter's")
             return Message(parts, header, parent, content)
@@ -6648,18 +6659,15 @@ class KernelProfile(Record):
 
 def kernel_profile(launch: Launch, environ: Mapping[str, str]) -> KernelProfile:
     """Return what a launch and its kernel.json say of the kernel."""
-    import json
-
     name, data = launch.options.get("name", ""), data_dir(environ)
     prefix = os.path.dirname(os.path.dirname(sys.executable))  # without site, sys.prefix is not a venv's
     roots = [*environ.get("JUPYTER_PATH", "").split(os.pathsep), data, prefix + "/share/jupyter"]
     spec: Any = {}
     for root in [*filter(None, roots), "/usr/local/share/jupyter", "/usr/share/jupyter"]:
         try:
-            with open(f"{root}/kernels/{name}/kernel.json", encoding="utf-8") as file:
-                spec = json.load(file)
+            spec = from_json(Host().read(f"{root}/kernels/{name}/kernel.json") or b"")
             break
-        except (OSError, ValueError):
+        except ValueError:
             continue
     language = spec.get("language") or ("python" if "ipykernel" in " ".join(launch.command) else "")
     debugger = bool((spec.get("metadata") or {}).get("debugger"))
@@ -6707,13 +6715,10 @@ class Failure:
 
 def kernel_info(kernel: KernelProfile, failure: Failure | None) -> Json:
     """Return the content of a kernel_info_reply: the kernel's own of an earlier launch, or what is known."""
-    import json
-
     try:
         if not failure:
-            with open(kernel.cache, encoding="utf-8") as file:
-                return dict(json.load(file))
-    except (OSError, ValueError, TypeError):
+            return dict(from_json(Host().read(kernel.cache) or b""))
+    except (ValueError, TypeError):
         pass
     banner = f"The kernel {kernel.name} has not started yet. {kernel.state}"
     if failure:
@@ -7084,16 +7089,14 @@ class Handover:
 
     def on_reply(self, parts: list[bytes]) -> None:
         """Take a reply to a probe, and remember it; other messages are for clients that have left."""
-        import json
-
         message, path = self.front.session.decode(parts), self.front.kernel.cache
         if message.parent.get("msg_id") not in self.probes or self.replied.done():
             return
         self.replied.set_result(None)
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(message.content, file)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(to_json(message.content))
         except OSError:  # a full disk is no reason not to go on
             return
 
@@ -7320,13 +7323,11 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     if not path or not shows_failure(launch):
         return status
     import asyncio
-    import json
     import signal
 
     async def serve() -> None:
         parent = os.getppid()
-        with open(path, encoding="utf-8") as file:
-            front = Front(json.load(file), kernel_profile(launch, os.environ))
+        front = Front(from_json(Host().read(path) or b""), kernel_profile(launch, os.environ))
         await (listen_encrypted(front) if front.is_encrypted else front.listen())
         front.fail(error)
         shutdown = asyncio.ensure_future(front.shutdown.wait())

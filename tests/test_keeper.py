@@ -29,7 +29,7 @@ class Lingering(envkernel.Program):
 
     digest, what = "digest", "job"
 
-    async def attach(self, connection):
+    async def attach(self):
         os.kill(self.pid, 9)
         for number in range(1, 6):  # a kernel that is slow to die still listens
             os.unlink(f"{self.supervision.relay['ip']}-{number}")

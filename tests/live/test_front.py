@@ -12,7 +12,7 @@ import pexpect
 import pytest
 from nbclient import NotebookClient
 
-from support import fronted
+from support import fronted, missing
 from support.browser import Lab, Notebook
 from support.jupyter import Kernel
 
@@ -339,7 +339,7 @@ def test_jupyterlab_shows_the_state_in_the_cells(late, chromium, screenshots):
 
 def test_r(late):
     if not Path("/usr/lib/R/site-library/IRkernel").exists():
-        pytest.skip("R's kernel is not installed")
+        missing("R's kernel")
     environ = {"DELAY": "4", "KERNEL": "R --slave -e IRkernel::main() --args {}"}
     with late.kernel("late", environ) as kernel:
         assert kernel.execute("cat(6 * 7)") == ("42", None)

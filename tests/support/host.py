@@ -83,6 +83,9 @@ class FakeHost(envkernel.Host):
     def is_executable(self, path):
         return path in self.programs
 
+    def is_readable(self, path):
+        return True
+
     def absolute(self, path):
         return os.path.normpath(os.path.join(self.cwd, path.replace("~", "/home/me", 1)))
 
