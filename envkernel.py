@@ -193,12 +193,13 @@ def no_environment(what: str, path: str, host: Host, hint: str) -> UserError:
         message = f"You may not read {closed}, so the {what} {path} can't be used."
         return UserError(message, f"Ask its owner for the right to (ls -ld {closed}), or take another one.")
     inner = [f"{path}/{name}" for name in (".venv", "venv", "env")]
-    for place in (path, path.rpartition("/bin/")[0], *inner):
-        is_conda = host.isdir(place + "/conda-meta")
-        if place and (is_conda or host.exists(place + "/bin/activate")):
+    for directory in (path, path.rpartition("/bin/")[0], *inner):
+        is_conda = host.isdir(directory + "/conda-meta")
+        if directory and (is_conda or host.exists(directory + "/bin/activate")):
             mode, found = ("conda", "conda environment") if is_conda else ("virtualenv", "virtualenv")
-            message = f"{path} is a {found}, not a {what}." if place == path else f"{path} is not a {what}."
-            return UserError(message, f"Use the {found} {place}: envkernel {mode} {quoted(place)}.")
+            kind = f"a {found}, not" if directory == path else "not"
+            message = f"{path} is {kind} a {what}."
+            return UserError(message, f"Use the {found} {directory}: envkernel {mode} {quoted(directory)}.")
     if path.endswith((".yml", ".yaml")):
         hint = f"Create it first (conda env create --prefix DIR --file {quoted(path)}), then give DIR."
         return UserError(f"{path} describes an environment, it is none.", hint)
@@ -293,7 +294,7 @@ class Plan(Record):
     install: str = "install %s"  # how to do so there
     supervision: Supervision | None = None
     given: dict[str, str] = {}  # the variables of --env
-    probe: list[str] = []  # how a command is run once in a container; empty for none
+    run_once: list[str] = []  # how a command is run once in a container; empty for none
     job: Job | None = None  # on a cluster
 
 
@@ -407,8 +408,8 @@ def option_tokens(
 
 def split_chain(tokens: Sequence[str]) -> tuple[list[str], list[str] | None]:
     """Return what is before the first ``--`` and what is after it; None where there is no ``--``."""
-    place = list(tokens).index("--") if "--" in tokens else len(tokens)
-    return list(tokens[:place]), list(tokens[place + 1 :]) if place < len(tokens) else None
+    end = list(tokens).index("--") if "--" in tokens else len(tokens)
+    return list(tokens[:end]), list(tokens[end + 1 :]) if end < len(tokens) else None
 
 
 def launch_from_argv(tokens: Sequence[str]) -> Launch:
@@ -956,12 +957,12 @@ def plan_virtualenv(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     if text is None or host.isdir(path + "/conda-meta"):
         hint = f"Create it (python3 -m venv {quoted(path)}, or envkernel virtualenv --create)."
         raise no_environment("virtualenv", path, host, hint)
-    for place in (path, host.real_path(path)):  # older creators wrote it without quoting
-        bare = text.replace(os.fsencode(quoted(place)), b"")
-        in_double = any(c in place for c in '$`"') or place.endswith("\\")
-        bare = bare if in_double else bare.replace(os.fsencode(f'"{place}"'), b"")
-        bare = bare if "'" in place else bare.replace(os.fsencode(f"'{place}'"), b"")
-        if (in_double or "'" in place) and os.fsencode(place) in bare:
+    for spelled in (path, host.real_path(path)):  # older creators wrote it without quoting
+        bare = text.replace(os.fsencode(quoted(spelled)), b"")
+        in_double = any(c in spelled for c in '$`"') or spelled.endswith("\\")
+        bare = bare if in_double else bare.replace(os.fsencode(f'"{spelled}"'), b"")
+        bare = bare if "'" in spelled else bare.replace(os.fsencode(f"'{spelled}'"), b"")
+        if (in_double or "'" in spelled) and os.fsencode(spelled) in bare:
             hint = "Create the virtualenv again in a directory without $ ` \" and ' in its name."
             raise UserError(f"{script} does not quote the name of its directory: bash would run that.", hint)
     environ = host.source([("source", script, "")], plan.environ)
@@ -1011,15 +1012,15 @@ def module_command(environ: Mapping[str, str], host: Host) -> list[str]:
     lmod, tcl, home = (environ.get(name, "") for name in ("LMOD_CMD", "MODULES_CMD", "MODULESHOME"))
     usual = ("/usr/share/lmod/lmod", "/opt/apps/lmod/lmod", "/usr/local/lmod/lmod", "/opt/lmod/lmod")
     homes = () if tcl else (environ.get("LMOD_PKG", ""), home, *usual)
-    for place in (lmod, *(directory + "/libexec/lmod" for directory in homes)):
-        if host.is_executable(place):
-            return [place]
+    for path in (lmod, *(directory + "/libexec/lmod" for directory in homes)):
+        if host.is_executable(path):
+            return [path]
     usual = ("/usr/share/Modules", "/usr/share/modules", "/usr/local/Modules", "/opt/modules")
     directories = (*(directory + "/libexec" for directory in (home, *usual)), "/usr/lib/x86_64-linux-gnu")
-    for place in (tcl, *(directory + "/modulecmd.tcl" for directory in directories)):
-        if host.exists(place):
+    for path in (tcl, *(directory + "/modulecmd.tcl" for directory in directories)):
+        if host.exists(path):
             tclsh = search_program("tclsh", environ.get("PATH", os.defpath).split(":"), host)
-            return [place] if host.is_executable(place) else [tclsh or "/usr/bin/tclsh", place]
+            return [path] if host.is_executable(path) else [tclsh or "/usr/bin/tclsh", path]
     return []
 
 
@@ -1156,7 +1157,7 @@ def resolve_program(plan: Plan, host: Host) -> Plan:
     found = program if "/" in program else search_program(program, search, host)
     if found:
         return plan.replace(argv=[found, *plan.argv[1:]])
-    pythons = sorted({name for place in search for name in host.listdir(place) if is_python(name)})
+    pythons = sorted({name for directory in search for name in host.listdir(directory) if is_python(name)})
     pythons = [name for name in pythons if search_program(name, search, host)]
     if is_python(program) and pythons:
         hint = f"It has {', '.join(pythons)}: choose one of them with --python."
@@ -1458,9 +1459,9 @@ def use_workdir(spec: ContainerSpec, step: Step, plan: Plan, host: Host) -> None
         spec.binds.append(Bind(source, directory))
         spec.workdir = spec.workdir or directory
     if spec.supervision.connection and not spec.workdir:
-        place = "seen in the shared container" if spec.shared else "bound into a container"
+        where = "seen in the shared container" if spec.shared else "bound into a container"
         hint = "Open the notebook in a directory that --bind shows there, or leave --pwd out."
-        raise UserError(f"The notebook's directory {directory} can't be {place}.", hint)
+        raise UserError(f"The notebook's directory {directory} can't be {where}.", hint)
 
 
 def add_copy(spec: ContainerSpec, directory: str, plan: Plan, host: Host) -> str:
@@ -1529,7 +1530,7 @@ def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     user = [*identity_tokens(step, spec, host), *gpu_tokens(step, host)]
     binds = [bind_token(bind, mount=True) for bind in read_binds(step.options.get("bind", []))]
     head = [program, "run", "--rm", "--pull=never", *(["--init"] if init else [])]
-    probe = [*head, *([] if network else ["--network=none"]), *user, *binds, *step.engine, image]
+    run_once = [*head, *([] if network else ["--network=none"]), *user, *binds, *step.engine, image]
     uid = str(host.ids()[0])
     login = plan.environ.get("LOGNAME") or plan.environ.get("USER") or uid
     labels = {"": rest.options.get("name", "kernel"), ".user": login, ".uid": uid}
@@ -1563,7 +1564,7 @@ def plan_engine(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
         supervision.cleanup.append(remove)
         argv = [*head, *options, *step.engine, image, *spec.command]
     install = "RUN pip install %s (a line for its Dockerfile)"
-    plan = plan.replace(where=f"the image {image}", install=install, probe=probe, search=None)
+    plan = plan.replace(where=f"the image {image}", install=install, run_once=run_once, search=None)
     return plan.replace(argv=argv, environ=environ, supervision=supervision)
 
 
@@ -1712,7 +1713,7 @@ def plan_apptainer(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     binds = [bind_token(bind, mount=False) for bind in read_binds(step.options.get("bind", []))]
     install = "pip install %s (a line for %%post of its definition file)"
     plan = plan.replace(where=f"the image {image}", install=install, search=None)
-    plan.probe = [program, "exec", *head, *binds, image]
+    plan.run_once = [program, "exec", *head, *binds, image]
     leaks = (*_LEAKS, "JPY_", "JUPYTER")
     environ = {name: value for name, value in plan.environ.items() if not name.startswith(leaks)}
     for family in ("APPTAINER", "SINGULARITY"):
@@ -1992,7 +1993,7 @@ def container_user(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
     if step.options["identity"] != "given":
         return step
     plan = plan_engine(step, Plan([], dict(environ)), host, Launch([], []))
-    said = host.output([*plan.probe, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
+    said = host.output([*plan.run_once, "sh", "-c", "id -u; id -g; cat /proc/self/uid_map"], plan.environ)
     try:
         uid, gid, *rows = [int(word) for word in said.out.split()]
     except ValueError:  # an image without these programs
@@ -2017,9 +2018,9 @@ def container_user(step: Step, host: Host, environ: Mapping[str, str]) -> Step:
 
 def look_inside(plan: Plan, host: Host, command: Sequence[str]) -> tuple[Plan, Host]:
     """Return the plan of a kernel command as it is seen inside of its container, if any, and host there."""
-    if not plan.probe:
+    if not plan.run_once:
         return plan, host
-    world = host if isinstance(host, ImageHost) else ImageHost(host, plan.probe, plan.environ)
+    world = host if isinstance(host, ImageHost) else ImageHost(host, plan.run_once, plan.environ)
     if not world.programs:
         hint = "If the image has an entrypoint, switch it off: --entrypoint=; or use --kernel=image."
         detail = os.fsdecode(world.said.err).strip()
@@ -2799,9 +2800,9 @@ def prepare_kernel(
     """Choose the kernel and test that it could start, with the variables that the user wants it to have."""
     environ = {**environ, **encoded_variables(request)}
     seen = seen_here(steps)
-    probe = plan_launch(launch_of(request, seen, []), host, environ)
+    trial = plan_launch(launch_of(request, seen, []), host, environ)
     if request.common.get("kernel") == OWN_COMMAND:
-        if not probe.probe:
+        if not trial.run_once:
             raise usage_error("--kernel=image is for containers.", "Name the kernel: --kernel=ipykernel.")
         if seen[-1].options.get("shared") and not request.command:
             hint = "Give the kernel command after --, or leave --shared out."
@@ -2809,8 +2810,8 @@ def prepare_kernel(
         kernel = Kernel(request.command or [], request.common.get("language", "python"))
         launch = launch_of(request, seen, kernel.command)
         return kernel, launch.replace(steps=[*steps[:-1], find_transport(launch, host, environ)])
-    probe, world = look_inside(probe, host, [])
-    kernel = choose_kernel(request, probe, world)
+    trial, world = look_inside(trial, host, [])
+    kernel = choose_kernel(request, trial, world)
     launch = launch_of(request, seen, kernel.command, list(kernel.env))
     resources = {"resource-dir": kernel.directory} if kernel.directory else {}
     plan, world = look_inside(plan_launch(launch, host, environ), world, kernel.command)
@@ -2867,11 +2868,11 @@ def installed_kernels() -> dict[str, str]:
     """Return the directories of all kernelspecs, as `find_kernel_specs` (slow to import) does, by name."""
     found: dict[str, str] = {}
     ipython = os.environ.get("IPYTHONDIR") or os.path.expanduser("~/.ipython")
-    for place in [*need_jupyter("jupyter_core.paths").jupyter_path("kernels"), ipython + "/kernels"]:
-        for name in Host().listdir(place):
+    for directory in [*need_jupyter("jupyter_core.paths").jupyter_path("kernels"), ipython + "/kernels"]:
+        for name in Host().listdir(directory):
             valid = all((c.isascii() and c.isalnum()) or c in "._-" for c in name)
-            if valid and os.path.isfile(f"{place}/{name}/kernel.json"):
-                found.setdefault(name.lower(), f"{place}/{name}")
+            if valid and os.path.isfile(f"{directory}/{name}/kernel.json"):
+                found.setdefault(name.lower(), f"{directory}/{name}")
     return found
 
 
@@ -3490,7 +3491,7 @@ class Check:
         self.kernel, self.plan, self.inner, self.host = kernel, plans[0], plans[-1], host
         self.steps: list[dict[str, Any]] = []
         self.mark = os.urandom(8).hex()
-        self.probe, self.sleep = PROBES.get(kernel.spec.get("language", "python"), ("", ""))
+        self.cell, self.sleep = PROBES.get(kernel.spec.get("language", "python"), ("", ""))
 
     def step(self, name: str, action: Callable[[], Any]) -> bool:
         """Do one step, record how long it took and what went wrong; return whether it worked."""
@@ -3551,12 +3552,12 @@ class Check:
     def execute(self) -> str:
         """Let the kernel compute something and say where it works."""
         said: list[Any] = []
-        reply = self.client.execute_interactive(self.probe, timeout=30, output_hook=said.append)["content"]
+        reply = self.client.execute_interactive(self.cell, timeout=30, output_hook=said.append)["content"]
         if reply["status"] != "ok":
             return str(reply.get("evalue", "the kernel answered with an error"))
         text = "".join(str(message["content"].get("text", "")) for message in said)
         first, _, found = text.strip().partition("\n")
-        if self.probe and first != "42":
+        if self.cell and first != "42":
             return "the kernel did not print 42"
         expected = self.directories()
         if not found or not expected or os.path.realpath(found) in map(os.path.realpath, expected):
@@ -3568,7 +3569,7 @@ class Check:
         flags = ("--workdir=", "--pwd=", "--chdir=")
         chosen = [word.partition("=")[2] for word in self.inner.argv if word.startswith(flags)]
         job, step = self.plan.job, self.kernel.launch.steps[-1]
-        if not self.inner.probe:
+        if not self.inner.run_once:
             here = [os.getcwd(), *chosen]
             home = os.path.expanduser("~")  # where the node lacks the notebook's directory
             return here if not job else [*here, home] if isinstance(job, SlurmJob) else []
@@ -3868,8 +3869,8 @@ class Host:
             connection.update({name + "_port": number for number, name in enumerate(STREAMS, 1)})
             with open(path, "wb") as file:
                 file.write(to_json({**connection, "transport": "ipc", "ip": scratch + "/j"}))
-            options = {"env": [], **launch.options, "connection-file": path, "no-error-kernel": True}
-            launch = launch.replace(options=options)
+            own = {"name": "setup", "connection-file": path, "no-error-kernel": True}
+            launch = launch.replace(options={"env": [], **launch.options, **own})
             supervision = plan_launch(launch, self, environ).supervision
             assert supervision
             words = [path if word == CONNECTION_FILE else word for word in launch_to_argv(launch)]
@@ -5291,16 +5292,16 @@ def keep(program: Program, launch: Launch) -> int:
 
 ANNOUNCES = b"envkernel-agent "  # how the line begins that says where an agent listens, or an error
 PING, LOST = 5.0, 20.0  # seconds between two heartbeats, and without one until the other side counts as lost
-GRACE = 2.5  # seconds for a kernel's end: a cluster that ends a job may kill after 3
+NODE_GRACE = 2.5  # seconds for a kernel's end: a cluster that ends a job may kill after 3
 PATIENCE, SLOW_PATIENCE = 8.0, 30.0  # seconds in which the keeper has to come; the latter behind ssh or Skein
 ORDERS = len(STREAMS)  # number of the connection that carries orders, after those of the kernel's streams
 TAIL = 4000  # bytes of what a program said that are kept for an explanation
 HANDSHAKE = b"envkernel3"
 
 
-def announce(file: int, **place: Any) -> None:
+def announce(file: int, **fields: Any) -> None:
     """Write where the agent listens, or an ``error``, for the keeper."""
-    write_patiently(file, ANNOUNCES + to_json(place) + b"\n")
+    write_patiently(file, ANNOUNCES + to_json(fields) + b"\n")
 
 
 async def shake_hands(sock: socket.socket, secret: bytes, number: int = -1) -> int:
@@ -5365,24 +5366,24 @@ def starter_signals() -> set[int]:
 
 
 def agent_main(stdin: Any) -> int:
-    """What `NODE_BOOT` runs: read the orders, announce the agent's place on the file they name, serve."""
+    """What `NODE_BOOT` runs: read the orders, announce where the agent listens, serve."""
     import signal
     import socket
 
     orders = from_json(stdin.readline())
-    place = orders.get("place", 1)
+    announce_to = orders.get("announce-to", 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, starter_signals())
     node, job = node_name(os.environ), os.environ.get("SLURM_JOB_ID", "")
     try:
         listener = listen_on_node(orders, os.environ)
     except UserError as error:
-        announce(place, error=vars(error))
+        announce(announce_to, error=vars(error))
         return error.status
     address, port = listener.getsockname()[:2]
-    announce(place, address=address, port=port, node=node, job=job)
-    if place != 1:
-        os.close(place)
+    announce(announce_to, address=address, port=port, node=node, job=job)
+    if announce_to != 1:
+        os.close(announce_to)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # this file was there
     channel, agent_end = map(Channel, socket.socketpair())
     stderr, stderr_end = os.pipe()
@@ -5454,9 +5455,9 @@ class Starter:
         import signal
 
         os.setsid()
-        place = {name: connection[name] for name in connection if name.endswith(("transport", "_port"))}
-        place.update(started=number, pid=os.getpid(), directory=self.directory)
-        self.channel.send(place)
+        endpoint = {name: connection[name] for name in connection if name.endswith(("transport", "_port"))}
+        endpoint.update(started=number, pid=os.getpid(), directory=self.directory)
+        self.channel.send(endpoint)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, starter_signals())
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -5542,11 +5543,10 @@ def enter_directory(directories: Sequence[str], node: str) -> None:
 
 
 class NodeKernel:
-    """A kernel as the agent knows it.  place: what its connection file says of addresses, its pid, and the
-    ``directory`` of its unix sockets, which are opened and lose their names as soon as all are there."""
+    """A kernel on a node.  endpoint: its addresses, pid and ``directory`` of sockets, unlinked once open."""
 
-    def __init__(self, place: Mapping[str, Any]) -> None:
-        self.place, self.launch = place, place["started"]
+    def __init__(self, endpoint: Mapping[str, Any]) -> None:
+        self.endpoint, self.launch = endpoint, endpoint["started"]
         self.sockets: list[int] = []
         self.problem: dict[str, Any] | None = None
         self.killed = memory_kills(Host())
@@ -5555,11 +5555,11 @@ class NodeKernel:
         """Return a connected socket to a stream.  Raises OSError while nobody listens."""
         import socket
 
-        if self.place["transport"] == "tcp":
+        if self.endpoint["transport"] == "tcp":
             sock = tcp_socket("127.0.0.1")
-            address: Any = ("127.0.0.1", self.place[STREAMS[number] + "_port"])
+            address: Any = ("127.0.0.1", self.endpoint[STREAMS[number] + "_port"])
         else:
-            directory = self.place["directory"]
+            directory = self.endpoint["directory"]
             if not self.sockets:
                 names = sorted(os.listdir(directory), key=lambda name: name[-1])  # kernel-1 or kernel:1
                 if len(names) < len(STREAMS):
@@ -5577,7 +5577,7 @@ class NodeKernel:
 
     def signal(self, number: int) -> None:
         """Signal its process group, as Jupyter would."""
-        send_signals([-self.place["pid"]], number)
+        send_signals([-self.endpoint["pid"]], number)
 
     def explain(self, status: int) -> dict[str, Any] | None:
         """Return the problem of a kernel that has ended, None where nothing is known but its exit status."""
@@ -5591,7 +5591,7 @@ class NodeKernel:
         for file in self.sockets:
             os.close(file)
         self.sockets = []
-        remove_node_directory(self.place["directory"])
+        remove_node_directory(self.endpoint["directory"])
 
 
 class Agent(Children):
@@ -5622,9 +5622,9 @@ class Agent(Children):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, starter_signals())
         self.listener.setblocking(False)
         self.loop.add_reader(self.starter.sock, self.on_starter)
-        if "place" not in self.orders:
+        if "announce-to" not in self.orders:
             self.loop.add_reader(0, self.end)  # nothing comes on stdin but its end, when srun is gone
-        slow = self.orders["tunnel"] or "place" in self.orders
+        slow = self.orders["tunnel"] or "announce-to" in self.orders
         self.patience = self.loop.call_later(SLOW_PATIENCE if slow else PATIENCE, self.end)
         self.start_task(self.copy(self.stderr, 2, self.on_stderr))
         self.start_task(self.serve())
@@ -5760,7 +5760,7 @@ class Agent(Children):
             self.loop.remove_reader(0)
             if self.kernel:
                 self.kernel.signal(15)
-            self.loop.call_later(GRACE if self.kernel else 0, self.finish)
+            self.loop.call_later(NODE_GRACE if self.kernel else 0, self.finish)
 
     def finish(self) -> None:
         """End this process; its parent ends the kernel."""
@@ -5843,7 +5843,7 @@ def listen_on_node(orders: Mapping[str, Any], environ: Mapping[str, str]) -> soc
 
 
 class Submission:
-    """The program that holds the job.  agent: its place, once known.  state: what the job waits for."""
+    """The program that holds the job.  agent: its endpoint, once known.  state: what the job waits for."""
 
     def __init__(self, job: Job, orders: Mapping[str, Any], keeper: Keeper) -> None:
         self.job, self.keeper = job, keeper
@@ -5878,13 +5878,13 @@ class Submission:
         line, is_whole, after = after.partition(b"\n")
         if not is_whole:
             return b""
-        place = from_json(line)
-        if "error" in place:
-            self.agent.set_exception(UserError(**place["error"]))
+        endpoint = from_json(line)
+        if "error" in endpoint:
+            self.agent.set_exception(UserError(**endpoint["error"]))
         else:
-            self.agent.set_result(place)
-            if place["job"] and not self.id:
-                self.note_id(place["job"])
+            self.agent.set_result(endpoint)
+            if endpoint["job"] and not self.id:
+                self.note_id(endpoint["job"])
         return before + after
 
     def on_stderr(self, text: bytes) -> bytes:
@@ -5951,7 +5951,7 @@ class Submission:
         if link.is_lost:
             seconds = 0.0
         elif link.control:
-            seconds = GRACE + 1
+            seconds = NODE_GRACE + 1
         else:  # while the job does not wait, the agent may be about to start, and to see the end of stdin
             seconds = max(self.job.grace, 0 if self.waits else 2)
         await asyncio.wait({self.exit}, timeout=seconds)
@@ -5977,22 +5977,22 @@ class AgentLink:
 
     def __init__(self, job: Job, secret: str, keeper: Keeper) -> None:
         self.job, self.secret, self.keeper = job, bytes.fromhex(secret), keeper
-        self.place: dict[str, Any] = {}
+        self.endpoint: dict[str, Any] = {}
         self.control: asyncio.StreamWriter | None = None
         self.is_lost = False  # it was there and is gone
         self.tunnel: asyncio.Future[int] | None = None
 
-    async def open(self, place: dict[str, Any]) -> None:
+    async def open(self, endpoint: dict[str, Any]) -> None:
         """Open the connection for orders, through a tunnel where one is wanted.  Raises UserError."""
         import asyncio
 
-        self.place = place
+        self.endpoint = endpoint
         if self.job.tunnel:
             path = self.keeper.supervision.directory + "/tunnel"
             flags = ["-oBatchMode=yes", "-oExitOnForwardFailure=yes", "-oStreamLocalBindMask=0177"]
-            way = f"{path}:127.0.0.1:{place['port']}"
+            way = f"{path}:127.0.0.1:{endpoint['port']}"
             err, err_end = os.pipe()
-            argv = [self.job.tunnel, "-N", "-T", *flags, "-oServerAliveInterval=5", "-L", way, place["node"]]
+            argv = [self.job.tunnel, "-NT", *flags, "-oServerAliveInterval=5", "-L", way, endpoint["node"]]
             pid = spawn(argv, self.job.environ, out=err_end, err=err_end)
             os.close(err_end)
             self.copy = asyncio.ensure_future(self.keeper.copy(err, 2, self.keeper.on_stderr))
@@ -6002,10 +6002,10 @@ class AgentLink:
                     await asyncio.wait({self.copy}, timeout=1)
                     raise self.tunnel_error()
                 await asyncio.sleep(0.05)
-            place["path"] = path
+            endpoint["path"] = path
         encrypted = any(name.startswith("curve") for name in self.keeper.connection)
-        if not encrypted and not place["address"].startswith(("127.", "::1")):
-            text = f"What this kernel says is signed, but crosses the network to {place['node']} readable."
+        if not encrypted and not endpoint["address"].startswith(("127.", "::1")):
+            text = f"What this kernel says is signed, but crosses the network to {endpoint['node']} readable."
             text += " Set it up with --tunnel=ssh to encrypt it."
             self.keeper.aside(write_patiently, 2, f"envkernel: {text}\n".encode())
             append_log(self.keeper.launch.options.get("log", ""), text)
@@ -6018,14 +6018,15 @@ class AgentLink:
                 await asyncio.sleep(pause)
         hint = "Let the kernel come through ssh (--tunnel=ssh), or ask which ports are open between "
         hint += "this host and the nodes and give --node-ports=FIRST-LAST."
-        raise UserError("The node {node} can't be reached at {address}, port {port}.".format(**place), hint)
+        message = "The node {node} can't be reached at {address}, port {port}."
+        raise UserError(message.format(**endpoint), hint)
 
     async def connect(self, number: int) -> socket.socket:
         """Return a connection to the agent that has proved itself.  Raises OSError."""
         import asyncio
         import socket
 
-        address: Any = self.place.get("path") or (self.place["address"], self.place["port"])
+        address: Any = self.endpoint.get("path") or (self.endpoint["address"], self.endpoint["port"])
         sock = socket.socket(socket.AF_UNIX) if isinstance(address, str) else tcp_socket(address[0])
         sock.setblocking(False)
         try:
@@ -6104,7 +6105,7 @@ class JobProgram(Program):
         message = self.ended.result()
         status, problem = message["ended"], message["problem"] and UserError(**message["problem"])
         if not problem and not self.keeper.answered(status):
-            where = f"{self.plan.where} on {self.link.place['node']}"
+            where = f"{self.plan.where} on {self.link.endpoint['node']}"
             problem = ended_error(status, where, message["tail"], self.plan.install)
         return status, problem
 
@@ -6162,7 +6163,7 @@ class JobProgram(Program):
                     await asyncio.wait({program}, timeout=3)
             if program.done():
                 return program.result()
-            message = f"The node {self.link.place['node']} broke off the connection without a word."
+            message = f"The node {self.link.endpoint['node']} broke off the connection without a word."
             said = self.keeper.tail.decode(errors="replace")
             return await self.job.explain(message, said, submission.id, submission.ask)
         except UserError as error:
@@ -6177,13 +6178,13 @@ class JobProgram(Program):
 
         limit = self.job.queue_timeout or None
         try:
-            place = await asyncio.wait_for(self.submission.agent, limit)
+            endpoint = await asyncio.wait_for(self.submission.agent, limit)
         except asyncio.TimeoutError:
             text = f"The job did not start within {limit:g} s, the --queue-timeout."
             raise UserError(text, "Try again later, or ask for less.", detail=self.submission.state) from None
         link, silent = self.link, 0.0
         message: dict[str, Any] = {}
-        await link.open(place)
+        await link.open(endpoint)
         if self.job.detached:  # the agent ends the job now, and well
             self.submission.cancel_later(False)
         if self.launches:  # restarted while the job waited
@@ -6209,7 +6210,7 @@ class JobProgram(Program):
         self.submission.cancel_later()
         if silent < LOST:
             raise link.tunnel_error()
-        text = f"The node {place['node']} has not answered for {LOST:g} s."
+        text = f"The node {endpoint['node']} has not answered for {LOST:g} s."
         raise UserError(text, "Start the kernel again; it will get another node if that one is down.")
 
 
@@ -6375,17 +6376,16 @@ def kill_application(client: Any, number: str) -> bool:
 
 
 def yarn_agent() -> NoReturn:
-    """What YARN's container runs: be the agent, by an exec that frees 30 MB.  A child fetches the orders, for
-    Skein's client needs 50 MB."""
+    """What YARN's container runs: the agent, by an exec.  A child fetches the orders: Skein needs 50 MB."""
     orders, orders_end = os.pipe()
-    place_end, place = os.pipe()
+    announced, announce_to = os.pipe()
 
     def bring_orders() -> int:
-        """Fetch the orders from the key-value store and leave the agent's place there."""
+        """Fetch the orders from the key-value store and leave there where the agent listens."""
         import importlib
         import signal
 
-        os.close(place)
+        os.close(announce_to)
         signal.alarm(120)  # nobody came
         store = importlib.import_module("skein").ApplicationClient.from_current().kv
         text = store.wait(ORDERS_KEY)
@@ -6393,20 +6393,20 @@ def yarn_agent() -> NoReturn:
         write_patiently(orders_end, text)
         os.close(orders_end)
         signal.alarm(0)
-        store[AGENT_KEY] = b"".join(iter(lambda: os.read(place_end, 1 << 16), b""))
+        store[AGENT_KEY] = b"".join(iter(lambda: os.read(announced, 1 << 16), b""))
         return 0
 
     fork(bring_orders)
     os.close(orders_end)
-    os.close(place_end)
+    os.close(announced)
     text = b"".join(iter(lambda: os.read(orders, 1 << 16), b""))
     if not text:
         sys.exit(1)
     file = scratch_file()
-    write_patiently(file, own_code() + to_json({**from_json(text), "place": place}) + b"\n")
+    write_patiently(file, own_code() + to_json({**from_json(text), "announce-to": announce_to}) + b"\n")
     os.lseek(file, 0, os.SEEK_SET)
     os.dup2(file, 0)
-    os.set_inheritable(place, True)
+    os.set_inheritable(announce_to, True)
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", NODE_BOOT])
 
 
@@ -7327,7 +7327,8 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
 
     async def serve() -> None:
         parent = os.getppid()
-        front = Front(from_json(Host().read(path) or b""), kernel_profile(launch, os.environ))
+        with open(path, "rb") as file:
+            front = Front(from_json(file.read()), kernel_profile(launch, os.environ))
         await (listen_encrypted(front) if front.is_encrypted else front.listen())
         front.fail(error)
         shutdown = asyncio.ensure_future(front.shutdown.wait())

@@ -68,7 +68,7 @@ def test_whole_plan(host: FakeHost) -> None:
         where="the image /images/a.sif",
         install="pip install %s (a line for %%post of its definition file)",
         supervision=supervision,
-        probe=[ENGINE, "exec", "--contain", "--bind=/data:/coursedata:ro", "/images/a.sif"],
+        run_once=[ENGINE, "exec", "--contain", "--bind=/data:/coursedata:ro", "/images/a.sif"],
     )
 
 

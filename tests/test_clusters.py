@@ -485,7 +485,7 @@ def serving_agent() -> tuple[envkernel.Agent, socket.socket]:
     """An agent without a kernel, and the socket on which it listens."""
     listener = envkernel.listen_on_node({"tunnel": "ssh", "node-ports": ""}, {})
     near, far = map(envkernel.Channel, socket.socketpair())
-    orders = {"secret": b"s".hex() * 32, "tunnel": "", "place": 0}
+    orders = {"secret": b"s".hex() * 32, "tunnel": "", "announce-to": 0}
     agent = envkernel.Agent(orders, listener, near, os.pipe()[0])
     agent.far = far  # it stays open
     return agent, listener
