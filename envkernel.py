@@ -145,11 +145,7 @@ KNOWN_ERRORS: dict[str, tuple[tuple[tuple[str, ...], str, str], ...]] = {
             "The node of {job} has failed.",
             "Start the kernel again: it gets another node.",
         ),
-        (
-            ("DUE TO PREEMPTION", "job: PREEMPTED"),
-            "The {job} had to make way for another.",
-            "Start the kernel again.",
-        ),
+        (("DUE TO PREEMPTION", "job: PREEMPTED"), "The {job} was preempted.", "Start the kernel again."),
         (
             ("oom", "emory lim", "OUT_OF_MEMORY"),
             "The {job} has used more memory than it asked for.",
@@ -2023,8 +2019,7 @@ def look_inside(plan: Plan, host: Host, command: Sequence[str]) -> tuple[Plan, H
     world = host if isinstance(host, ImageHost) else ImageHost(host, plan.run_once, plan.environ)
     if not world.programs:
         hint = "If the image has an entrypoint, switch it off: --entrypoint=; or use --kernel=image."
-        detail = os.fsdecode(world.said.err).strip()
-        raise UserError(f"No shell can be run in {plan.where}.", hint, 1, detail)
+        raise UserError(f"No shell can be run in {plan.where}.", hint, 1, os.fsdecode(world.said.err).strip())
     return plan.replace(argv=list(command), search=world.search), world
 
 
@@ -2474,8 +2469,9 @@ OWN_COMMAND = "image"
 """Name of the kernel (``--kernel=image``) that is whatever the image itself starts."""
 
 DESCRIBE_IPYKERNEL = (
-    "import json, ipykernel.kernelapp; from ipykernel.kernelspec import get_kernel_dict, RESOURCES; "
-    "print('\\nipykernel:' + json.dumps(dict(get_kernel_dict(), resources=RESOURCES)))"
+    "import json, pathlib, ipykernel.kernelapp; from ipykernel.kernelspec import get_kernel_dict, RESOURCES; "
+    "logos = {f.name: f.read_bytes().decode('latin-1') for f in pathlib.Path(RESOURCES).glob('logo*')}; "
+    "print('\\nipykernel:' + json.dumps(dict(get_kernel_dict(), logos=logos)))"
 )
 """What the environment's own Python is asked for the metadata and logos of its ipykernel, which it loads."""
 
@@ -2585,12 +2581,12 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
         raise UserError(message, hint, detail=os.fsdecode(said.err).strip().rpartition("\n")[2])
     spec = from_json(said.out.split(b"\nipykernel:")[1].splitlines()[0])
     own = known_fields(spec)
-    texts = {name: host.read(f"{spec['resources']}/{name}") for name in (*LOGO_PNGS, LOGO_SVG)}
+    logos = {name: text for name, text in spec["logos"].items() if name in (*LOGO_PNGS, LOGO_SVG)}
     return kernel.replace(
         metadata={**own["metadata"], **kernel.metadata},
         interrupt_mode=kernel.interrupt_mode or own["interrupt_mode"],
         protocol=own["kernel_protocol_version"],
-        files={**{name: text for name, text in texts.items() if text is not None}, **kernel.files},
+        files={**{name: text.encode("latin-1") for name, text in logos.items()}, **kernel.files},
     )
 
 
@@ -3959,7 +3955,8 @@ class ImageHost(Host):
         return any(file.startswith(path + "/") for file in self.files)
 
     def is_executable(self, path: str) -> bool:
-        return path in self.programs or not self.output(["test", "-x", path], {}).status
+        listed = path in self.programs or os.path.dirname(path) in self.search
+        return path in self.programs if listed else not self.output(["test", "-x", path], {}).status
 
     def listdir(self, path: str) -> list[str]:
         start = path + "/"
@@ -4567,6 +4564,7 @@ class Recipe(Record):
     shared: dict[str, Any] | None = None
     container: str = ""
     log: str = ""  # path of the launch log
+    created: bool = False  # the kernel has listened: no engine is still about to create anything
 
 
 def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
@@ -4581,7 +4579,7 @@ def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
         remove_tree(path)
         remove_empty(os.path.dirname(path))
     os.close(locks[0])
-    interrupted = killed and time.monotonic() - recipe.started < 10
+    interrupted = killed and not recipe.created and time.monotonic() - recipe.started < 10
     if recipe.shared:
         shared = Membership(Shared(**recipe.shared), os.path.dirname(recipe.directory), locks[1:])
         shared.leave(environ, interrupted or not recipe.started)
@@ -4954,6 +4952,7 @@ class Service(Children):
                     nested = False
                 try:
                     await front.go_live(self.program.connect)
+                    self.recipe.created = True
                 except OSError:  # the kernel went away meanwhile
                     await asyncio.sleep(0.1)
             await self.loop.create_future()
@@ -5064,8 +5063,7 @@ class Keeper(Service):
     def send_recipe(self, locks: Sequence[int] = ()) -> bool:
         """Write the recipe where kernels can't, and send it; return whether anybody received it."""
         if not self.recipe.shared:
-            text = to_json(vars(self.recipe))
-            os.ftruncate(self.locks[0], os.pwrite(self.locks[0], text, 0))
+            os.ftruncate(self.locks[0], os.pwrite(self.locks[0], to_json(vars(self.recipe)), 0))
         return self.channel.send({"recipe": vars(self.recipe)}, locks)
 
     async def serve(self) -> None:
@@ -6106,8 +6104,7 @@ class JobProgram(Program):
         status, problem = message["ended"], message["problem"] and UserError(**message["problem"])
         if not problem and not self.keeper.answered(status):
             where = f"{self.plan.where} on {self.link.endpoint['node']}"
-            problem = ended_error(status, where, message["tail"], self.plan.install)
-        return status, problem
+        return status, ended_error(status, where, message["tail"], self.plan.install)
 
     async def attach(self) -> None:
         """Have the agent start another kernel, now or as soon as it is there."""
@@ -7488,8 +7485,7 @@ def main(argv: Sequence[str]) -> int:
 def error_text(error: UserError) -> bytes:
     """Return an error as lines for stderr: what is wrong, what a program said, what to do."""
     lines = [f"envkernel: {error.message}", error.detail, f"  {error.hint}" if error.hint else ""]
-    text = "".join(line.rstrip("\n") + "\n" for line in lines if line)
-    return text.encode(errors="surrogateescape")
+    return "".join(line.rstrip("\n") + "\n" for line in lines if line).encode(errors="surrogateescape")
 
 
 def command() -> int:

@@ -293,9 +293,9 @@ def test_where_no_directory_can_be_made_nothing_is_renamed(tmp_path, monkeypatch
 
 
 def test_ipykernel_is_asked_for_its_metadata_and_logos():
-    spec = {"argv": ["x"], "language": "python", "metadata": {"debugger": True}, "resources": "/r"}
+    spec = {"argv": ["x"], "language": "python", "metadata": {"debugger": True}}
+    spec["logos"] = {"logo-svg.svg": "s\xe9", "logo-other": ""}
     host = FakeHost(
-        {"/r/logo-svg.svg": b"svg", "/r/other": b""},
         answers={
             ("/e/python", "-c", envkernel.DESCRIBE_IPYKERNEL): Output(
                 0, b"noise\nipykernel:" + json.dumps(spec).encode() + b"\nbye"
@@ -304,7 +304,7 @@ def test_ipykernel_is_asked_for_its_metadata_and_logos():
     )
     plan = Plan(["/e/python", "-m", "ipykernel_launcher"], {})
     made = envkernel.describe_ipykernel(Kernel(["python"]), plan, host)
-    assert made == Kernel(["python"], metadata={"debugger": True}, files={"logo-svg.svg": b"svg"})
+    assert made == Kernel(["python"], metadata={"debugger": True}, files={"logo-svg.svg": b"s\xe9"})
 
 
 def test_an_ipykernel_that_cannot_be_loaded():
