@@ -5214,11 +5214,11 @@ class RunProcess:
             asyncio.run(keeper.serve())
         except UserError as error:
             keeper.channel.send({"exit": error.status, "error": vars(error)})
-        except Exception:
+        except Exception as fault:
             import traceback
 
-            write_patiently(2, traceback.format_exc().encode(errors="replace"))
-            keeper.channel.send({"exit": 1, "error": None})
+            problem = UserError(f"envkernel has failed: {fault!r}.", "Report it.", 1, traceback.format_exc())
+            keeper.channel.send({"exit": 1, "error": vars(problem)})
         try:
             keeper.channel.close()
             drop_stdio((1, 2))
@@ -6104,7 +6104,8 @@ class JobProgram(Program):
         status, problem = message["ended"], message["problem"] and UserError(**message["problem"])
         if not problem and not self.keeper.answered(status):
             where = f"{self.plan.where} on {self.link.endpoint['node']}"
-        return status, ended_error(status, where, message["tail"], self.plan.install)
+            problem = ended_error(status, where, message["tail"], self.plan.install)
+        return status, problem
 
     async def attach(self) -> None:
         """Have the agent start another kernel, now or as soon as it is there."""
