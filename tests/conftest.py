@@ -80,3 +80,19 @@ def pytest_itemcollected(item):
     """
     if item.get_closest_marker("live"):
         item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def utf8(value):
+    """Return data with each surrogate in its strings as an escape."""
+    if isinstance(value, dict):
+        return {utf8(key): utf8(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [utf8(one) for one in value]
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_report_to_serializable():
+    """Have pytest-xdist carry reports that show paths which are not UTF-8: it ends with an error there."""
+    outcome = yield
+    outcome.force_result(utf8(outcome.get_result()))

@@ -117,7 +117,10 @@ def test_a_moved_environment_with_any_name(name: str | bytes, jupyter: Jupyter, 
     spec = jupyter.dry_run("virtualenv", path, *PRINT_ENVIRON)
     assert_same(jupyter, spec, script, {"clean": {}})
     # ... and where its script names it
-    script.write_bytes(script.read_bytes().replace(os.fsencode(made), target))
+    text = script.read_bytes()
+    if b'"' + os.fsencode(made) not in text:  # later creators quote only a path that needs it
+        target = os.fsencode(shlex.quote(os.fsdecode(target)))
+    script.write_bytes(text.replace(os.fsencode(made), target))
     assert_same(jupyter, spec, script, {"clean": {}, "another venv": STARTS["another venv"]})
 
 

@@ -76,7 +76,7 @@ class Yarn:
             "HADOOP_CONF_DIR": str(self.conf),
             "PATH": f"{self.dir}/bin:{os.environ['PATH']}",
             "SKEIN_CONFIG": str(self.dir / "skein"),
-            "JAVA_HOME": str(Path(shutil.which("java") or "java").resolve().parents[1]),
+            "JAVA_HOME": str(self.dir / "java"),
         }
         self.own_environ = {**os.environ, **self.environ}  # a test's marks its own processes
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -145,8 +145,12 @@ class Yarn:
         return (self.dir / f"{name}.log").read_text(errors="replace")
 
     def _write_conf(self) -> None:
-        for directory in (self.conf, self.dir / "bin", self.dir / "skein"):
-            directory.mkdir()
+        for directory in (self.conf, self.dir / "bin", self.dir / "skein", self.dir / "java" / "bin"):
+            directory.mkdir(parents=True)
+        java = self.dir / "java" / "bin" / "java"  # a short life is not worth an optimizing compiler
+        words = " ".join([shutil.which("java") or "java", *JAVA[1:]])
+        java.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        java.chmod(0o755)
         rm = free_ports(8)
         addresses = (
             "address",
