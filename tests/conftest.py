@@ -87,7 +87,7 @@ def utf8(value):
     if isinstance(value, dict):
         return {utf8(key): utf8(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [utf8(one) for one in value]
+        return type(value)(map(utf8, value))
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
