@@ -2581,12 +2581,13 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
         raise UserError(message, hint, detail=os.fsdecode(said.err).strip().rpartition("\n")[2])
     spec = from_json(said.out.split(b"\nipykernel:")[1].splitlines()[0])
     own = known_fields(spec)
-    logos = {name: text for name, text in spec["logos"].items() if name in (*LOGO_PNGS, LOGO_SVG)}
+    named = ((name, text.encode("latin-1")) for name, text in spec["logos"].items())
+    logos = {name: logo for name, logo in named if name in (*LOGO_PNGS, LOGO_SVG)}
     return kernel.replace(
         metadata={**own["metadata"], **kernel.metadata},
         interrupt_mode=kernel.interrupt_mode or own["interrupt_mode"],
         protocol=own["kernel_protocol_version"],
-        files={**{name: text.encode("latin-1") for name, text in logos.items()}, **kernel.files},
+        files={**logos, **kernel.files},
     )
 
 
@@ -3442,9 +3443,8 @@ def remove_command(options: Mapping[str, Any], host: Host) -> int:
     kernel = our_kernel(options["NAME"], host)
     try:
         link = os.path.islink(kernel.directory)
-        os.unlink(
-            kernel.directory if link else kernel.directory + "/kernel.json"
-        )  # Jupyter lists it no longer
+        # first what makes Jupyter list it
+        os.unlink(kernel.directory if link else kernel.directory + "/kernel.json")
         remove_tree(kernel.directory)
     except OSError as error:
         message = f"The kernelspec {kernel.directory} can't be removed: {os.strerror(error.errno or 0)}."
@@ -3955,8 +3955,8 @@ class ImageHost(Host):
         return any(file.startswith(path + "/") for file in self.files)
 
     def is_executable(self, path: str) -> bool:
-        listed = path in self.programs or os.path.dirname(path) in self.search
-        return path in self.programs if listed else not self.output(["test", "-x", path], {}).status
+        is_listed = os.path.dirname(path) in self.search
+        return path in self.programs if is_listed else not self.output(["test", "-x", path], {}).status
 
     def listdir(self, path: str) -> list[str]:
         start = path + "/"

@@ -43,6 +43,10 @@ class Lingering(envkernel.Program):
         self.over = False
         return end
 
+class Faulty(envkernel.Program):  # its keeper meets a fault of our own
+    async def wait(self):
+        raise KeyError("a fault")
+
 envkernel.Keeper.HOLD = 60  # the clients of these tests are no ZeroMQ, however slow the machine is
 reported = json.loads(sys.argv[1])
 supervision = envkernel.Supervision(reported.pop("directory"), **reported.pop("supervision"))
@@ -51,7 +55,7 @@ supervision.files = [(path, text.encode()) for path, text in supervision.files]
 try:
     launch = envkernel.Launch([], [], reported["options"])
     Lingering.linger = launch.options.get("linger", 0)
-    program = Lingering if Lingering.linger else envkernel.Program
+    program = Lingering if Lingering.linger else Faulty if "faulty" in launch.options else envkernel.Program
     sys.exit(envkernel.keep(program(plan, supervision, envkernel.Host()), launch))
 except envkernel.UserError as error:
     os.write(2, envkernel.error_text(error))
@@ -519,6 +523,19 @@ def test_jupyter_and_keeper_killed_at_once(tmp_path: Path, launch: Any) -> None:
     os.kill(process.pid, signal.SIGCONT)
     process.wait(5)
     assert until(lambda: not program.is_running() and mark.exists())
+
+
+def test_a_fault_in_the_keeper_is_reported_and_cleaned_up(tmp_path: Path, launch: Any) -> None:
+    pid_file, mark = tmp_path / "pid", tmp_path / "mark"
+    cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
+    options = {"faulty": True}
+    process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup, options=options)
+    assert process.wait(10) == 77
+    said = process.stderr.read().decode()
+    assert said.startswith("envkernel: envkernel has failed: KeyError('a fault').\nTraceback")
+    assert said.endswith("  Report it.\n")
+    assert until(mark.exists)
+    assert until(lambda: not pid_file.exists() or not psutil.pid_exists(read_pid(pid_file)))
 
 
 def test_jupyter_that_was_gone_at_the_start(tmp_path: Path, launch: Any) -> None:

@@ -52,21 +52,22 @@ def done(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def free_subnet(number: int) -> str:
+def free_subnet() -> str:
     """Return the first three numbers of a /24 network that this machine does not use.
 
-    number: below 4, another for each network of a process.
+    Two processes begin to look at least four apart, so that they do not find the same one at once.
     """
-    used = done("ip", "-4", "address").stdout + done("ip", "-4", "route").stdout
-    first = os.getpid() * 4 + number
-    subnets = (f"10.{213 + index // 256 % 8}.{index % 256}" for index in range(first, first + 512, 64))
-    return next(subnet for subnet in subnets if f" {subnet}." not in f" {used}".replace("\n", " "))
+    used = " ".join([*done("ip", "-4", "address").stdout.split(), *done("ip", "-4", "route").stdout.split()])
+    first = os.getpid() * 4
+    subnets = (f"10.{213 + index // 256 % 8}.{index % 256}" for index in range(first, first + 512))
+    return next(subnet for subnet in subnets if f" {subnet}." not in f" {used}")
 
 
 def describe_machine() -> str:
     """Return what may explain that a kernel is not reached: addresses, routes and who listens."""
     argvs = (["ip", "-br", "address"], ["ip", "neighbour"], ["ip", "route"], ["ss", "-ltnpH"])
-    said = [subprocess.run(argv, capture_output=True, text=True, check=False).stdout for argv in argvs]
+    there = [argv for argv in argvs if shutil.which(argv[0])]
+    said = [subprocess.run(argv, capture_output=True, text=True, check=False).stdout for argv in there]
     return "\n".join(said)
 
 

@@ -64,12 +64,10 @@ class Daemon:
     @contextlib.contextmanager
     def running(self) -> Iterator[Daemon]:
         """Have the daemon with its network run for as long as the context lasts."""
-        number = 1 + (self.bridge != f"ek{os.getpid()}")
-        # an address of its own: else it is that of the last container, and others lose the way to it
-        mac = "02:00:5e:{:02x}:{:02x}:{:02x}".format(number, *(os.getpid() % 65536).to_bytes(2, "big"))
-        done("ip", "link", "add", "name", self.bridge, "address", mac, "type", "bridge")
+        # with an address of its own, which would else change with the containers that come and go
+        done("ip", "link", "add", "name", self.bridge, "address", "02:00:5e:00:00:01", "type", "bridge")
         try:
-            done("ip", "address", "add", f"{free_subnet(number)}.1/24", "dev", self.bridge)
+            done("ip", "address", "add", f"{free_subnet()}.1/24", "dev", self.bridge)
             done("ip", "link", "set", self.bridge, "up")
             self.start()
             yield self

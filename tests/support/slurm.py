@@ -79,7 +79,7 @@ class Slurm:
         self.dir = Path(tempfile.mkdtemp(prefix="envkernel-slurm-"))
         self.netns = f"ek{os.getpid()}"
         self.link = f"ekv{os.getpid()}"[:14]
-        subnet = free_subnet(0)
+        subnet = free_subnet()
         self.submit, self.far = f"{subnet}.1", f"{subnet}.2"
         self.environ = {"SLURM_CONF": str(self.dir / "slurm.conf")}
         self.own_environ = {**os.environ, **self.environ}  # a test's marks its own processes

@@ -32,14 +32,12 @@ REGISTERED = "NodeManager from node"  # what the ResourceManager logs of one
 RM = "org.apache.hadoop.yarn.server.resourcemanager"
 POM = Path(__file__).with_name("yarn-pom.xml")
 # Guice and cglib reach into java.lang; Hadoop's own scripts pass the same to Java 17.
-JAVA = [
-    "java",
-    "-Xmx256m",
-    "-XX:+UseSerialGC",
-    "-XX:TieredStopAtLevel=1",
-    "-XX:-UsePerfData",
-    "--add-opens=java.base/java.lang=ALL-UNNAMED",
-]
+# What lives for a short time is not worth an optimizing compiler.
+JAVA = """\
+#!/bin/sh
+exec {java} -Xmx256m -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:-UsePerfData \\
+    --add-opens=java.base/java.lang=ALL-UNNAMED "$@"
+"""
 YARN = """\
 #!/bin/sh
 [ "$*" = "classpath --glob" ] || exit 2
@@ -72,11 +70,12 @@ class Yarn:
         self.jars = made_once(f"hadoop-{HADOOP}", fetch_jars)
         self.dir = Path(tempfile.mkdtemp(prefix="envkernel-yarn-"))
         self.conf = self.dir / "conf"
+        self.java = self.dir / "java" / "bin" / "java"
         self.environ = {
             "HADOOP_CONF_DIR": str(self.conf),
             "PATH": f"{self.dir}/bin:{os.environ['PATH']}",
             "SKEIN_CONFIG": str(self.dir / "skein"),
-            "JAVA_HOME": str(self.dir / "java"),
+            "JAVA_HOME": str(self.java.parents[1]),
         }
         self.own_environ = {**os.environ, **self.environ}  # a test's marks its own processes
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -125,7 +124,7 @@ class Yarn:
                 [
                     "setpriv",
                     "--pdeathsig=TERM",
-                    *JAVA,
+                    self.java,
                     f"-Dhadoop.log.dir={self.dir}",
                     f"-Djava.io.tmpdir={self.dir}",
                     "-cp",
@@ -145,12 +144,10 @@ class Yarn:
         return (self.dir / f"{name}.log").read_text(errors="replace")
 
     def _write_conf(self) -> None:
-        for directory in (self.conf, self.dir / "bin", self.dir / "skein", self.dir / "java" / "bin"):
+        for directory in (self.conf, self.dir / "bin", self.dir / "skein", self.java.parent):
             directory.mkdir(parents=True)
-        java = self.dir / "java" / "bin" / "java"  # a short life is not worth an optimizing compiler
-        words = " ".join([shutil.which("java") or "java", *JAVA[1:]])
-        java.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
-        java.chmod(0o755)
+        self.java.write_text(JAVA.format(java=shutil.which("java")))
+        self.java.chmod(0o755)
         rm = free_ports(8)
         addresses = (
             "address",
