@@ -268,7 +268,7 @@ class Step(Record):
     mode: str
     options: dict[str, Any] = {}  # by name: True for a flag, a list where one may be repeated
     targets: list[str] = []
-    engine: list[str] = []  # what goes to the engine (docker run, apptainer exec, srun) as it stands
+    engine: list[str] = []  # what goes to the engine (docker run, apptainer exec, srun) unchanged
 
 
 class Launch(Record):
@@ -1046,7 +1046,7 @@ def _read_quoted(text: bytes, at: int) -> tuple[bytes, int]:
     quote, value = text[at : at + 1], b""
     at += 1
     statements = (b"\nos.environ[", b"\ndel os.environ[", b"\n_mlstatus", b"\nimport ", b"\npass", b"\n\n")
-    if quote == b"'":  # Environment Modules escape the quote alone: the next statement tells the end
+    if quote == b"'":  # Environment Modules escape the quote alone: it ends before the next statement
         end = text.find(quote, at)
         while end > at and text[end - 1 : end] == b"\\" and not text.startswith(statements, end + 1):
             end = text.find(quote, end + 1)
@@ -1084,7 +1084,7 @@ def run_modules(words: list[str], command: list[str], environ: Environ, host: Ho
 
 
 def module_calls(step: Step, environ: Mapping[str, str]) -> list[list[str]]:
-    """Return the ``module`` command lines that a step stands for; a purge with nothing loaded is left out."""
+    """Return the ``module`` command lines of a step; a purge with nothing loaded is left out."""
     calls = [["purge"]] if step.options.get("purge") and environ.get("LOADEDMODULES", "") else []
     calls += [["use", directory] for directory in step.options.get("use", [])]
     calls += [["restore", step.options["restore"]]] if "restore" in step.options else []
@@ -2327,7 +2327,7 @@ class YarnJob(ClusterJob):
         return client_error(await ask([*self.argv[:-1], "report", known]))
 
 
-YARN_SAYS = "envkernel: YARN"  # how a line of the helper's begins that tells of the application
+YARN_SAYS = "envkernel: YARN"  # how a line of the helper's about the application begins
 
 
 def setup_yarn(step: Step, host: Host, environ: Mapping[str, str], common: Mapping[str, Any]) -> Step:
@@ -2451,7 +2451,7 @@ class Kernel(Record):
     files: dict[str, bytes] = {}  # logos, by name
     directory: str = ""  # the kernelspec it was read from, whose files come along
     env: dict[str, str] = {}  # as Jupyter reads it
-    test: list[str] = []  # succeeds where the kernel is really installed; empty where the command tells
+    test: list[str] = []  # succeeds where the kernel is really installed; empty where no test is needed
 
 
 KERNELS = {
@@ -2592,7 +2592,7 @@ def describe_ipykernel(kernel: Kernel, plan: Plan, host: Host) -> Kernel:
 
 
 def setup_command(request: Request, steps: Sequence[Step]) -> list[str]:
-    """Return the command line that stands for a request, with absolute paths: what `update` runs again."""
+    """Return the command line of a request, with absolute paths: what `update` runs again."""
     words: list[str] = []
     for index, step in enumerate(steps):
         words += ["--", step.mode] if index else [step.mode]
@@ -2625,13 +2625,13 @@ def run_tokens(argv: Sequence[str]) -> list[str]:
 
 
 def encoded_variables(request: Request) -> dict[str, str]:
-    """Return the variables of ``--env`` as they stand in kernel.json, where jupyter_client expands ``$``."""
+    """Return the variables of ``--env`` as they are in kernel.json, where jupyter_client expands ``$``."""
     entries = [entry.partition("=")[::2] for entry in request.common.get("env", [])]
     return {name: encode_token(value, unsafe="$") for name, value in entries}
 
 
 def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequence[str]) -> dict[str, Any]:
-    """Return what stands in kernel.json."""
+    """Return the content of kernel.json."""
     common, modes = request.common, "+".join(step.mode for step in launch.steps)
     command = [encode_token(word, unsafe="") for word in setup_command(request, launch.steps)]
     about = {"version": __version__, "mode": modes, "command": command}
@@ -2653,7 +2653,7 @@ def kernelspec_json(request: Request, launch: Launch, kernel: Kernel, argv: Sequ
 def launch_of(
     request: Request, steps: Sequence[Step], command: Sequence[str], env: Sequence[str] = ()
 ) -> Launch:
-    """Return the launch that a request stands for.  env: names of variables that the kernel brings."""
+    """Return the launch of a request.  env: names of variables that the kernel brings."""
     names = [*env, *(entry.partition("=")[0] for entry in request.common.get("env", []))]
     given = {**request.common, "env": list(dict.fromkeys(names)) or None}
     options = {option.name: given.get(option.name) for option in COMMON_OPTIONS if option.run}
@@ -3098,7 +3098,7 @@ class Installed(Record):
 
     @property
     def launch(self) -> Launch:
-        """The launch that it stands for, one without modes where it is broken."""
+        """The launch that it describes, one without modes where it is broken."""
         try:
             self.parsed = self.parsed or launch_from_argv(self.tokens)
         except UserError:
@@ -3361,7 +3361,7 @@ def update_command(options: Mapping[str, Any], host: Host) -> int:
 
 
 def command_of_1x(kernel: Installed) -> list[str]:
-    """Return the command line that stands for a kernelspec of envkernel 1.x, which has not recorded it."""
+    """Return the command line of a kernelspec of envkernel 1.x, which has not recorded it."""
     from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
 
     launch, known = launch_from_argv(kernel.tokens), known_fields(kernel.spec)
@@ -4185,7 +4185,7 @@ def append_log(path: str, text: str) -> None:
 
 
 def kernel_key(text: str) -> str:
-    """Return 16 hexadecimal digits that stand for a text (a connection file's path)."""
+    """Return 16 hexadecimal digits that identify a text (a connection file's path)."""
     from binascii import crc32
 
     raw = os.fsencode(text)
@@ -5886,7 +5886,7 @@ class Submission:
         return before + after
 
     def on_stderr(self, text: bytes) -> bytes:
-        """Learn from the program's stderr how the job stands; return it, to be passed on."""
+        """Learn the state of the job from the program's stderr; return it, to be passed on."""
         self.keeper.on_stderr(text)
         if self.agent.done():  # from now on a kernel's words are among it
             return text
@@ -6645,7 +6645,7 @@ async def relay(left: Any, right: Any) -> None:
 
 
 class KernelProfile(Record):
-    """What the front knows of the kernel that it stands in for."""
+    """What the front knows of the kernel that it answers for."""
 
     name: str
     language: str = ""

@@ -62,14 +62,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Deal out whole files, or those that stand together, to the workers of pytest-xdist."""
+    """Deal out whole files, or those that share daemons, to the workers of pytest-xdist."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             return group_of(nodeid.partition("::")[0], mode_of(nodeid))
 
-    config.option.loadscopereorder = False  # ours stands
+    config.option.loadscopereorder = False  # ours is kept
     return Files(config, log)
 
 

@@ -1,4 +1,4 @@
-"""Kernelspecs: which kernel, what stands in kernel.json, and how it is installed."""
+"""Kernelspecs: which kernel, what is in kernel.json, and how it is installed."""
 
 import json
 import os

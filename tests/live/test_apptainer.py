@@ -77,7 +77,7 @@ ENDLESS = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwh
 
 
 def readers_of(secret: str) -> list[str]:
-    """Return the processes in whose arguments or environment a text stands."""
+    """Return the processes that have a text in their arguments or environment."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         for name in ("cmdline", "environ"):

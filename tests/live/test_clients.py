@@ -120,7 +120,7 @@ def graded_notebook(path, kernel):
 
 
 def run_nbgrader(desk, kernel, directory):
-    """Release and autograde an assignment; return what stands in the graded notebook as well."""
+    """Release and autograde an assignment; return the output in the graded notebook as well."""
     graded_notebook(directory / "source/ps1/p1.ipynb", kernel)
     graded_notebook(directory / "submitted/alice/ps1/p1.ipynb", kernel)
     (directory / "nbgrader_config.py").write_text(

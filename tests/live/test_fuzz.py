@@ -35,7 +35,7 @@ case "$*" in
 *) cat "$FUZZ_ANSWER"; exit "$FUZZ_STATUS" ;;
 esac
 """
-"""Stands in for every engine and module system: says what a test wants."""
+"""In the place of every engine and module system: says what a test wants."""
 PROGRAMS = [
     "docker",
     "podman",

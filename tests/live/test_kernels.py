@@ -63,7 +63,7 @@ def test_a_notebook_runs(name: str, jupyter: Jupyter) -> None:
     outputs = [cell.outputs for cell in notebook.cells]
     assert outputs[0][0].data["text/plain"] == "42"
     assert {output.name: output.text for output in outputs[1]} == {"stdout": "out\n", "stderr": "err\n"}
-    assert outputs[2][0].data["text/plain"] == str(os.getpid())  # exec: nothing stands between
+    assert outputs[2][0].data["text/plain"] == str(os.getpid())  # exec: no process between
     assert outputs[3][0].ename == "ZeroDivisionError"
 
 

@@ -26,7 +26,7 @@ WHOLE = {
     "layered": ("Layers (lmod)", "os.environ['CC'] + ' ' + os.environ['VIRTUAL_ENV']"),
     "contained": ("Contained (docker)", "os.path.exists('/.dockerenv')"),
 }
-"""By kernel: its display name, and what tells where it runs."""
+"""By kernel: its display name, and what shows where it runs."""
 
 
 @pytest.fixture(scope="module")

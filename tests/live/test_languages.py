@@ -20,7 +20,7 @@ pytestmark = pytest.mark.live
 
 @pytest.fixture(scope="session")
 def polyglot(tmp_path_factory):
-    """A virtualenv with the kernels of bash and of xeus-python, each installed as it tells users to."""
+    """A virtualenv with the kernels of bash and of xeus-python, each installed as its documentation says."""
     path = tmp_path_factory.mktemp("polyglot") / "venv"
     done(UV, "venv", "-q", "--python", BASE_PYTHON, path, env=ENVIRON)
     install(path, "bash_kernel", "xeus-python")

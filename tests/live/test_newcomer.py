@@ -32,7 +32,7 @@ class Terminal:
         return done.stdout
 
     def screen(self):
-        """Return what stands on the screen, lines that were too wide joined again."""
+        """Return what is on the screen, lines that were too wide joined again."""
         return self.call("capture-pane", "-p", "-J").rstrip()
 
     def type(self, line, patience=60):

@@ -46,7 +46,7 @@ def missing(what: str) -> NoReturn:
 
 
 def done(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program that has to succeed; where it fails, what it said stands in the test's report."""
+    """Run a program that has to succeed; where it fails, what it said is in the test's report."""
     result = subprocess.run([*map(str, argv)], capture_output=True, text=True, check=False, **options)
     assert result.returncode == 0, f"{argv} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
     return result

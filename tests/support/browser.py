@@ -122,7 +122,7 @@ class Lab:
 
 
 class Notebook:
-    """A notebook that stands open in front of a browser's page."""
+    """A notebook that is open in a browser's page."""
 
     def __init__(self, page: Any, lab: Lab, name: str) -> None:
         self.page = page
@@ -135,7 +135,7 @@ class Notebook:
         return self.page.locator(f"{PANEL} .jp-CodeCell").nth(index)
 
     def output(self, index: int) -> Any:
-        """Return what stands below a cell."""
+        """Return the output below a cell."""
         return self.cell(index).locator(".jp-OutputArea-output")
 
     def ready(self) -> None:
@@ -154,7 +154,7 @@ class Notebook:
         return time.monotonic()
 
     def wait_for(self, index: int, text: str) -> str:
-        """Wait until a text stands below a cell; return all that stands there."""
+        """Wait until a text is in the output below a cell; return all of it."""
         self.output(index).filter(has_text=text).first.wait_for()
         return "\n".join(self.output(index).all_inner_texts())
 

@@ -44,7 +44,7 @@ class Engine:
         return self.call("ps", "-a", "-q").split()
 
     def containers(self) -> list[dict[str, Any]]:
-        """Return what the engine's `inspect` tells of each container."""
+        """Return what the engine's `inspect` says of each container."""
         ids = self.ids()
         return json.loads(self.call("inspect", *ids)) if ids else []
 

@@ -152,12 +152,12 @@ def parse(command: str, tokens: list[str]) -> tuple[dict[str, list[str]], list[s
 
 
 def split(text: str, separator: str) -> list[str]:
-    """Split at a separator that no backslash stands before."""
+    """Split at a separator that has no backslash before it."""
     return re.split(rf"(?<!\\){separator}", text)
 
 
 def image_root(image: str) -> str:
-    """Return the directory that an image stands for."""
+    """Return the directory of an image."""
     if not os.path.lexists(image):
         die(f"While checking container encryption: could not open image {image}: failed to retrieve path")
     if os.path.isdir(image):
@@ -573,7 +573,7 @@ def run_build(options: dict[str, list[str]], rest: list[str]) -> int:
 
 
 def run_pull(options: dict[str, list[str]], rest: list[str]) -> int:
-    """``apptainer pull [OUT] URI``: from the directory $STANDIN_REGISTRY, where NAME stands for any
+    """``apptainer pull [OUT] URI``: from the directory $STANDIN_REGISTRY, where NAME is any
     ``x://NAME``."""
     uri = rest[-1]
     name = uri.partition("://")[2]

@@ -54,7 +54,7 @@ print(kernel.pid, flush=True)
 kernel.wait()
 sys.stdin.read()
 """
-"""Stands in for Jupyter: starts the kernel as jupyter_client does, and takes its exit status."""
+"""In the place of Jupyter: starts the kernel as jupyter_client does, and takes its exit status."""
 
 SUBREAPER = """
 import ctypes, json, os, subprocess, sys
@@ -452,8 +452,8 @@ class Round:
         self.killed = time.monotonic()
 
     def watch_the_failed(self) -> None:
-        """While Jupyter's process only tells why there is no kernel, all that it started has to go."""
-        limit = self.killed + self.limit
+        """While Jupyter's process only says why there is no kernel, all that it started has to go."""
+        limit = time.monotonic() + self.limit  # an engine may have taken long to notice
         while True:
             found = self.sorted_processes()
             left = [str(process) for kind in ("client", "kernel", "agent") for process in found.get(kind, [])]
