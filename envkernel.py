@@ -54,9 +54,6 @@ name, and run its `command`.  Python keeps the bytecode of what it imports, but 
 STREAMS = ("shell", "iopub", "stdin", "control", "hb")
 """The five sockets of a kernel, in the order of their numbers."""
 
-ANSWER = 1024
-"""As many bytes on one connection come only from a kernel that answered: greetings are shorter."""
-
 
 # ---- errors -------------------------------------------------------------------------------------
 
@@ -420,7 +417,7 @@ def launch_from_argv(tokens: Sequence[str]) -> Launch:
     common: dict[str, Any] = {}
     steps: list[Step] = []
     rest: list[str] | None = [find_mode(tokens[0]).name, *tokens[2:]]
-    while rest and rest[0] in MODES:
+    while rest and rest[0] in MODES and not (steps and MODES[steps[-1].mode].container):
         mode, step = MODES[rest[0]], Step(MODES[rest[0]].name)
         known = {option.name: option for option in [*COMMON_OPTIONS, *mode.options]}
         own, rest = split_chain(rest[1:])
@@ -523,7 +520,7 @@ def parse_setup(tokens: Sequence[str], host: Host, environ: Mapping[str, str] | 
     start = launch_environ(host) if environ is None else environ
     request = Request({}, [])
     rest: list[str] | None = list(tokens)
-    while rest and (not request.steps or rest[0] in MODES):
+    while rest and (not request.steps or (rest[0] in MODES and not MODES[request.steps[-1].mode].container)):
         mode = find_mode(rest[0])
         own, rest = split_chain(rest[1:])
         request.steps.append(parse_step(mode, own, host, request, start))
@@ -559,9 +556,9 @@ def derive_name(request: Request, host: Host) -> str:
         made_of = [step.options[name] for name in ("build", "uri", "restore") if name in step.options][:1]
         targets = [target for target in step.targets if not target.startswith("-")] or made_of
         if step.mode != "lmod" and targets:
-            path = host.absolute(targets[0].partition("@")[0])
+            path = host.absolute(targets[0])
             is_usual = os.path.basename(path).strip(".") in ("venv", "env")
-            targets = [os.path.basename(os.path.dirname(path) if is_usual else path)]
+            targets = [os.path.basename(os.path.dirname(path) if is_usual else path).partition("@")[0]]
         earlier = [name for name in names if name == "slurm"] if targets else names
         names = [*earlier, *([step.mode] if MODES[step.mode].remote else []), *targets]
     name = "-".join(names) or request.steps[-1].mode
@@ -645,6 +642,8 @@ def read_options(
                 hint = "Leave it out, or give it one."
                 raise usage_error(f"--{option.name} was given an empty value.", hint)
             own.append(f"--{option.name}={text}" if option.metavar else "--" + option.name)
+        elif flag == "--pass" and equals:  # as `setup_command` writes it
+            step.engine.append(token[len("--pass=") :])
         elif not engine().read(token, queue, step.engine):
             if not unloads or token.startswith("--") or "-" + token in flags:
                 raise unknown_option(name, flag, flags, engine())
@@ -980,15 +979,16 @@ def setup_virtualenv(step: Step, host: Host, environ: Mapping[str, str], common:
             raise usage_error("--create makes a virtualenv and --dry-run writes nothing.", "Leave one out.")
         chosen = common.pop("python", "")  # it makes the environment; the kernel's is the one inside
         python = sys.executable if chosen in ("", "SELF") else chosen
+        found = search_program(python, path_entries(environ), host)
+        python = host.absolute(python) if "/" in python else found or python
         inside = path + "/bin/python"
         if chosen and host.is_executable(inside):
             ask = ["-c", "import sys; print(sys.version)"]
-            found = python if "/" in python else search_program(python, path_entries(environ), host) or python
-            has, wanted = (host.output([name, *ask], environ).out for name in (inside, found))
+            has, wanted = (host.output([name, *ask], environ).out for name in (inside, python))
             if has != wanted:
-                text = f"{path} is there already with Python {os.fsdecode(has).split(' ')[0]}, not {python}."
+                text = f"{path} is there already with Python {os.fsdecode(has).split(' ')[0]}, not {chosen}."
                 raise UserError(text, "Give a directory that does not exist yet, or leave --python out.")
-        create_virtualenv(path, python, host)
+        create_virtualenv(path, python, host, environ)
     step = step.replace(targets=[path], options={})
     active = plan_virtualenv(step, Plan([], dict(environ)), host, Launch([], [])).environ["VIRTUAL_ENV"]
     if host.real_path(active) != host.real_path(path):
@@ -1653,9 +1653,6 @@ def engine_error(program: str, image: str, status: int, said: str) -> UserError 
 
 # -- singularity and apptainer --
 
-_LEAKS = ("PYTHON", "IPYTHONDIR", "R_HOME", "R_LIBS", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_")
-"""How variables begin that would change a kernel in an image; others are Jupyter's own."""
-
 
 def apptainer_step(step: Step, legacy: bool = False) -> Step:
     """Return a step with the binds of the engine's own options among envkernel's."""
@@ -1710,7 +1707,8 @@ def plan_apptainer(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     install = "pip install %s (a line for %%post of its definition file)"
     plan = plan.replace(where=f"the image {image}", install=install, search=None)
     plan.run_once = [program, "exec", *head, *binds, image]
-    leaks = (*_LEAKS, "JPY_", "JUPYTER")
+    harm = ("PYTHON", "IPYTHONDIR", "R_HOME", "R_LIBS", "CONDA_", "_CONDA", "_CE_", "VIRTUAL_ENV", "LD_")
+    leaks = (*harm, "JPY_", "JUPYTER")  # what would change a kernel in an image, and what is Jupyter's own
     environ = {name: value for name, value in plan.environ.items() if not name.startswith(leaks)}
     for family in ("APPTAINER", "SINGULARITY"):
         environ.setdefault(f"{family}_NO_EVAL", "1")  # no shell evaluates the values
@@ -1932,11 +1930,12 @@ def need_sif(step: Step, host: Host, environ: Mapping[str, str], common: Mapping
         options["uri"], image = image, ""
     program, build, uri = options["program"], options.get("build", ""), options.get("uri", "")
     if not image:
-        base = common.get("prefix") or (sys.prefix if common.get("sys-prefix") else "")
-        data = base + "/share" if base else environ.get("XDG_DATA_HOME") or host.home() + "/.local/share"
+        base = common.get("prefix") or (sys.prefix if common.get("sys-prefix") else "/usr/local")
+        own = environ.get("XDG_DATA_HOME") or environ.get("HOME", host.home()) + "/.local/share"
         name = os.path.basename(build or uri)
-        name = name[:-4] if name.endswith(".def") else name.replace(":", "_").replace("@", "_")
-        image = f"{data}/envkernel/images/{name if name.endswith('.sif') else name + '.sif'}"
+        name = name[:-4] if name.endswith((".def", ".sif")) else name.replace(":", "_").replace("@", "_")
+        data = own if common.get("user") else base + "/share"
+        image = f"{data}/envkernel/images/{name}-{kernel_key(uri or build)[:8]}.sif"
     image = host.absolute(image)
     step = step.replace(options=options, targets=[image])
     when, dry, exists = options.get("pull", "missing"), common.get("dry-run"), host.exists(image)
@@ -2267,11 +2266,20 @@ def setup_slurm(step: Step, host: Host, environ: Mapping[str, str], common: Mapp
 
 def ask_slurm(step: Step, srun: str, host: Host, environ: Mapping[str, str]) -> None:
     """Raise UserError unless Slurm would take such a job now or later; none is submitted."""
-    test = host.output([srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"], environ)
+    argv = [srun, "--test-only", "--nodes=1", "--ntasks=1", *step.engine, "true"]
+    test = host.output(argv, job_environ(environ, step.engine))
     if test.status:
         said = os.fsdecode(test.err).strip()
         message = f"Slurm can't be asked whether it takes such a job (srun: exit status {test.status})."
         raise slurm_error(said) or UserError(message, "`sinfo` has to work here.", detail=said)
+
+
+def job_environ(environ: Environ, engine: Sequence[str]) -> dict[str, str]:
+    """Return the environment for srun: where Jupyter runs in a job itself, without that job's variables."""
+    if "SLURM_JOB_ID" not in environ or any(token.startswith("--jobid") for token in engine):
+        return dict(environ)
+    inside = {name for name in environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_"))}
+    return {name: environ[name] for name in environ if name not in inside - {"SLURM_CONF"}}
 
 
 def plan_slurm(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
@@ -2280,11 +2288,7 @@ def plan_slurm(step: Step, plan: Plan, host: Host, rest: Launch) -> Plan:
     if not host.is_executable(srun):
         hint = "Set the kernel up again: envkernel update NAME."
         raise UserError(f"There is no {srun} any more.", hint, 127)
-    environ = cluster_environ(plan.environ)
-    if "SLURM_JOB_ID" in environ and not any(token.startswith("--jobid") for token in step.engine):
-        # Jupyter runs in a job itself: without this srun would start a step in that one
-        inside = {name for name in environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_"))}
-        environ = {name: environ[name] for name in environ if name not in inside - {"SLURM_CONF"}}
+    environ = job_environ(cluster_environ(plan.environ), step.engine)
     argv = [srun, "--nodes=1", "--ntasks=1"]
     if not any(token.startswith("--job-name") for token in step.engine):
         argv.append("--job-name=" + rest.options.get("name", "envkernel"))
@@ -2600,7 +2604,8 @@ def setup_command(request: Request, steps: Sequence[Step]) -> list[str]:
         for options, values in [*given, (MODES[step.mode].options, step.options)]:
             once = ("replace", "dry-run", "check")
             words += option_tokens([one for one in options if one.setup and one.name not in once], values)
-        words += [*step.engine, *step.targets]
+        own = {flag for one in [*COMMON_OPTIONS, *MODES[step.mode].options] for flag in one.flags}
+        words += ["--pass=" * (word.partition("=")[0] in own) + word for word in step.engine] + step.targets
     return words + (["--", *request.command] if request.command is not None else [])
 
 
@@ -2691,8 +2696,11 @@ def setup(
     common = request.common
     common.setdefault("name", derive_name(request, host))
     check_request(request)
-    for name in {"prefix", "logo"} & common.keys():
-        common[name] = host.absolute(common[name])
+    for name in {"prefix", "logo", "python"} & common.keys():
+        if name != "python" or "/" in common[name]:
+            common[name] = host.absolute(common[name])
+    if request.command and "/" in request.command[0] and request.command[0][0] != "{":
+        request.command[0] = host.absolute(request.command[0])
     need_jupyter("jupyter_client.kernelspec")
     from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir
 
@@ -2813,7 +2821,7 @@ def prepare_kernel(
     resources = {"resource-dir": kernel.directory} if kernel.directory else {}
     plan, world = look_inside(plan_launch(launch, host, environ), world, kernel.command)
     plan = finish_plan(plan, launch.replace(options=resources), world)
-    if plan.search is not None and kernel.test:
+    if plan.search is not None and kernel.test[:1] == [os.path.basename(plan.argv[0])]:
         said = world.output([plan.argv[0], *kernel.test[1:]], plan.environ)
         if said.status:
             hint = f"Try: {plan.install % PACKAGES.get(kernel.test[0], kernel.test[0])}."
@@ -2990,6 +2998,8 @@ def badge_logo(files: Mapping[str, bytes], mode: str, language: str) -> bytes:
     letter, colour = BADGES[mode]
     badge = f'<circle cx="47" cy="47" r="16" fill="{colour}" stroke="#fff" stroke-width="2"/>'
     badge += svg_letter(letter, 47, 47, 22, "#fff")
+    if badge.encode() in files.get(LOGO_SVG, b""):  # a kernel of ours was the template
+        return files[LOGO_SVG]
     if LOGO_SVG in files:
         return logo_svg(files[LOGO_SVG], "image/svg+xml", badge)
     for name in (*LOGO_PNGS, *sorted(files)):
@@ -3093,21 +3103,14 @@ class Installed(Record):
     directory: str
     spec: dict[str, Any]
     tokens: list[str]
+    launch: Launch  # without modes where it is broken
     command: list[str] = []
-    parsed: Launch | None = None
-
-    @property
-    def launch(self) -> Launch:
-        """The launch that it describes, one without modes where it is broken."""
-        try:
-            self.parsed = self.parsed or launch_from_argv(self.tokens)
-        except UserError:
-            self.parsed = Launch([], [])
-        return self.parsed
 
 
 def our_kernels(host: Host) -> list[Installed]:
     """Return the kernels that envkernel (of any version) has installed, by name."""
+    import contextlib
+
     found: list[Installed] = []
     for name, directory in sorted(installed_kernels().items()):
         try:
@@ -3115,7 +3118,10 @@ def our_kernels(host: Host) -> list[Installed]:
             tokens, own = run_tokens(spec["argv"]), (spec.get("metadata") or {}).get("envkernel", {})
             if tokens or own:
                 command = [decode_token(word) for word in own.get("command", ())]
-                found.append(Installed(name, directory, spec, tokens, command))
+                launch = Launch([], [])
+                with contextlib.suppress(UserError):
+                    launch = launch_from_argv(tokens)
+                found.append(Installed(name, directory, spec, tokens, launch, command))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
             continue  # not ours, or so broken that nothing can be said of it
     return found
@@ -3141,7 +3147,10 @@ def examine(kernel: Installed, host: Host) -> tuple[list[Plan], UserError | None
             if os.path.isabs(path) and not host.exists(path):
                 raise UserError(f"{path} is gone.", "Write the kernel again: envkernel update NAME.")
         launch = launch_from_argv(kernel.tokens)
-        environ = {**launch_environ(host), **known_fields(kernel.spec)["env"]}
+        own = known_fields(kernel.spec)["env"]
+        if not all(isinstance(value, str) for value in own.values()):
+            raise UserError("A variable in env is no text.", f"Correct {kernel.directory}/kernel.json.")
+        environ = {**launch_environ(host), **own}
         near = launch.replace(steps=seen_here(launch.steps))
         launches = [launch] if near == launch else [launch, near]
         plans = [finish_plan(plan_launch(one, host, environ), one, host) for one in launches]
@@ -3343,7 +3352,9 @@ def update_command(options: Mapping[str, Any], host: Host) -> int:
             own = command.index("--") if "--" in command else len(command)
             for index, word in enumerate(command[:own]):
                 flag, _, value = word.partition("=")
-                if flag == "--name" or (flag == "--kernel-template" and value not in installed_kernels()):
+                if (flag == "--name" and value.lower() != kernel.name) or (
+                    flag == "--kernel-template" and value not in installed_kernels()
+                ):
                     command[index] = f"{flag}={kernel.name}"  # was copied; or this is the template's clone
                 elif flag == "--logo" and not host.exists(value):
                     command[index] = f"--logo={kernel.directory}/{LOGO_SVG}"
@@ -3368,6 +3379,7 @@ def command_of_1x(kernel: Installed) -> list[str]:
     common = {**launch.options, "name": kernel.name, "display-name": known["display_name"] or kernel.name}
     common["language"] = known["language"] or "python"
     common.pop("connection-file", None)
+    common["kernel-template"] = kernel.name  # whose variables, metadata and logos are kept
     base, end = os.path.dirname(os.path.dirname(kernel.directory)), "/share/jupyter"
     if base == jupyter_data_dir():
         common["user"] = True
@@ -3609,7 +3621,7 @@ class Check:
                 raw = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
                 address, number = socket.inet_ntop(family, raw), int(port, 16)
                 own = number in ports or f"socket:[{fields[9]}]" in sockets
-                if own and fields[3] == "0A" and not address.startswith(("127.", "::1")):
+                if own and fields[3] == "0A" and not address.startswith(("127.", "::1", "::ffff:127.")):
                     exposed.add(f"{address}, port {number}")
         return "others can reach it at " + "; ".join(sorted(exposed)) if exposed else ""
 
@@ -3631,7 +3643,7 @@ class Check:
         for base in private_bases(self.plan.environ, self.host):
             names = [name for name in self.host.listdir(base) if key in name and not name.endswith(".lock")]
             found.update(f"directory {base}/{name}" for name in names)
-        name = self.kernel.name
+        name = self.kernel.launch.options.get("name", self.kernel.name)  # as it was typed
         argv = [self.plan.argv[0], "ps", "--all", f"--filter=label=envkernel={name}", "--format={{.Names}}"]
         kept = supervision and supervision.shared and supervision.shared.keep
         if isinstance(job, SlurmJob):
@@ -3803,13 +3815,14 @@ class Host:
         return {name: value for name, value in {**environ, **changed}.items() if name not in gone}
 
     def login_environ(self, environ: Environ) -> dict[str, str]:
-        """Return the environment of a login shell, empty where there is no bash."""
-        return bash_environ(["-c", LOGIN], environ, self.quiet)
+        """Return a login shell's environment, empty without bash.  What its scripts print goes to stderr."""
+        login = "exec 237>&1 >&2; exec /bin/bash -l -c 'exec /usr/bin/env -0 >&237'"
+        return bash_environ(["-c", login], environ, self.quiet)
 
     def warn(self, text: bytes) -> None:
         """Pass on to stderr what a program said there."""
         if text and not self.quiet:
-            os.write(2, text)
+            write_patiently(2, text)
 
     def agrees(self, question: str) -> bool:
         """Ask the person at the terminal, whose Enter means yes; without a terminal nobody is asked."""
@@ -3878,7 +3891,7 @@ class Host:
             end = time.monotonic() + 20
             while missing and process.poll() is None and time.monotonic() < end:
                 try:
-                    connect_ipc(supervision.relay["ip"], missing[0]).close()
+                    connect_ipc(supervision.relay["ip"], missing[0], {}).close()
                     del missing[0]
                 except OSError:
                     time.sleep(0.02)
@@ -3901,15 +3914,15 @@ def archive_names(path: str) -> list[str] | None:
         return None
 
 
-def create_virtualenv(path: str, python: str, host: Host) -> None:
+def create_virtualenv(path: str, python: str, host: Host, environ: Environ) -> None:
     """Make a virtualenv, unless there is one, and install ipykernel if it is missing.  Raises UserError."""
     inside = path + "/bin/python"
     commands = [[inside, "-m", "pip", "install", "ipykernel"]]
-    uv = search_program("uv", path_entries(os.environ), host)
+    uv = search_program("uv", path_entries(environ), host)
     if uv and b"\nuv = " in (host.read(path + "/pyvenv.cfg") or b""):  # it has no pip
         commands = [[uv, "pip", "install", "--python", inside, "ipykernel"]]
     if os.path.exists(inside):
-        if not host.output([inside, "-c", "import ipykernel_launcher"], os.environ).status:
+        if not host.output([inside, "-c", "import ipykernel_launcher"], environ).status:
             return
     elif os.path.lexists(path):
         hint = "Give a directory that does not exist yet, or leave --create out."
@@ -3918,8 +3931,8 @@ def create_virtualenv(path: str, python: str, host: Host) -> None:
         host.made = (first_missing(path),)
         commands.insert(0, [python, "-m", "venv", path])
     for command in commands:
-        if host.show(command, os.environ):
-            lacking = host.output([command[0], "-c", "import ensurepip"], os.environ).status
+        if host.show(command, environ):
+            lacking = host.output([command[0], "-c", "import ensurepip"], environ).status
             hint = "See above." + " On Debian, venv needs: apt install python3-venv." * bool(lacking)
             raise UserError(f"The virtualenv {path} could not be made: {' '.join(command)} failed.", hint)
 
@@ -3990,9 +4003,6 @@ class TimedHost(Host):
             raise cannot_start(argv[0], error) from None
         return Output(done.returncode, done.stdout, done.stderr)
 
-
-LOGIN = "exec 237>&1 >&2; exec /bin/bash -l -c 'exec /usr/bin/env -0 >&237'"
-"""Prints the environment of a login shell; what its scripts print goes to stderr."""
 
 SOURCING = """
 exec 237>&1 >&2
@@ -4080,8 +4090,6 @@ def cannot_start(program: str, error: OSError) -> UserError:
 
 # ---- launch log ---------------------------------------------------------------------------------
 
-_SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH")
-
 
 def quoted(word: str) -> str:
     """Return a word as a shell reads it back (``shlex.quote`` without the cost of ``re``)."""
@@ -4093,7 +4101,8 @@ def quoted(word: str) -> str:
 def masked(assignment: str) -> str:
     """Return NAME=VALUE, where VALUE may be such a text again, without passwords and other secrets."""
     name, equals, value = assignment.partition("=")
-    secret = name != "--pass" and any(word in name.upper() for word in _SECRET_NAMES)
+    words = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "AUTH")
+    secret = name != "--pass" and any(word in name.upper() for word in words)
     if equals and (secret or ("://" in value and "@" in value)):
         return f"{name}=***"
     return name + equals + (masked(value) if "=" in value else value)
@@ -4143,9 +4152,9 @@ def start_log(name: str, text: str, environ: Environ, file_name: str = "") -> tu
         olds = sorted(old for old in os.listdir(directory) if old.startswith(prefix))
         earlier = next((f"{directory}/{old}" for old in olds[::-1] if file_name and old.endswith(mark)), "")
         for old in olds[:-9]:
-            os.unlink(f"{directory}/{old}")
+            remove_tree(f"{directory}/{old}")
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(os.fsencode(text))
+            file.write(text.encode(errors="surrogateescape"))
     except OSError:
         return "", earlier
     return path, earlier
@@ -4176,7 +4185,7 @@ def append_log(path: str, text: str) -> None:
     """Add lines to a launch log; an empty path is none."""
     try:
         with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as file:
-            file.write(os.fsencode(text.rstrip("\n") + "\n"))
+            file.write(text.rstrip("\n").encode(errors="surrogateescape") + b"\n")
     except OSError:
         return
 
@@ -4460,22 +4469,25 @@ def tcp_socket(address: str) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
 
 
-def connect_ipc(address: str, number: int) -> socket.socket:
-    """Return a socket connected to a kernel, which joins address and number with ``-`` or ``:``."""
+def connect_ipc(address: str, number: int, files: dict[int, int]) -> socket.socket:
+    """Return a socket connected to a kernel, which joins address and number with ``-`` or ``:``.
+
+    files: of the sockets that were found, kept open: their directory may go while the kernel runs (logout).
+    """
     import socket
 
-    directory, name = os.path.split(address)
-    opened = os.open(directory, os.O_RDONLY)  # a unix socket's address has room for 107 bytes only
+    path = next(filter(os.path.exists, (f"{address}{sign}{number + 1}" for sign in "-:")), "")
+    if path and number in files:
+        os.close(files.pop(number))  # a kernel that was started again has others
+    if number not in files:
+        files[number] = os.open(path, os.O_PATH)
     sock = socket.socket(socket.AF_UNIX)
     sock.setblocking(False)
     try:
-        paths = [f"/proc/self/fd/{opened}/{name}{sign}{number + 1}" for sign in "-:"]
-        sock.connect(paths[os.path.exists(paths[1])])
+        sock.connect(f"/proc/self/fd/{files[number]}")  # a unix socket's address has room for 107 bytes only
     except BaseException:
         sock.close()
         raise
-    finally:
-        os.close(opened)
     return sock
 
 
@@ -4660,8 +4672,12 @@ def stale_recipes(base: str) -> Iterator[tuple[Recipe, int]]:
 
 def read_recipe(lock: int, path: str) -> Recipe:
     """Return what the last holder of a lock file wrote into it; an empty one says what to remove."""
-    text = os.pread(lock, 1 << 20, 0)
-    recipe = Recipe(**from_json(text)) if text else Recipe(path[: -len(".lock")])
+    try:
+        known = dict(from_json(os.pread(lock, 1 << 20, 0)))
+    except ValueError:  # empty, or the disk was full
+        known = {"directory": path[: -len(".lock")]}
+    # another version of envkernel may have further fields
+    recipe = Recipe(**{name: known[name] for name in Recipe.__annotations__ if name in known})
     # while a session lives, its number is no new process's
     if process_stat(recipe.session) or recipe.boot != boot_id():
         recipe.session = 0
@@ -4742,6 +4758,7 @@ class Program:
         self.supervision = supervision
         self.host = host
         self.has_front = bool(supervision.relay)  # else the kernel itself listens at Jupyter's ports
+        self.sockets: dict[int, int] = {}  # see `connect_ipc`
 
     def start(self) -> None:
         """Start it with the keeper as its Jupyter, before asyncio is imported.  Raises UserError."""
@@ -4781,7 +4798,7 @@ class Program:
 
         relay = self.supervision.relay
         if relay["transport"] == "ipc":
-            return connect_ipc(relay["ip"], number)
+            return connect_ipc(relay["ip"], number, self.sockets)
         sock = socket.create_connection((relay["ip"], int(relay[STREAMS[number] + "_port"])), 5)  # loopback
         sock.setblocking(False)
         return sock
@@ -4984,18 +5001,20 @@ class Service(Children):
         """Show the error in the notebook until Jupyter shuts the kernel down; else the run process does."""
         import asyncio
 
+        key, log = self.connection.get("key", ""), self.launch.options.get("log", "")
+        was_shown = error.detail in self.tail.decode("utf-8", "replace")  # the program's own stderr is there
         error.name_kernel(self.launch.options.get("name", "NAME"))
-        log_end(self.launch.options.get("log", ""), status, None, self.tail, self.connection.get("key", ""))
+        error.detail = printable(error.detail, key)
+        log_end(log, status, None, self.tail, key)
         if not self.front or self.front.is_encrypted or not shows_failure(self.launch):
             if self.front:
                 self.front.close()
             self.channel.send({"exit": error.status, "error": vars(error)})
             return
         self.front.fail(error)
-        was_shown = error.detail in self.tail.decode("utf-8", "replace")  # the program's own stderr is there
         shown = UserError(error.message, error.hint) if was_shown else error
         self.aside(write_patiently, 2, error_text(shown))
-        log_failure(error, self.launch)
+        append_log(log, f"not started: {error.message}\n{error.hint}\n{error.detail}")
         self.program.over = True
         self.cleaning = asyncio.ensure_future(self.end())
         tasks = [asyncio.ensure_future(event.wait()) for event in (self.leaving, self.front.shutdown)]
@@ -5261,8 +5280,8 @@ class RunProcess:
             self.channel = self.fork()  # it was just about to end
         elif messages is None and self.recipe:
             text = f"The process that keeps the {self.program.what} was killed."
-            os.write(2, error_text(UserError(text, "Start the kernel again.")))
             start_cleaner(self.recipe, self.program.plan.environ, self.channel.files)
+            write_patiently(2, error_text(UserError(text, "Start the kernel again.")))
             return {"exit": 1, "error": None}
         return None
 
@@ -5545,7 +5564,7 @@ class NodeKernel:
 
     def __init__(self, endpoint: Mapping[str, Any]) -> None:
         self.endpoint, self.launch = endpoint, endpoint["started"]
-        self.sockets: list[int] = []
+        self.sockets: dict[int, int] = {}  # see `connect_ipc`
         self.problem: dict[str, Any] | None = None
         self.killed = memory_kills(Host())
 
@@ -5553,29 +5572,13 @@ class NodeKernel:
         """Return a connected socket to a stream.  Raises OSError while nobody listens."""
         import socket
 
-        if self.endpoint["transport"] == "tcp":
-            sock = tcp_socket("127.0.0.1")
-            address: Any = ("127.0.0.1", self.endpoint[STREAMS[number] + "_port"])
-        else:
-            directory = self.endpoint["directory"]
-            if not self.sockets:
-                names = sorted(os.listdir(directory), key=lambda name: name[-1])  # kernel-1 or kernel:1
-                if len(names) < len(STREAMS):
-                    raise ConnectionRefusedError("The kernel does not listen.")
-                self.sockets = [os.open(f"{directory}/{name}", os.O_PATH) for name in names]
+        directory = self.endpoint["directory"]
+        if self.endpoint["transport"] == "ipc":
+            sock = connect_ipc(directory + "/kernel", number, self.sockets)
+            if len(self.sockets) == len(STREAMS):
                 remove_node_directory(directory)
-            sock = socket.socket(socket.AF_UNIX)
-            address = f"/proc/self/fd/{self.sockets[number]}"  # unix(7): the inode counts, not the name
-        try:
-            sock.connect(address)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    def signal(self, number: int) -> None:
-        """Signal its process group, as Jupyter would."""
-        send_signals([-self.endpoint["pid"]], number)
+            return sock
+        return socket.create_connection(("127.0.0.1", self.endpoint[STREAMS[number] + "_port"]))
 
     def explain(self, status: int) -> dict[str, Any] | None:
         """Return the problem of a kernel that has ended, None where nothing is known but its exit status."""
@@ -5586,9 +5589,8 @@ class NodeKernel:
 
     def close(self) -> None:
         """Forget its sockets."""
-        for file in self.sockets:
-            os.close(file)
-        self.sockets = []
+        while self.sockets:
+            os.close(self.sockets.popitem()[1])
         remove_node_directory(self.endpoint["directory"])
 
 
@@ -5666,7 +5668,7 @@ class Agent(Children):
         messages = self.starter.receive()
         if messages is None:  # it was killed
             if self.kernel:
-                self.kernel.signal(9)
+                send_signals([-self.kernel.endpoint["pid"]], 9)
             self.finish()
         for message in messages or ():
             kernel = self.kernel
@@ -5728,7 +5730,7 @@ class Agent(Children):
                 if "ping" in message:
                     control.write(b'{"pong": 1}\n')
                 if "signal" in message and self.kernel:
-                    self.kernel.signal(message["signal"])
+                    send_signals([-self.kernel.endpoint["pid"]], message["signal"])
                 if "start" in message:
                     self.tail = b""  # not when it has started: it may have said why it ends by then
                     self.starter.send(message)
@@ -5757,7 +5759,7 @@ class Agent(Children):
             self.ending = True
             self.loop.remove_reader(0)
             if self.kernel:
-                self.kernel.signal(15)
+                send_signals([-self.kernel.endpoint["pid"]], 15)
             self.loop.call_later(NODE_GRACE if self.kernel else 0, self.finish)
 
     def finish(self) -> None:
@@ -6080,6 +6082,8 @@ class JobProgram(Program):
 
     async def ready(self) -> None:
         self.follow_job()
+        if self.launches and self.submission.state and not self.link.control:
+            self.keeper.report(self.submission.state)  # the front of the launch before has said it already
         await self.listening.wait()
 
     async def connect(self, number: int) -> socket.socket:
@@ -6113,8 +6117,6 @@ class JobProgram(Program):
         self.expect_kernel()
         self.link.send(start=self.launches)
         append_log(self.keeper.launch.options.get("log", ""), f"job: {self.submission.id}")
-        if self.submission.state and not self.link.control:
-            self.keeper.report(self.submission.state)
 
     async def lost(self) -> None:
         import asyncio
@@ -7227,7 +7229,8 @@ class Front:
 
     def answered(self, status: int) -> bool:
         """Return whether a kernel that has ended with a status had ever answered."""
-        return bool(self.handover and self.handover.probes) or self.received >= (ANSWER if status else 1)
+        answer = 1024 if status else 1  # so many bytes are no greeting
+        return bool(self.handover and self.handover.probes) or self.received >= answer
 
     def update(self) -> None:
         """Do with all clients what the state calls for."""
@@ -7274,11 +7277,6 @@ def shows_failure(launch: Launch) -> bool:
     return not (launch.options.get("no-error-kernel") or launch.options.get("nested") or grading)
 
 
-def log_failure(error: UserError, launch: Launch) -> None:
-    """Write into the log of a launch why the kernel did not start."""
-    append_log(launch.options.get("log", ""), f"not started: {error.message}\n{error.hint}\n{error.detail}")
-
-
 def add_site_packages() -> None:
     """Make importable what the launching Python has: the kernelspec starts it with -I and -S."""
     import site
@@ -7314,8 +7312,8 @@ async def listen_encrypted(front: Front) -> None:
 
 def become_error_kernel(error: UserError, launch: Launch) -> int:
     """Say why the kernel did not start, in the notebook until Jupyter ends it; return the exit status."""
-    os.write(2, error_text(error))
-    log_failure(error, launch)
+    write_patiently(2, error_text(error))
+    append_log(launch.options.get("log", ""), f"not started: {error.message}\n{error.hint}\n{error.detail}")
     status = error.status or 1
     path = launch.options.get("connection-file")
     if not path or not shows_failure(launch):
@@ -7324,13 +7322,13 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     import signal
 
     async def serve() -> None:
-        parent = os.getppid()
+        parent, jupyter = os.getppid(), int(os.environ.get("JPY_PARENT_PID") or os.getpid())
         with open(path, "rb") as file:
             front = Front(from_json(file.read()), kernel_profile(launch, os.environ))
         await (listen_encrypted(front) if front.is_encrypted else front.listen())
         front.fail(error)
         shutdown = asyncio.ensure_future(front.shutdown.wait())
-        while os.getppid() == parent and not shutdown.done():
+        while os.getppid() == parent and process_stat(jupyter) and not shutdown.done():
             await asyncio.wait([shutdown], timeout=1)
         await front.drain(1)
 
@@ -7339,7 +7337,9 @@ def become_error_kernel(error: UserError, launch: Launch) -> int:
     try:
         asyncio.run(serve())
     except (ImportError, OSError, ValueError, KeyError, UserError) as problem:
-        sys.stderr.write(f"envkernel: The notebook can't show this: {problem!r}.\n")
+        write_patiently(
+            2, f"envkernel: The notebook can't show this: {problem!r}.\n".encode(errors="replace")
+        )
     return status
 
 
@@ -7393,6 +7393,8 @@ def finish_plan(plan: Plan, launch: Launch, host: Host) -> Plan:
 
 def run(tokens: Sequence[str]) -> int:
     """The run phase: plan the launch and become the kernel, or one that says why it can't start."""
+    while os.open(os.devnull, os.O_RDWR) < 2:  # stdio that a daemon has closed: nothing else gets its numbers
+        pass
     host = Host()
     before: Mapping[str, str] = os.environ
     launch = plan = None

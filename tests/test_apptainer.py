@@ -285,6 +285,9 @@ def test_the_two_meanings_of_workdir(engine: Engine) -> None:
     step = setup(engine, "apptainer", "--workdir=/srv", "-W", "scratch", "/images/a.sif")
     assert step.options["workdir"] == "/srv"
     assert step.engine == ["--workdir=/cwd/scratch"]
+    words = envkernel.setup_command(envkernel.Request({}, [step]), [step])
+    again = envkernel.parse_setup(words, engine, {"PATH": "/usr/bin:/opt/bin"}).steps[0]
+    assert (again.options["workdir"], again.engine) == ("/srv", step.engine)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +297,7 @@ def test_the_two_meanings_of_workdir(engine: Engine) -> None:
         (["--bind=/no", "/images/a.sif"], "there is no /no"),
         ([], "needs IMAGE"),
         (["--build=no.def"], "no definition file /cwd/no.def"),
-        (["--pull=never", "docker://x"], "There is no image /home/me/.local/share/envkernel/images/x.sif"),
+        (["--pull=never", "docker://x"], "There is no image /usr/local/share/envkernel/images/x-"),
     ],
 )
 def test_what_is_missing(engine: Engine, tokens: list[str], message: str) -> None:
@@ -332,22 +335,34 @@ def test_where_mount_points_can_not_be_made(engine: Engine) -> None:
 
 
 def test_an_image_is_fetched_once_and_again_at_update(engine: Engine) -> None:
-    image = "/home/me/.local/share/envkernel/images/tune_0.13.sif"
+    key = envkernel.kernel_key("docker://gjaffe/tune:0.13")[:8]
+    image = f"/home/me/.local/share/envkernel/images/tune_0.13-{key}.sif"
     pull = (ENGINE, "pull", image, "docker://gjaffe/tune:0.13")
     engine.answers[pull] = Output(0)
-    step = setup(engine, "apptainer", "docker://gjaffe/tune:0.13")
+    step = setup(engine, "apptainer", "docker://gjaffe/tune:0.13", common={"user": True})
     assert step.targets == [image]
     assert step.options["uri"] == "docker://gjaffe/tune:0.13"
     assert engine.asked.count(list(pull)) == 1
-    setup(engine, "apptainer", "docker://gjaffe/tune:0.13")
+    setup(engine, "apptainer", "docker://gjaffe/tune:0.13", common={"user": True})
     assert engine.asked.count(list(pull)) == 1
     again = ["--uri=docker://gjaffe/tune:0.13", image]
     assert setup(engine, "apptainer", *again, common={"update": True}) == step
     assert engine.asked.count(list(pull)) == 2
 
 
+def test_images_of_the_same_name_are_two_files(engine: Engine) -> None:
+    images = []
+    for uri in ("docker://alice/tools:latest", "docker://bob/tools:latest"):
+        name = f"/usr/local/share/envkernel/images/tools_latest-{envkernel.kernel_key(uri)[:8]}.sif"
+        engine.answers[ENGINE, "pull", name, uri] = Output(0)
+        images += setup(engine, "apptainer", uri).targets
+    assert len(set(images)) == 2
+
+
 def test_how_an_image_is_fetched(engine: Engine) -> None:
-    image = "/home/me/.local/share/envkernel/images/b.sif"
+    image = (
+        f"/usr/local/share/envkernel/images/b-{envkernel.kernel_key('docker://localhost:5000/a/b')[:8]}.sif"
+    )
     pull = (ENGINE, "pull", "--no-https", "--authfile=/cwd/auth", image, "docker://localhost:5000/a/b")
     engine.answers[pull] = Output(0)
     words = ["--nv", "--no-https", "--authfile", "auth"]
@@ -401,7 +416,7 @@ def test_what_runs_is_reported_by_process_and_instance(host: FakeHost, monkeypat
     host.files["/proc/701/status"] = status % (700, 1000, 1000)  # the keeper of 700
     host.files.update({"/proc/11/cmdline": started, "/proc/11/status": status % (1, 1001, 1001)})
     host.files["/proc/11/task/11/children"] = b"12 "  # another user's
-    kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens)
+    kernel = envkernel.Installed("x", "/k/x", {"argv": argv}, tokens, envkernel.launch_from_argv(tokens))
     launch = envkernel.launch_from_argv(tokens)
     name = "envkernel-" + envkernel.shared_name(launch.steps[0], launch, host)
     ask = (ENGINE, "instance", "list")

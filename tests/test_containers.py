@@ -456,6 +456,15 @@ def test_an_engine_that_is_missing_is_named_before_its_options_are_read() -> Non
         envkernel.parse_setup(["docker", "--name=x", "--cpus=1", "IMAGE"], FakeHost(), {"PATH": "/bin"})
 
 
+def test_a_command_in_an_image_may_be_called_as_a_mode_is() -> None:
+    words = ["docker", "--name=x", "IMAGE", "--", "conda", "run", "python", "{connection_file}"]
+    request = envkernel.parse_setup(words, FakeHost(), {"PATH": "/bin"})
+    assert request.command == words[4:]
+    launch = envkernel.Launch([envkernel.Step("docker", {}, ["IMAGE"])], words[4:])
+    tokens = envkernel.launch_to_argv(launch)
+    assert envkernel.launch_from_argv(tokens).command == words[4:]
+
+
 def test_options_of_build_and_run_find_their_places(docker: Engine) -> None:
     def output(argv: list[str], environ: dict[str, str]) -> Output:
         is_help = argv[-1] == "--help"

@@ -436,7 +436,7 @@ def test_a_virtualenv_that_is_there_keeps_its_python_or_is_refused(reported, ref
         ("/o/python", *ask): Output(0, reported, b""),
     }
     host = FakeHost({"/v/bin/activate": b""}, ["/v/bin/python"], answers, sourced={"VIRTUAL_ENV": "/v"})
-    monkeypatch.setattr(envkernel, "create_virtualenv", lambda path, python, host: None)
+    monkeypatch.setattr(envkernel, "create_virtualenv", lambda path, python, host, environ: None)
     step, common = Step("virtualenv", {"create": True}, ["/v"]), {"python": "/o/python"}
     if refused:
         with pytest.raises(UserError, match="/v is there already with Python 3"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -168,6 +169,37 @@ def test_sigkill_leaves_nothing(tmp_path: Path, launch: Any, how: str) -> None:
     assert until(lambda: not directory.parent.exists())
     assert mark.read_text() == "cleaned\n"
     assert until(lambda: ended(keeper), 10)
+
+
+def test_a_keeper_that_is_killed_while_nobody_reads_stderr(tmp_path: Path, launch: Any) -> None:
+    pid_file, mark = tmp_path / "pid", tmp_path / "mark"
+    cleanup = [["/bin/sh", "-c", 'echo "$0" >> "$1"', "cleaned", str(mark)]]
+    process = launch(python(SLEEPER.format(str(pid_file))), cleanup=cleanup)
+    program = psutil.Process(read_pid(pid_file))
+    process.stderr.close()
+    program.parent().kill()
+    assert process.wait(5) == 1
+    assert until(lambda: ended(program) and mark.exists())
+
+
+@pytest.mark.parametrize(
+    "text", ['{"directory": "/x/k", "session": 1, "boot": "b", "unheard of": 1}', '{"dir', ""]
+)
+def test_the_recipe_of_another_version_is_read_as_far_as_possible(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "k.lock"
+    path.write_text(text)
+    with open(path, "rb") as file:
+        recipe = envkernel.read_recipe(file.fileno(), str(path))
+    assert (recipe.directory, recipe.session) == ("/x/k" if text.endswith("}") else str(tmp_path / "k"), 0)
+
+
+def test_the_key_is_in_no_reason(tmp_path: Path, launch: Any) -> None:
+    code = "import sys; sys.stderr.write('the key is k-e-y'); sys.exit(3)"
+    process = launch(python(code), connection={**Sockets(tmp_path).connection, "key": "k-e-y"})
+    assert process.wait(10) == 77
+    said = process.stderr.read().decode()
+    assert said.count("k-e-y") == 1, "what the kernel itself has said"
+    assert "the key is ***" in said
 
 
 def test_what_both_left_is_removed_by_the_next_start(tmp_path: Path, launch: Any) -> None:
@@ -370,6 +402,19 @@ def test_clients_get_in_as_soon_as_the_kernel_listens(tmp_path: Path, launch: An
     assert time.time() - made < 0.5  # a look once a second would come 0.7 s later
     for client in clients:
         client.close()
+
+
+def test_clients_get_in_though_the_directory_is_gone(tmp_path: Path, launch: Any) -> None:
+    """A login system removes XDG_RUNTIME_DIR at the end of a session that Jupyter outlives."""
+    kernel = Sockets(tmp_path)
+    launch(kernel.argv(), connection=kernel.connection, relay=kernel.relay)
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(tmp_path / "base")
+        with kernel.client("shell") as client:
+            client.settimeout(5)
+            client.sendall(b"hello")
+            assert client.recv(5) == b"hello"
 
 
 def test_run_process_and_keeper_do_not_wake(tmp_path: Path, launch: Any) -> None:

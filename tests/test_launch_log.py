@@ -2,7 +2,10 @@
 
 import json
 import os
+import pathlib
 import stat
+import subprocess
+import sys
 import time
 
 import pytest
@@ -114,6 +117,27 @@ def test_a_log_that_cant_be_written_stops_nothing(tmp_path):
     assert envkernel.start_log("x", "text", {"JUPYTER_DATA_DIR": str(tmp_path / "file")}) == ("", "")
     envkernel.append_log("", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_kernels_that_start_at_once_all_have_a_log(tmp_path, monkeypatch):
+    environ = {"JUPYTER_DATA_DIR": str(tmp_path / "data")}
+    # what another start has removed by now
+    monkeypatch.setattr(os, "listdir", lambda directory: [f"x@{number}-a.log" for number in range(12)])
+    path, _ = envkernel.start_log("x", "text", environ)
+    assert pathlib.Path(path).read_text() == "text"
+
+
+def test_any_text_is_logged_in_a_locale_that_cannot_write_it(tmp_path):
+    code = (
+        "import sys, envkernel; assert sys.getfilesystemencoding() != 'utf-8'; data = sys.argv[1]\n"
+        "path, _ = envkernel.start_log('x', chr(8364), {'JUPYTER_DATA_DIR': data})\n"
+        "envkernel.append_log(path, chr(228) + chr(0xdcff))"
+    )
+    environ = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(argv, env=environ, cwd=os.path.dirname(envkernel.__file__), check=True)
+    (log,) = (tmp_path / "envkernel").iterdir()
+    assert log.read_bytes() == "\N{EURO SIGN}\N{LATIN SMALL LETTER A WITH DIAERESIS}".encode() + b"\xff\n"
 
 
 LOST = envkernel.UserError("The Slurm job 12 was cancelled.", "Start the kernel again.", detail="srun: x key")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
 
 import pytest
 
@@ -304,8 +305,10 @@ def test_a_kernelspec_of_envkernel_1_is_listed_and_updated(call, world):
         "/bin/true",
         "{connection_file}",
     ]
-    spec = {"argv": argv, "display_name": "Old one", "language": "R"}
+    own = {"env": {"A": "${HOME}/x"}, "metadata": {"course": 1}, "interrupt_mode": "message"}
+    spec = {"argv": argv, "display_name": "Old one", "language": "R", **own}
     (directory / "kernel.json").write_text(json.dumps(spec))
+    (directory / "logo-svg.svg").write_text("<svg/>")
     assert json.loads(call("list", "--json")[1])[0]["name"] == "old"
     assert call("update", "old")[:2] == (0, f"Updated the kernel old in {directory}\n{TEST_IT} old\n")
     assert "--user" in json.loads(call("show", "old", "--json")[1])["command"]
@@ -313,6 +316,12 @@ def test_a_kernelspec_of_envkernel_1_is_listed_and_updated(call, world):
     assert (new["display_name"], new["language"]) == ("Old one", "R")
     assert new["metadata"]["envkernel"]["mode"] == "virtualenv"
     assert new["argv"][-2:] == argv[-2:]
+    assert (new["env"], new["interrupt_mode"], new["metadata"]["course"]) == (own["env"], "message", 1)
+    logo = (directory / "logo-svg.svg").read_bytes()
+    assert b64encode(b"<svg/>") in logo
+    assert call("update", "old")[0] == 0
+    assert json.loads((directory / "kernel.json").read_text())["env"] == own["env"]
+    assert (directory / "logo-svg.svg").read_bytes() == logo
 
 
 @pytest.mark.parametrize("command", ["show", "check", "update", "remove"])
@@ -395,6 +404,10 @@ BROKEN = {
 }
 
 
+def run_of(directory):
+    return json.loads((directory / "kernel.json").read_text())["argv"][6:]
+
+
 def test_no_odd_kernelspec_breaks_the_list(call, world):
     call("virtualenv", "--name=x", "--user", "bare", *TRUE)
     directory = world / "jupyter_data_dir" / "kernels"
@@ -402,6 +415,8 @@ def test_no_odd_kernelspec_breaks_the_list(call, world):
     for name, tokens in BROKEN.items():
         argv = [sys.executable, "-I", "-S", "-c", envkernel.LOADER, SCRIPT, *tokens]
         specs[name] = {"argv": argv, "metadata": {"envkernel": {"mode": "?"}}}
+    number = {"argv": [*argv[:6], *run_of(directory / "x")], "env": {"A": 4}}
+    specs["number"] = {**number, "metadata": {"envkernel": {"mode": "virtualenv"}}}
     for name, spec in specs.items():
         (directory / name).mkdir()
         (directory / name / "kernel.json").write_text(json.dumps(spec))
@@ -411,15 +426,29 @@ def test_no_odd_kernelspec_breaks_the_list(call, world):
     assert (status, err) == (0, "")
     states = {row["name"]: row["state"] for row in json.loads(out)}
     assert states.pop("x") == "ok"
-    assert states.keys() == BROKEN.keys()
+    assert states.keys() == {*BROKEN, "number"}
     assert "ok" not in states.values()
-    for name in BROKEN:
+    for name in states:
         assert call("show", name)[0] == 0
         status, _, err = call("check", name)
         assert status in (1, 2)
         assert "Traceback" not in err
         assert call("remove", name)[0] == 0
     assert call("list")[0] == 0
+
+
+def test_an_update_elsewhere_changes_nothing(call, world, monkeypatch):
+    (world / "start.sh").write_text("#!/bin/sh\n")
+    (world / "start.sh").chmod(0o755)
+    words = ["--name=MyEnv", "--user", "bare", "--", "./start.sh", "{connection_file}"]
+    assert call("virtualenv", *words)[0] == 0
+    path = world / "jupyter_data_dir" / "kernels" / "myenv" / "kernel.json"
+    before = json.loads(path.read_text())
+    assert before["display_name"] == "MyEnv (virtualenv)"
+    monkeypatch.chdir("/")
+    assert call("update", "myenv")[0] == 0
+    after = json.loads(path.read_text())
+    assert (after["argv"], after["display_name"]) == (before["argv"], before["display_name"])
 
 
 def test_a_copied_kernelspec_is_updated_under_its_own_name(call, world):

@@ -75,7 +75,9 @@ def launches(draw):
             min_size=1,
         )
     )
-    return Launch(draw(st.lists(steps(), min_size=1, max_size=3)), command, options)
+    chain = draw(st.lists(steps(), min_size=1, max_size=3))
+    ends = [index for index, step in enumerate(chain) if envkernel.MODES[step.mode].container]
+    return Launch(chain[: ends[0] + 1] if ends else chain, command, options)  # no mode follows a container's
 
 
 @given(arguments, st.booleans())

@@ -380,6 +380,41 @@ def test_it_ends_with_jupyter(jupyter, gone):
         time.sleep(0.1)
 
 
+def test_it_does_not_outlive_a_jupyter_that_ends_while_the_kernel_is_planned(jupyter, kernel_venv, tmp_path):
+    path = copy_venv(kernel_venv, tmp_path / "slow")
+    jupyter.setup("virtualenv", "slow", path)
+    script = path / "bin" / "activate"
+    text = script.read_text()
+    script.unlink()  # a hard link
+    script.write_text(text + "\nsleep 2\nunset VIRTUAL_ENV\n")
+    program = (
+        "import os, time; from jupyter_client import KernelManager\n"
+        "manager = KernelManager(kernel_name='slow'); manager.start_kernel()\n"
+        "time.sleep(0.7); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", program], env=jupyter.environ, check=True)
+    assert marked_processes(jupyter.mark)
+    deadline = time.monotonic() + 6
+    while marked_processes(jupyter.mark):
+        assert time.monotonic() < deadline, marked_processes(jupyter.mark)
+        time.sleep(0.1)
+    for file in (jupyter.root / "tmp").glob("*.json"):  # of its connection
+        file.unlink()
+
+
+@pytest.mark.parametrize("stderr", ["closed", "full", "unread"])
+def test_it_is_shown_whatever_stderr_is(jupyter, gone, stderr):
+    read, end = os.pipe()
+    os.close(read)
+    with open("/dev/full", "wb") as full:
+        file = {"closed": None, "full": full, "unread": end}[stderr]
+        close = {"preexec_fn": lambda: os.close(2)} if stderr == "closed" else {}
+        with jupyter.kernel("gone", stderr=file, **close) as kernel:
+            reply = kernel.client.execute_interactive("1", timeout=20, allow_stdin=False)["content"]
+    os.close(end)
+    assert reply["evalue"].startswith(f"There is no virtualenv at {gone}.")
+
+
 def start_for(jupyter, name, python=""):
     """Run a kernelspec's argv on a connection file, with another Python if one is named."""
     spec = jupyter.spec(name)

@@ -450,12 +450,24 @@ def test_queue_timeout_is_told_in_the_notebook(jupyter: Jupyter, other: Jupyter,
             wait_for(lambda: len(cluster.jobs()) == 1, "the end of the waiting job", 10)
 
 
-def test_shutdown_of_a_kernel_that_waits(jupyter: Jupyter, cluster: Slurm, errors: Errors) -> None:
+def test_restart_and_shutdown_of_a_kernel_that_waits(
+    jupyter: Jupyter, cluster: Slurm, errors: Errors
+) -> None:
     install(jupyter, "patient", "--partition=spare", "--exclusive")
     with jupyter.kernel("patient"):
         manager = KernelManager(kernel_name="patient")
         manager.start_kernel(env=jupyter.environ, stderr=errors.file)
         errors.wait("waits: ")
+        manager.restart_kernel(now=True)
+        client = manager.blocking_client()
+        client.start_channels()
+        client.execute("1 + 1")
+        shown: list[str] = []
+        while not re.search(r"Slurm job \d+ waits: ", "".join(shown)):
+            message = client.get_iopub_msg(timeout=10)
+            shown.append(message["content"].get("data", {}).get("text/plain", ""))
+            assert len(shown) < 20, shown
+        client.stop_channels()
         assert len(cluster.jobs()) == 2
         manager.shutdown_kernel(now=True)
         wait_for(lambda: len(cluster.jobs()) == 1, "the end of the waiting job", 10)

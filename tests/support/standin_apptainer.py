@@ -16,6 +16,7 @@ An image is a directory, or a file that says ``standin-sif`` and, in the second 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import json
@@ -358,8 +359,9 @@ class Container:
             die("container creation failed: " + helper.stderr.read().decode(errors="replace").strip())
         holder = int(json.loads(text)["child-pid"])
         for _ in range(500):  # bubblewrap says the pid before the mounts are made
-            if b"sleep" in Path(f"/proc/{holder}/cmdline").read_bytes()[:9] or children(holder):
-                break
+            with contextlib.suppress(OSError):  # it has ended
+                if b"sleep" in Path(f"/proc/{holder}/cmdline").read_bytes()[:9] or children(holder):
+                    break
             if helper.poll() is not None:
                 assert helper.stderr
                 die("container creation failed: " + helper.stderr.read().decode(errors="replace").strip())
