@@ -4584,21 +4584,21 @@ def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
     import re
     import time
 
-    killed = end_session(recipe.session)
+    end_session(recipe.session)
     commands = recipe.cleanup if recipe.started else []
     failed = [command for command in commands if not retry(command, environ, 2)]
     for path in [*recipe.remove, recipe.directory, recipe.directory + ".lock"]:
         remove_tree(path)
         remove_empty(os.path.dirname(path))
     os.close(locks[0])
-    interrupted = killed and not recipe.created and time.monotonic() - recipe.started < 10
+    interrupted = not recipe.created and time.monotonic() - recipe.started < 10
     if recipe.shared:
         shared = Membership(Shared(**recipe.shared), os.path.dirname(recipe.directory), locks[1:])
         shared.leave(environ, interrupted or not recipe.started)
     elif interrupted:
         failed = commands  # the engine may have been about to create what had to be removed
         time.sleep(2 * bool(failed))
-        if recipe.container:  # podman leaves a monitor where it is killed while it creates one
+        if recipe.container:  # podman leaves a monitor where it is killed while it creates a container
             words = rb"[^\0]*/conmon\0(.*\0)?%s\0" % re.escape(os.fsencode(recipe.container))
             find, read = re.compile(words, re.DOTALL).match, Host().read
             pids = find_processes(lambda pid: find(read(f"/proc/{pid}/cmdline") or b"") is not None)
@@ -4608,14 +4608,11 @@ def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
             append_log(recipe.log, "not cleaned up: " + " ".join(map(quoted, command)))
 
 
-def end_session(session: int) -> bool:
-    """Kill what is left in a keeper's session, but not this process; return whether there was anything."""
-    found = False
+def end_session(session: int) -> None:
+    """Kill what is left in a keeper's session, but not this process."""
     for _ in range(3 if session else 0):  # what is killed may just be starting something; 0 is not ours
         pids = find_processes(lambda pid: pid != os.getpid() and process_stat(pid)[2:3] == [session])
         send_signals(pids, 9)
-        found = found or bool(pids)
-    return found
 
 
 def start_cleaner(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:

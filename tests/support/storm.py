@@ -410,7 +410,7 @@ class Round:
                     if path != self.connection:
                         left.append(f"{kind} {path.relative_to(self.root)}")
         sockets = Path("/proc/net/unix").read_text().splitlines()
-        left += [f"socket {row.split()[-1]}" for row in sockets if self.mark in row or str(self.root) in row]
+        left += [f"socket {row.split()[-1]}" for row in sockets if self.mark in row or f"{self.root}/" in row]
         mounts = Path("/proc/mounts").read_text().splitlines()
         left += [f"mount {row}" for row in mounts if self.mark in row or f" {self.root}/" in row]
         for path in ("/proc/net/tcp", "/proc/net/tcp6"):
