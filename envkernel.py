@@ -4576,7 +4576,7 @@ class Recipe(Record):
     shared: dict[str, Any] | None = None
     container: str = ""
     log: str = ""  # path of the launch log
-    created: bool = False  # the kernel has listened: no engine is still about to create anything
+    created: bool = False  # the kernel has listened, or its program has ended by itself: nothing more comes
 
 
 def clean_up(recipe: Recipe, environ: Environ, locks: Sequence[int]) -> None:
@@ -4830,6 +4830,7 @@ class Program:
         stderr = asyncio.ensure_future(self.keeper.copy(self.stderr, 2, self.keeper.on_stderr))
         status = await self.keeper.exited(self.pid)
         self.over = True
+        self.keeper.recipe.created |= status >= 0
         await asyncio.wait({stderr}, timeout=1)
         if not status or not self.supervision.explain or self.keeper.end_requested:
             return status, None

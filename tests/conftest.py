@@ -29,6 +29,7 @@ pytest_plugins = [
 TOGETHER = {
     **dict.fromkeys(("slurm", "jobs", "yarn"), "cluster"),
     **dict.fromkeys(("docker", "clients", "lab", "languages", "reasons", "check", "hard_cases"), "docker"),
+    "kernels": "kernels",  # needs no image: the first to need one makes it meanwhile
     "podman": "podman",
 }
 """Files of live tests that share daemons, and so run in one worker; any other file runs for itself.
