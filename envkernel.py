@@ -4960,7 +4960,7 @@ class Service(Children):
         try:
             if front and not nested:
                 await front.listen()
-            while front and front.state != "live":
+            while front and front.state not in ("live", "failed"):
                 await self.program.ready()
                 if nested:
                     await front.listen()
@@ -7202,6 +7202,8 @@ class Front:
         handover = Handover(self, connect)
         if self.state == "waiting":
             await handover.run()
+        if self.state == "failed":  # its engine's client has ended; the kernel is about to be removed
+            return
         self.handover, self.state = handover, "live"
         for client, message in self.mailbox.empty():
             self.mailbox.forward(client, message)

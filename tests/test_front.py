@@ -437,3 +437,10 @@ def test_too_many_open_files_are_reported_once_and_without_a_traceback(tmp_path,
         sock.close()
     said = "envkernel: Too many open files: Jupyter's new connections to the kernel have to wait.\n"
     assert capfd.readouterr().err == said
+
+
+def test_a_front_that_failed_is_joined_with_no_kernel(tmp_path):
+    """The kernel may listen at last when the client of its engine was killed, and is removed then."""
+    with front_on_sockets(tmp_path, "failed") as (front, _):
+        asyncio.run_coroutine_threadsafe(front.go_live(None), front.loop).result(5)
+        assert front.state == "failed"
