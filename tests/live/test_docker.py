@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -65,13 +66,18 @@ class TestDocker(EngineCases):
     @pytest.mark.parametrize("options", [["--network=bridge"], ["--network=bridge", "--transport=tcp"]])
     def test_a_network_of_its_own(self, place: Jupyter, engine: Docker, options: list[str]) -> None:
         self.setup(place, engine, "bridge", *options, self.image)
-        before = listeners()
         with place.kernel("bridge") as kernel:
-            new = {ip for ip, _ in listeners() - before}
-            assert "127.0.0.1" in new
-            assert all(ip.startswith("127.") for ip in new)  # published ports have an address of their own
-            published = any(container["NetworkSettings"]["Ports"] for container in engine.containers())
-            assert published == (len(options) == 2)
+            reported = json.loads(Path(kernel.manager.connection_file).read_text())
+            ports = {reported[name] for name in reported if name.endswith("_port")}
+            tables = [container["NetworkSettings"]["Ports"] for container in engine.containers()]
+            found = [one for table in tables for ends in table.values() for one in ends or ()]
+            published = {int(one["HostPort"]) for one in found}
+            assert bool(published) == (len(options) == 2)
+            # published ports have an address of their own; other workers' clusters listen on others
+            mine = {ip for ip, port in listeners() if port in ports | published}
+            assert "127.0.0.1" in mine
+            assert all(ip.startswith("127.") for ip in mine)
+            assert {one["HostIp"] for one in found} <= mine - {"127.0.0.1"}
             assert "eth0" in kernel.value("__import__('socket').if_nameindex()")
 
     def test_r(self, place: Jupyter, engine: Docker, r_rootfs: Path) -> None:
